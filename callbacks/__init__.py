@@ -1,0 +1,3 @@
+"""Callbacks: one idea a file."""
+
+__all__: list[str] = []

@@ -1,0 +1,126 @@
+"""The data side of the loop: two loaders, and what can be said of a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+
+
+class DataLoaders:
+    """The training and the validation loader, in one object.
+
+    Args:
+        train: any iterable of batches; read once an epoch.
+        valid: the same, for validation; None if there is none.
+
+    Example:
+        >>> import torch
+        >>> from torch.utils.data import DataLoader, TensorDataset
+        >>> data = TensorDataset(torch.randn(8, 4), torch.randn(8, 2))
+        >>> dls = DataLoaders(DataLoader(data, batch_size=4, shuffle=True), DataLoader(data))
+        >>> len(dls.train), len(dls.valid)
+        (2, 8)
+
+    Source: the post's `DataLoaders`.
+    """
+
+    def __init__(
+        self, train: Iterable[Any] | None = None, valid: Iterable[Any] | None = None
+    ) -> None:
+        self.train = train
+        self.valid = valid
+
+    def __repr__(self) -> str:
+        return f"DataLoaders(train={self.train!r}, valid={self.valid!r})"
+
+
+def loader_of(dls: Any, training: bool) -> Any:
+    """The loader of a phase.
+
+    Raises:
+        ValueError: there is none, or it is known to be empty.
+        TypeError: it cannot be iterated.
+    """
+    phase, other = ("train", "valid") if training else ("valid", "train")
+    loader = getattr(dls, phase, None)
+    if loader is None:
+        raise ValueError(
+            f"fit was asked for {phase}=True, but there is no data for it: dls.{phase} is"
+            f" missing. Give DataLoaders a {phase} loader, or call fit({phase}=False)"
+        )
+    if not isinstance(loader, Iterable) and not hasattr(loader, "__getitem__"):
+        raise TypeError(f"dls.{phase} cannot be iterated: {loader!r}; a DataLoader, say, can")
+    if length_of(loader) == 0:
+        raise ValueError(_empty(loader, phase))
+    return loader
+
+
+def length_of(loader: Any) -> int | None:
+    """Its number of batches, None where it has no length (an iterable dataset, a generator)."""
+    try:
+        return len(loader)
+    except TypeError:
+        return None
+
+
+def read(loader: Iterable[Any], training: bool) -> Iterator[Any]:
+    """Yield the batches of one epoch.
+
+    Raises:
+        ValueError: there was none.
+        TypeError: something is no batch; it must hold tensors, so a number cannot be one.
+    """
+    phase = "train" if training else "valid"
+    count = 0
+    try:
+        for batch in loader:
+            if batch.__class__ not in _COMMON:
+                _check_batch(batch, phase, count)
+            count += 1
+            yield batch
+    except Exception as exc:
+        exc.add_note(f"raised while reading batch {count} of dls.{phase}")
+        raise
+    if not count:
+        raise ValueError(_empty(loader, phase))
+
+
+def batch_size(batch: Any) -> int:
+    """The length of the first tensor in a batch, 0 if there is none.
+
+    Example:
+        >>> batch_size((torch.zeros(8, 1, 28, 28), torch.zeros(8))), batch_size({"x": "text"})
+        (8, 0)
+    """
+    if isinstance(batch, torch.Tensor):
+        return batch.shape[0] if batch.ndim else 1
+    if isinstance(batch, Mapping):
+        batch = batch.values()
+    elif not isinstance(batch, list | tuple):
+        return 0
+    for item in batch:
+        if size := batch_size(item):
+            return size
+    return 0
+
+
+_COMMON = (list, tuple, dict, torch.Tensor)
+
+
+def _check_batch(batch: Any, phase: str, index: int) -> None:
+    if batch is None or isinstance(batch, str | bytes | bool | int | float | complex):
+        raise TypeError(
+            f"dls.{phase} yielded {batch!r} as batch {index}, which is no batch: give tensors,"
+            " alone or in a tuple, list, mapping or object (a DataLoader over a dataset does)"
+        )
+
+
+def _empty(loader: Any, phase: str) -> str:
+    why = "it has no batches"
+    if isinstance(loader, Iterator):
+        why = "an iterator can be read only once, and an epoch reads it from the start"
+    elif getattr(loader, "drop_last", False):
+        why = "with drop_last=True, fewer samples than batch_size make no batch"
+    return f"dls.{phase} is empty: {why} ({loader!r})"

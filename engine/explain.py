@@ -1,0 +1,74 @@
+"""What will run, in which order, and who performs what: readable before it runs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from ..events import ActionEvent, Event, Subscription
+from ..events.bus import name_of
+from ..events.types import HOOKS
+from .loop import ACTIONS, Loop
+
+if TYPE_CHECKING:
+    from .learner import Learner
+
+
+def performers(loop: Loop, action: type[ActionEvent]) -> list[Subscription]:
+    """The receivers that could perform an action, the one that does first."""
+    return [s for s in loop.bus.signal(action).ordered if s.serves(loop) and not s.closed]
+
+
+def check_performers(loop: Loop, actions: Iterable[type[ActionEvent]]) -> None:
+    """Raise unless exactly one receiver, or the learner itself, performs each action.
+
+    Raises:
+        ValueError: two receivers of the same order would perform it.
+        TypeError: nobody would.
+    """
+    for action in actions:
+        found = performers(loop, action)
+        if len(found) > 1 and found[0].key[0] == found[1].key[0]:
+            raise ValueError(
+                f"{found[0].name} and {found[1].name} both perform {action.__name__} at order"
+                f" {found[0].key[0]:g}: remove one of them, or give one a lower order"
+            )
+        if not found and loop._methods[action] is None:
+            raise TypeError(
+                f"nobody performs {action.__name__}: give {type(loop).__qualname__} a method"
+                f" {action.hook}(), or use TrainLearner, or add TrainCB() to the callbacks"
+            )
+
+
+def explain(learner: Learner) -> str:
+    """A line for every receiver of every event, in the order they run in."""
+    lines = []
+    for event_type in HOOKS.values():
+        if event_type in ACTIONS:
+            lines += _action_lines(learner, event_type)
+        elif learner.bus.signal(event_type).receivers:
+            lines += _event_lines(learner, event_type)
+    for stream in learner.streams:
+        lines.append(f"{stream.name}, beside the training: {', '.join(t.__name__ for t in stream.event_types)}")
+    return "\n".join(lines)
+
+
+def _event_lines(loop: Loop, event_type: type[Event]) -> list[str]:
+    inline = [
+        subscription
+        for subscription in loop.bus.signal(event_type).ordered
+        if subscription.serves(loop) and subscription.order > -math.inf
+    ]
+    return [event_type.__name__] * bool(inline) + [f"  {s.key[0]:>6g}  {s.name}" for s in inline]
+
+
+def _action_lines(loop: Loop, action: type[ActionEvent]) -> list[str]:
+    names = [f"{s.name} (order {s.key[0]:g})" for s in performers(loop, action)]
+    method = loop._methods[action]
+    if method is not None:
+        names.append(name_of(method))
+    if not names:
+        return [f"{action.__name__}: nobody"]
+    passed_over = f", instead of {', '.join(names[1:])}" if names[1:] else ""
+    return [f"{action.__name__}: performed by {names[0]}{passed_over}"]

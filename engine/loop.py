@@ -1,0 +1,196 @@
+"""The training loop, on one screen. Every event it emits stands in it as a class name.
+
+Source: "The Ultimate Training Loop", after fastai's miniai.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ..events import (
+    ActionEvent,
+    AfterBackward,
+    AfterBatch,
+    AfterEpoch,
+    AfterFit,
+    AfterLoss,
+    AfterPredict,
+    AfterStep,
+    Backward,
+    BeforeBatch,
+    BeforeEpoch,
+    BeforeFit,
+    BeforeStep,
+    Bus,
+    CancelBatchException,
+    CancelEpochException,
+    CancelException,
+    CancelFitException,
+    CancelStepException,
+    CleanupBatch,
+    CleanupEpoch,
+    CleanupFit,
+    CleanupStep,
+    Event,
+    GetLoss,
+    Predict,
+    ScopeEnd,
+    Step,
+    ZeroGrad,
+)
+from ..events.signal import AsyncWrapper, blame
+from .data import batch_size, length_of, read
+from .scope import InterruptedFit, Scope
+
+ACTIONS: tuple[type[ActionEvent], ...] = (Predict, GetLoss, Backward, Step, ZeroGrad)
+
+
+class Loop:
+    """Fit, epoch, batch, step: the four scopes, top to bottom. Runs in one thread, blocking."""
+
+    def one_fit(self, train: bool, valid: bool) -> None:
+        with self.scope(CancelFitException, CleanupFit):
+            self.emit(BeforeFit)
+            for self.epoch in self.epochs:
+                if train:
+                    self.one_epoch(training=True)
+                if valid:
+                    with torch.no_grad():
+                        self.one_epoch(training=False)
+            self.emit(AfterFit)
+
+    def one_epoch(self, training: bool) -> None:
+        self._start_epoch(training)
+        with self.scope(CancelEpochException, CleanupEpoch):
+            self.emit(BeforeEpoch)
+            for self.iter, self.batch in enumerate(read(self.dl, training)):
+                self.one_batch()
+            self.emit(AfterEpoch)
+
+    def one_batch(self) -> None:
+        self.loss = None
+        self.n_samples += batch_size(self.batch)
+        with self.scope(CancelBatchException, CleanupBatch):
+            self.emit(BeforeBatch)
+            self.perform(Predict)
+            self.emit(AfterPredict)
+            self.perform(GetLoss)
+            self.emit(AfterLoss)
+            if self.training:
+                self.perform(Backward)
+                self.emit(AfterBackward)
+                self.one_step()
+            self.emit(AfterBatch)
+
+    def one_step(self) -> None:
+        with self.scope(CancelStepException, CleanupStep):
+            self.emit(BeforeStep)
+            self.perform(Step)
+            self.perform(ZeroGrad)
+            self.emit(AfterStep)
+
+    # ------------------------------------------------------------- what the loop is made of
+
+    model: torch.nn.Module
+    dls: Any
+    dl: Any = None
+    opt: Any = None
+    bus: Bus
+
+    run_id: str = ""
+    n_epochs: int = 0
+    epochs: range = range(0)
+    epoch: int = 0
+    iter: int = 0
+    n_iter: int | None = None
+    n_samples: int = 0
+    training: bool = False
+    batch: Any = None
+    preds: Any = None
+    loss: Any = None
+
+    record: dict[str, Any]
+    """The numbers of this epoch: a row of the history, which receivers may add to."""
+    history: list[dict[str, Any]]
+    _completed: Counter[tuple[type[Event], bool]]
+    _ends: dict[type[Event], ScopeEnd]
+    _innermost: Scope | None = None
+    _requests: deque[tuple[BaseException, Scope | None]]
+    _async_wrapper: AsyncWrapper | None = None
+    _methods: dict[type[ActionEvent], Callable[[], Any] | None]
+
+    def scope(self, cancel: type[CancelException], cleanup: type[Event]) -> Scope:
+        """Enter a scope: `cancel` leaves it, `cleanup` is emitted when it is left."""
+        return Scope(self, cancel, cleanup)
+
+    def emit(self, event_type: type[Event], *extra: Any) -> None:
+        """Send an event of where the loop is now; not even made if nobody listens.
+
+        Callbacks may emit events of their own; `extra` are the fields those add.
+        """
+        if self._requests:
+            self._honour_requests()
+        signal = self.bus.signals[event_type]
+        if signal.receivers:
+            signal.send(event_type.of(self, *extra), _async_wrapper=self._async_wrapper)
+
+    def _send(self, event_type: type[Event], *extra: Any) -> None:
+        """`emit` for Cleanup*: no request to stop keeps it from being sent."""
+        signal = self.bus.signals[event_type]
+        if signal.receivers:
+            signal.send(event_type.of(self, *extra), _async_wrapper=self._async_wrapper)
+
+    def perform(self, action: type[ActionEvent]) -> None:
+        """Have an action done: by the first receiver in order, or else by our own method."""
+        signal = self.bus.signals[action]
+        performer = signal.performer(self) if signal.receivers else None
+        if performer is not None:
+            signal.send_to(performer, action.of(self), self._async_wrapper)
+            return
+        method = self._methods[action]
+        if method is None:
+            raise RuntimeError(f"nobody performs {action.__name__} any more")
+        try:
+            method()
+        except BaseException as exc:
+            blame(exc, f"{type(self).__qualname__}.{action.hook}", action.of(self))
+            raise
+
+    def _start_epoch(self, training: bool) -> None:
+        """Choose mode and loader, and begin a row of the history."""
+        self.training = training
+        self.model.train(training)
+        self.dl = self.dls.train if training else self.dls.valid
+        self.n_iter = length_of(self.dl)
+        self.iter = self.n_samples = 0
+        self.loss = None
+        self.record = {"epoch": self.epoch, "train": "train" if training else "eval"}
+        self.history.append(self.record)
+
+    def _open_scope(self, cancel: type[CancelException]) -> Scope | None:
+        """The innermost open scope that catches `cancel`."""
+        scope = self._innermost
+        while scope is not None and not issubclass(cancel, scope.cancel):
+            scope = scope.outer
+        return scope
+
+    def _honour_requests(self) -> None:
+        """Raise what `stop`, the host or an observer asked for, if it is still due."""
+        for request in tuple(self._requests):
+            error, target = request
+            if isinstance(error, InterruptedFit):
+                raise InterruptedFit(error.reason)  # stays requested until the fit has ended
+            if isinstance(error, CancelException):
+                scope = self._open_scope(type(error))
+                if scope is None:
+                    continue  # between two batches or epochs: meant for the next one
+                self._requests.remove(request)
+                if target not in (None, scope):
+                    continue  # what was to be stopped has ended by itself
+            else:
+                self._requests.remove(request)
+            raise error

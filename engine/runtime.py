@@ -1,0 +1,225 @@
+"""The runtime: one thread for the whole fit, joined before `fit` returns, on any event loop.
+
+The loop blocks, so it cannot run on the host's event loop; a hop to a thread per batch would
+cost more than a small batch. So one thread of our own runs it from start to end, and the task
+that awaits the fit waits for that thread, whatever happens: a cancellation, once or often,
+makes the training stop at its next event, and is raised when the thread has ended.
+
+Not `anyio.to_thread`: its threads are the host's, limited in number, and under a native
+`Task.cancel()` it returns at once while the worker runs on, unseen.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import threading
+from collections.abc import Callable, Coroutine
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import anyio
+import anyio.from_thread
+import anyio.lowlevel
+import structlog
+import torch
+
+from ..events import Event
+from ..events.signal import unwrap
+from .observers import EventStream, Observer
+from .scope import InterruptedFit
+
+if TYPE_CHECKING:
+    from .learner import Learner
+
+log = structlog.get_logger("eventrain")
+
+PUMP_INTERVAL = 0.05
+"""Seconds between two deliveries to the observers."""
+
+
+class Runtime:
+    """Runs one blocking function in a thread for one fit, and serves it from the event loop."""
+
+    _running: ClassVar[set[Runtime]] = set()
+    _told_of_rng: ClassVar[bool] = False
+
+    def __init__(self, learner: Learner) -> None:
+        self._learner = learner
+        self._token = anyio.lowlevel.current_token()
+        self._finished = anyio.Event()
+        self._error: BaseException | None = None
+        self._interrupted = False
+        self._pump_scope = anyio.CancelScope(shield=True)
+        self._receiver_scope: anyio.CancelScope | None = None
+        self._observing: dict[Observer[Any], anyio.CancelScope] = {}
+
+    async def run(self, work: Callable[[], object]) -> None:
+        """Run `work` in a thread of its own; return, or raise, only when that has ended.
+
+        Raises what `work` raised; or, if it was interrupted, what interrupted it.
+        """
+        context = contextvars.copy_context()
+        thread = threading.Thread(
+            target=context.run,
+            args=(self._main, work, _torch_state()),
+            name=f"eventrain-{self._learner.run_id}",
+            daemon=True,
+        )
+        interruption: BaseException | None = None
+        self._running.add(self)
+        self._tell_of_rng()
+        try:
+            async with anyio.create_task_group() as self._tasks:
+                self._tasks.start_soon(self._pump)
+                thread.start()
+                interruption = await self._until_finished()
+                thread.join()
+                self._pump_scope.cancel()
+                self._finish_observers()
+        except BaseException as exc:  # cancelled while the observers drained
+            interruption = unwrap(exc)
+        finally:
+            self._running.discard(self)
+        if self._error is not None and not isinstance(self._error, InterruptedFit):
+            raise self._error
+        if interruption is not None:
+            raise interruption
+
+    async def _until_finished(self) -> BaseException | None:
+        """Wait for the thread, through every cancellation; return the last one.
+
+        The first may come from an anyio scope; those after it are native, as we are shielded
+        from anyio's, and must not be lost when that scope ends.
+        """
+        interruption: BaseException | None = None
+        while not self._finished.is_set():
+            try:
+                with anyio.CancelScope(shield=interruption is not None):
+                    await self._finished.wait()
+            except GeneratorExit:  # the event loop itself is gone: nothing can be awaited
+                self._interrupt()
+                raise
+            except BaseException as exc:
+                interruption = exc
+                self._interrupt()
+        return interruption
+
+    def _interrupt(self) -> None:
+        if not self._interrupted:
+            self._interrupted = True
+            self._learner._request(InterruptedFit("the host cancelled the task of the fit"))
+        scope = self._receiver_scope
+        if scope is not None and scope.shield:  # a Cleanup* receiver: it gets some more time
+            scope.deadline = min(scope.deadline, self._cleanup_deadline())
+        elif scope is not None:
+            scope.cancel()
+
+    def _cleanup_deadline(self) -> float:
+        return anyio.current_time() + self._learner.cleanup_timeout
+
+    def _tell_of_rng(self) -> None:
+        if len(self._running) > 1 and not Runtime._told_of_rng:
+            Runtime._told_of_rng = True
+            log.warning(
+                "concurrent_fits_share_rng",
+                hint="torch's global random state is one per process: fits at the same time are"
+                " reproducible only with generators of their own, e.g. DataLoader(generator=...)",
+            )
+
+    # ---------------------------------------------------------------- in the training thread
+
+    def _main(self, work: Callable[[], object], enter_torch_state: Callable[[], None]) -> None:
+        try:
+            enter_torch_state()
+            work()
+        except BaseException as exc:
+            self._error = exc
+        anyio.from_thread.run_sync(self._finished.set, token=self._token)
+
+    def async_wrapper(
+        self, receiver: Callable[[Any], Coroutine[Any, Any, Any]]
+    ) -> Callable[[Any], Any]:
+        """Blinker's `_async_wrapper`: an async receiver as a function that blocks this thread."""
+
+        def call(event: Event) -> object:
+            done: Future[object] = Future()
+            anyio.from_thread.run_sync(
+                self._tasks.start_soon, self._serve, receiver, event, done, token=self._token
+            )
+            return done.result()
+
+        return call
+
+    def wake(self, stream: EventStream[Any]) -> None:
+        """Wake a reader now, because the training waits for it."""
+        anyio.from_thread.run_sync(stream.wake, token=self._token)
+
+    # --------------------------------------------------------------------- on the event loop
+
+    async def _serve(
+        self,
+        receiver: Callable[[Event], Coroutine[Any, Any, object]],
+        event: Event,
+        done: Future[object],
+    ) -> None:
+        """Await a receiver for the training thread. Cleanup is shielded, with a deadline."""
+        coroutine = receiver(event)
+        try:
+            with anyio.CancelScope(shield=event.reaches_all) as self._receiver_scope:
+                if self._interrupted:
+                    self._interrupt()
+                done.set_result(await coroutine)
+        except anyio.get_cancelled_exc_class():
+            done.set_exception(InterruptedFit())
+            raise
+        except BaseException as exc:
+            done.set_exception(exc)
+        finally:
+            self._receiver_scope = None
+        if not done.done() and event.reaches_all:
+            log.warning(
+                "cleanup_cut_short",
+                receiver=coroutine.__qualname__,
+                cleanup=type(event).__name__,
+                cleanup_timeout=self._learner.cleanup_timeout,
+            )
+            done.set_result(None)
+        elif not done.done():
+            done.set_exception(InterruptedFit())
+
+    async def _pump(self) -> None:
+        """Wake the readers about twenty times a second, the new ones among them."""
+        with self._pump_scope:
+            while True:
+                for stream in tuple(self._learner.streams):
+                    if isinstance(stream, Observer) and stream not in self._observing:
+                        self._observing[stream] = anyio.CancelScope(shield=True)
+                        self._tasks.start_soon(self._observe, stream)
+                    stream.wake()
+                await anyio.sleep(PUMP_INTERVAL)
+
+    async def _observe(self, observer: Observer[Any]) -> None:
+        with self._observing[observer]:
+            await observer.run(self._learner._request)
+
+    def _finish_observers(self) -> None:
+        """Let the observers drain what is left, until a deadline."""
+        deadline = anyio.current_time() + self._learner.drain_timeout
+        for stream in tuple(self._learner.streams):
+            stream.end()
+        for scope in self._observing.values():
+            scope.deadline = deadline
+
+
+def _torch_state() -> Callable[[], None]:
+    """What a new thread does not inherit from this one: the default and the CUDA device."""
+    device = torch.get_default_device()
+    cuda = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+
+    def enter() -> None:
+        if device.type != "cpu":
+            torch.set_default_device(device)
+        if cuda is not None:
+            torch.cuda.set_device(cuda)
+
+    return enter

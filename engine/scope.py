@@ -1,0 +1,99 @@
+"""A scope of the loop: what is entered is left, through its Cleanup* event, exactly once."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from ..events import CancelException, Event, ScopeEnd
+from ..events.cancel import weightiest
+
+if TYPE_CHECKING:
+    from .loop import Loop
+
+
+class InterruptedFit(CancelException):
+    """The host cancelled the task that awaits the fit. Leaves every scope; none catches it."""
+
+    width = 5
+
+
+class Scope:
+    """Catches the cancel that names it and emits its Cleanup* event, whatever ended it.
+
+    Source: the post's `_CbCtxInner`, without the names made up at run time, and with Before*
+    emitted inside, so that a cancel raised there is caught and cleaned up too.
+    """
+
+    __slots__ = ("cancel", "cleanup", "loop", "outer")
+
+    def __init__(
+        self, loop: Loop, cancel: type[CancelException], cleanup: type[Event]
+    ) -> None:
+        self.loop = loop
+        self.cancel = cancel
+        self.cleanup = cleanup
+
+    def __enter__(self) -> None:
+        self.outer = self.loop._innermost
+        self.loop._innermost = self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> bool:
+        loop = self.loop
+        if exc is None:
+            error, end = None, _COMPLETED
+            loop._completed[self.cleanup, loop.training] += 1
+        else:
+            error = self._unless_stray(exc)
+            end = _end(error)
+        loop._ends[self.cleanup] = end
+        try:
+            loop._send(self.cleanup, end)
+        except BaseException as late:
+            late = self._unless_stray(late)
+            error = late if error is None else _first(error, late)
+        loop._innermost = self.outer
+        if error is None or isinstance(error, self.cancel):
+            return True
+        if error is exc:
+            return False  # goes on as it came, traceback and all
+        raise error
+
+    def _unless_stray(self, exc: BaseException) -> BaseException:
+        """A cancel that no open scope will catch is a mistake of whoever raised it."""
+        if not isinstance(exc, CancelException) or isinstance(exc, InterruptedFit):
+            return exc
+        scope: Scope | None = self
+        while scope is not None:
+            if isinstance(exc, scope.cancel):
+                return exc
+            scope = scope.outer
+        error = RuntimeError(
+            f"{exc.who or 'something'} raised {type(exc).__name__} where no scope of its kind"
+            " is open, so there is nothing for it to cancel"
+        )
+        error.__cause__ = exc
+        return error
+
+
+def _first(exc: BaseException, late: BaseException) -> BaseException:
+    """What ended the scope outweighs what its cleanup raised, unless it was only a cancel."""
+    first = weightiest([exc, late])
+    other = late if first is exc else exc
+    if not isinstance(other, CancelException):
+        first.add_note(f"then, in cleanup: {other!r}")
+    return first
+
+
+_COMPLETED = ScopeEnd("completed")
+
+
+def _end(exc: BaseException) -> ScopeEnd:
+    if isinstance(exc, CancelException):
+        return ScopeEnd("cancelled", exc.who, exc.reason)
+    return ScopeEnd("failed", None, f"{type(exc).__name__}: {exc}")

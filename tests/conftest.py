@@ -1,0 +1,81 @@
+"""Fixtures: both backends of anyio, small real data, small models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import structlog
+import torch
+from torch import nn
+
+from eventrain.engine import DataLoaders
+
+BACKENDS = [
+    pytest.param(("asyncio", {}), id="asyncio"),
+    pytest.param(("asyncio", {"use_uvloop": True}), id="uvloop"),
+    pytest.param(("trio", {}), id="trio"),
+]
+
+
+@pytest.fixture(params=BACKENDS)
+def anyio_backend(request: pytest.FixtureRequest) -> object:
+    """Every async test, and every test that asks for a backend, runs on all of them."""
+    return request.param
+
+
+@pytest.fixture
+def backend(anyio_backend: tuple[str, dict[str, object]]) -> dict[str, object]:
+    """Arguments for `Learner.run` and `anyio.run`."""
+    name, options = anyio_backend
+    return {"backend": name, "backend_options": options}
+
+
+@pytest.fixture(autouse=True)
+def _seed_and_structlog() -> Iterator[None]:
+    torch.manual_seed(0)
+    structlog.reset_defaults()
+    yield
+    structlog.reset_defaults()
+
+
+Batches = list[tuple[torch.Tensor, torch.Tensor]]
+
+
+@pytest.fixture
+def make_batches() -> Callable[..., Batches]:
+    """Batches of 4 samples with 3 features and a target that a line fits."""
+
+    def make(n: int = 3, size: int = 4, seed: int = 0) -> Batches:
+        generator = torch.Generator().manual_seed(seed)
+        inputs = [torch.randn(size, 3, generator=generator) for _ in range(n)]
+        return [(x, x.sum(1, keepdim=True)) for x in inputs]
+
+    return make
+
+
+@pytest.fixture
+def dls(make_batches: Callable[..., Batches]) -> DataLoaders:
+    """Three training batches and two for validation, in memory."""
+    return DataLoaders(make_batches(3), make_batches(2, seed=1))
+
+
+@pytest.fixture
+def make_model() -> Callable[[], nn.Module]:
+    """A line; the same one every time."""
+
+    def make() -> nn.Module:
+        torch.manual_seed(42)
+        return nn.Linear(3, 1)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def fashion_mnist() -> Path:
+    """The folder of real Fashion-MNIST images, in torchvision's layout."""
+    for folder in (Path("data"), Path("../shared/data")):
+        if (folder / "FashionMNIST/raw/train-images-idx3-ubyte").exists():
+            return folder
+    pytest.skip("no Fashion-MNIST in ./data; torchvision can download it there")
