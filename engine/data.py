@@ -43,7 +43,7 @@ def loader_of(dls: Any, training: bool) -> Any:
         ValueError: there is none, or it is known to be empty.
         TypeError: it cannot be iterated.
     """
-    phase, other = ("train", "valid") if training else ("valid", "train")
+    phase = "train" if training else "valid"
     loader = getattr(dls, phase, None)
     if loader is None:
         raise ValueError(
@@ -104,6 +104,26 @@ def batch_size(batch: Any) -> int:
         if size := batch_size(item):
             return size
     return 0
+
+
+def inputs_of(batch: Any) -> Any:
+    """What the model is given: the first part of a tuple or list, or all of it."""
+    return batch[0] if isinstance(batch, tuple | list) else batch
+
+
+def targets_of(batch: Any) -> Any:
+    """The second part of a batch.
+
+    Raises:
+        TypeError: the batch has no second part.
+    """
+    if isinstance(batch, tuple | list) and len(batch) > 1:
+        return batch[1]
+    what = f"{len(batch)} part(s)" if isinstance(batch, tuple | list) else type(batch).__qualname__
+    raise TypeError(
+        f"a batch of (inputs, targets) is needed here, but this one is {what}: perform Predict"
+        " and GetLoss your own way, in a Learner subclass or a callback"
+    )
 
 
 _COMMON = (list, tuple, dict, torch.Tensor)

@@ -8,19 +8,18 @@ from typing import TYPE_CHECKING
 
 from ..events import ActionEvent, Event, Subscription
 from ..events.bus import name_of
-from ..events.types import HOOKS
-from .loop import ACTIONS, Loop
+from ..events.types import ACTIONS, HOOKS
 
 if TYPE_CHECKING:
-    from .learner import Learner
+    from .listened import Listened
 
 
-def performers(loop: Loop, action: type[ActionEvent]) -> list[Subscription]:
+def performers(learner: Listened, action: type[ActionEvent]) -> list[Subscription]:
     """The receivers that could perform an action, the one that does first."""
-    return [s for s in loop.bus.signal(action).ordered if s.serves(loop) and not s.closed]
+    return [s for s in learner.bus.signal(action).ordered if s.serves(learner) and not s.closed]
 
 
-def check_performers(loop: Loop, actions: Iterable[type[ActionEvent]]) -> None:
+def check_performers(learner: Listened, actions: Iterable[type[ActionEvent]]) -> None:
     """Raise unless exactly one receiver, or the learner itself, performs each action.
 
     Raises:
@@ -28,20 +27,20 @@ def check_performers(loop: Loop, actions: Iterable[type[ActionEvent]]) -> None:
         TypeError: nobody would.
     """
     for action in actions:
-        found = performers(loop, action)
+        found = performers(learner, action)
         if len(found) > 1 and found[0].key[0] == found[1].key[0]:
             raise ValueError(
                 f"{found[0].name} and {found[1].name} both perform {action.__name__} at order"
                 f" {found[0].key[0]:g}: remove one of them, or give one a lower order"
             )
-        if not found and loop._methods[action] is None:
+        if not found and not hasattr(learner, action.hook):
             raise TypeError(
-                f"nobody performs {action.__name__}: give {type(loop).__qualname__} a method"
+                f"nobody performs {action.__name__}: give {type(learner).__qualname__} a method"
                 f" {action.hook}(), or use TrainLearner, or add TrainCB() to the callbacks"
             )
 
 
-def explain(learner: Learner) -> str:
+def explain(learner: Listened) -> str:
     """A line for every receiver of every event, in the order they run in."""
     lines = []
     for event_type in HOOKS.values():
@@ -50,24 +49,24 @@ def explain(learner: Learner) -> str:
         elif learner.bus.signal(event_type).receivers:
             lines += _event_lines(learner, event_type)
     for stream in learner.streams:
-        lines.append(f"{stream.name}, beside the training: {', '.join(t.__name__ for t in stream.event_types)}")
+        types = ", ".join(event_type.__name__ for event_type in stream.event_types)
+        lines.append(f"{stream.name}, beside the training: {types}")
     return "\n".join(lines)
 
 
-def _event_lines(loop: Loop, event_type: type[Event]) -> list[str]:
+def _event_lines(learner: Listened, event_type: type[Event]) -> list[str]:
     inline = [
         subscription
-        for subscription in loop.bus.signal(event_type).ordered
-        if subscription.serves(loop) and subscription.order > -math.inf
+        for subscription in learner.bus.signal(event_type).ordered
+        if subscription.serves(learner) and subscription.order > -math.inf
     ]
     return [event_type.__name__] * bool(inline) + [f"  {s.key[0]:>6g}  {s.name}" for s in inline]
 
 
-def _action_lines(loop: Loop, action: type[ActionEvent]) -> list[str]:
-    names = [f"{s.name} (order {s.key[0]:g})" for s in performers(loop, action)]
-    method = loop._methods[action]
-    if method is not None:
-        names.append(name_of(method))
+def _action_lines(learner: Listened, action: type[ActionEvent]) -> list[str]:
+    names = [f"{s.name} (order {s.key[0]:g})" for s in performers(learner, action)]
+    if hasattr(learner, action.hook):
+        names.append(name_of(getattr(learner, action.hook)))
     if not names:
         return [f"{action.__name__}: nobody"]
     passed_over = f", instead of {', '.join(names[1:])}" if names[1:] else ""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from types import MappingProxyType
-from typing import Any, Literal, TextIO, TypeVar
+from typing import Any, Literal
 
 import anyio
 import anyio.lowlevel
@@ -26,20 +26,14 @@ from ..events import (
     CleanupEpoch,
     CleanupFit,
     CleanupStep,
-    Event,
-    Subscription,
 )
-from ..events.callback import Overflow
-from .attachments import Attachments
+from ..events.types import ACTIONS
 from .data import loader_of
-from .explain import check_performers, explain
-from .loop import ACTIONS, Loop
-from .observers import EventStream, Observer
+from .explain import check_performers
+from .loop import Loop
+from .observers import EventStream
 from .result import FitResult
 from .runtime import Runtime
-
-E = TypeVar("E", bound=Event)
-R = TypeVar("R", bound=Callable[..., Any])
 
 _CANCELS: Mapping[str, type[CancelException]] = {
     "fit": CancelFitException,
@@ -105,23 +99,18 @@ class Learner(Loop):
         *,
         bus: Bus | None = None,
     ) -> None:
+        super().__init__(bus)
         self.model = model
         self.dls = dls
         self.loss_func = loss_func
         self.lr = lr
         self.opt_func = opt_func
-        self.bus = Bus() if bus is None else bus
         self.result: FitResult | None = None
         self.record = {}
         self.history = []
         self._completed = Counter()
         self._ends = {}
-        self._requests = deque()
-        self._methods = {action: getattr(self, action.hook, None) for action in ACTIONS}
         self._fitting = False
-        self._runtime: Runtime | None = None
-        self.streams: list[EventStream[Any]] = []
-        self._attachments = Attachments(self, self.bus, self.observe)
         self.add_cbs(cbs)
 
     # ---------------------------------------------------------------------------------- fit
@@ -163,7 +152,7 @@ class Learner(Loop):
         try:
             temporary = self.add_cbs(cbs)
             self._prepare(n_epochs, train, valid, lr)
-            return await self._run(train, valid)
+            return await self._run()
         finally:
             self.remove_cbs(temporary)
             self._requests.clear()
@@ -229,11 +218,6 @@ class Learner(Loop):
         """Whether a fit is running."""
         return self._fitting
 
-    @property
-    def stopping(self) -> bool:
-        """Whether something has asked the running fit to stop, and it has not done so yet."""
-        return bool(self._requests)
-
     def _prepare(self, n_epochs: int, train: bool, valid: bool, lr: float | None) -> None:
         """Check what can be known before any work, and begin anew."""
         for training in [True] * train + [False] * valid:
@@ -244,6 +228,7 @@ class Learner(Loop):
         if train and self.opt is None:
             raise ValueError("opt_func is None, which keeps learner.opt, but that is not set")
         self.run_id = uuid.uuid4().hex[:12]
+        self.train, self.valid = train, valid
         self.n_epochs = n_epochs
         self.epochs = range(n_epochs)
         self.epoch = self.iter = self.n_samples = 0
@@ -268,24 +253,22 @@ class Learner(Loop):
             raise TypeError(f"opt_func={self.opt_func!r} returned {opt!r}, which is no optimizer")
         return opt
 
-    async def _run(self, train: bool, valid: bool) -> FitResult:
+    async def _run(self) -> FitResult:
         runtime = self._runtime = Runtime(self)
         self._async_wrapper = runtime.async_wrapper
         for stream in self.streams:
             stream.begin()
         start = time.perf_counter()
         try:
-            await runtime.run(partial(self.one_fit, train, valid))
+            await runtime.run(self.one_fit)
         finally:
             self._runtime = self._async_wrapper = None
             for stream in (streams := tuple(self.streams)):
                 stream.finish()
-            self.result = self._make_result(train, time.perf_counter() - start, streams)
+            self.result = self._make_result(time.perf_counter() - start, streams)
         return self.result
 
-    def _make_result(
-        self, train: bool, seconds: float, streams: Iterable[EventStream[Any]]
-    ) -> FitResult:
+    def _make_result(self, seconds: float, streams: Iterable[EventStream[Any]]) -> FitResult:
         end = self._ends[CleanupFit]
         dropped: Counter[str] = Counter()
         for stream in streams:
@@ -296,7 +279,7 @@ class Learner(Loop):
             who=end.who,
             reason=end.reason,
             n_epochs=self.n_epochs,
-            epochs=self._completed[CleanupEpoch, train],
+            epochs=self._completed[CleanupEpoch, self.train],
             batches=self._completed[CleanupBatch, True],
             valid_batches=self._completed[CleanupBatch, False],
             steps=self._completed[CleanupStep, True],
@@ -312,154 +295,3 @@ class Learner(Loop):
         target = self._open_scope(type(error)) if isinstance(error, CancelException) else None
         self._requests.append((error, target))
         return True
-
-    # ---------------------------------------------------------------------------- callbacks
-
-    @property
-    def cbs(self) -> tuple[Callback, ...]:
-        """The callbacks, in the order they were attached in. See `add_cbs`, `remove_cbs`."""
-        return self._attachments.callbacks
-
-    def add_cbs(self, cbs: Callback | Iterable[Callback] | None) -> tuple[Callback, ...]:
-        """Attach one callback or several, all or none; return them.
-
-        Raises:
-            TypeError: one is no Callback.
-            ValueError: one is attached already, or `run_after`/`run_before` make a circle.
-        """
-        cbs = () if cbs is None else (cbs,) if isinstance(cbs, Callback | type) else tuple(cbs)
-        self._attachments.attach(cbs)
-        return cbs
-
-    def remove_cbs(self, cbs: Callback | Iterable[Callback]) -> None:
-        """Detach one callback or several. Raises ValueError if one is not attached."""
-        for callback in (cbs,) if isinstance(cbs, Callback) else tuple(cbs):
-            self._attachments.detach(callback)
-
-    def explain(self, file: TextIO | None = None) -> str:
-        """Print, and return, what runs on every event, in order, and who performs each action.
-
-        Args:
-            file: where to print to, standard output by default.
-        """
-        text = explain(self)
-        print(text, file=file)
-        return text
-
-    # ------------------------------------------------------------------------- subscriptions
-
-    def on(
-        self,
-        event_type: type[E],
-        *,
-        order: float = 0,
-        every: int = 1,
-        once: bool = False,
-        where: Callable[[E], bool] | None = None,
-    ) -> Callable[[R], R]:
-        """Subscribe the decorated function; the arguments are those of `Bus.subscribe`.
-
-        Example:
-            >>> import torch
-            >>> from eventrain.engine import DataLoaders, TrainLearner
-            >>> from eventrain.events import AfterBatch
-            >>> batches = [(torch.ones(2, 3), torch.zeros(2, 1))] * 4
-            >>> learner = TrainLearner(torch.nn.Linear(3, 1), DataLoaders(batches))
-            >>> @learner.on(AfterBatch, every=2)
-            ... def tell(event):
-            ...     print("batch", event.iter + 1, "of", event.n_iter)
-            >>> result = learner.run(valid=False)
-            batch 2 of 4
-            batch 4 of 4
-        """
-
-        def decorate(receiver: R) -> R:
-            self.subscribe(
-                event_type, receiver, order=order, every=every, once=once, where=where
-            )
-            return receiver
-
-        return decorate
-
-    def subscribe(
-        self,
-        event_type: type[E],
-        receiver: Callable[[E], Any],
-        *,
-        order: float = 0,
-        every: int = 1,
-        once: bool = False,
-        where: Callable[[E], bool] | None = None,
-    ) -> Subscription:
-        """Call `receiver` with this learner's events, in order, in the training thread.
-
-        It may change the learner and may raise a cancel; an `async def` is awaited on the
-        caller's event loop while the training waits. The arguments are those of
-        `Bus.subscribe`. Close what is returned to end it.
-        """
-        return self.bus.subscribe(
-            event_type, receiver, order=order, every=every, once=once, where=where, learner=self
-        )
-
-    def events(
-        self,
-        *event_types: type[E],
-        buffer: int = 1024,
-        overflow: Overflow = "drop_oldest",
-        where: Callable[[E], bool] | None = None,
-    ) -> EventStream[E]:
-        """This learner's events as an async stream, until the fit that is watched has ended.
-
-        Args:
-            event_types: event classes; all events if none is given.
-            buffer: how many events are held for a slow reader.
-            overflow: what happens when it is full: "drop_oldest"; "latest", which holds only
-                the newest; or "block", which loses nothing and slows the training down.
-            where: only events for which this is true; asked in the training thread.
-
-        Raises:
-            TypeError, ValueError: no event class, buffer below 1, or an unknown policy.
-
-        Example:
-            >>> import anyio, torch
-            >>> from eventrain.engine import DataLoaders, TrainLearner
-            >>> from eventrain.events import CleanupEpoch
-            >>> batches = [(torch.ones(2, 3), torch.zeros(2, 1))] * 4
-            >>> learner = TrainLearner(torch.nn.Linear(3, 1), DataLoaders(batches, batches))
-            >>> async def main():
-            ...     async with learner.events(CleanupEpoch) as stream, anyio.create_task_group() as tg:
-            ...         tg.start_soon(learner.fit, 2)
-            ...         async for event in stream:
-            ...             print(event.epoch, "train" if event.training else "valid")
-            >>> anyio.run(main)
-            0 train
-            0 valid
-            1 train
-            1 valid
-        """
-        return EventStream(self, event_types, buffer, overflow, where)
-
-    def observe(
-        self,
-        receiver: Callable[[E], Any],
-        *event_types: type[E],
-        buffer: int = 1024,
-        overflow: Overflow = "drop_oldest",
-        where: Callable[[E], bool] | None = None,
-        on_error: Literal["log", "raise"] = "log",
-    ) -> Observer[E]:
-        """Call `receiver`, plain or async, with events beside the training, on the event loop.
-
-        It cannot cancel, change or hurt the run. The arguments are those of `events`, and:
-
-        Args:
-            on_error: what a receiver that raises leads to, besides being logged and detached:
-                "log" nothing, "raise" the end of the fit with that error.
-        """
-        observer = Observer(self, event_types, buffer, overflow, where, receiver, on_error)
-        return observer.open()
-
-    def wake(self, stream: EventStream[Any]) -> None:
-        """Have a reader woken at once, from the training thread."""
-        if self._runtime is not None:
-            self._runtime.wake(stream)

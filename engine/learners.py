@@ -10,6 +10,7 @@ from torch import nn, optim
 from torch.nn import functional as F
 
 from ..events import Bus, Callback
+from .data import inputs_of, targets_of
 from .learner import Learner
 
 
@@ -35,21 +36,6 @@ def check_loss(loss: Any) -> Any:
     return loss
 
 
-def targets_of(batch: Any) -> Any:
-    """The second part of a batch.
-
-    Raises:
-        TypeError: the batch has no second part.
-    """
-    if isinstance(batch, tuple | list) and len(batch) > 1:
-        return batch[1]
-    what = f"{len(batch)} part(s)" if isinstance(batch, tuple | list) else type(batch).__qualname__
-    raise TypeError(
-        f"a batch of (inputs, targets) is needed here, but this one is {what}: perform Predict"
-        " and GetLoss your own way, in a Learner subclass or a callback"
-    )
-
-
 class TrainLearner(Learner):
     """A Learner for a batch of (inputs, targets), one model and one optimizer.
 
@@ -66,8 +52,7 @@ class TrainLearner(Learner):
     """
 
     def predict(self) -> None:
-        inputs = self.batch[0] if isinstance(self.batch, tuple | list) else self.batch
-        self.preds = self.model(inputs)
+        self.preds = self.model(inputs_of(self.batch))
 
     def get_loss(self) -> None:
         self.loss = self.loss_func(self.preds, targets_of(self.batch))

@@ -5,8 +5,7 @@ Source: "The Ultimate Training Loop", after fastai's miniai.
 
 from __future__ import annotations
 
-from collections import Counter, deque
-from collections.abc import Callable
+from collections import Counter
 from typing import Any
 
 import torch
@@ -25,7 +24,6 @@ from ..events import (
     BeforeEpoch,
     BeforeFit,
     BeforeStep,
-    Bus,
     CancelBatchException,
     CancelEpochException,
     CancelException,
@@ -44,21 +42,20 @@ from ..events import (
 )
 from ..events.signal import AsyncWrapper, blame
 from .data import batch_size, length_of, read
+from .listened import Listened
 from .scope import InterruptedFit, Scope
 
-ACTIONS: tuple[type[ActionEvent], ...] = (Predict, GetLoss, Backward, Step, ZeroGrad)
 
-
-class Loop:
+class Loop(Listened):
     """Fit, epoch, batch, step: the four scopes, top to bottom. Runs in one thread, blocking."""
 
-    def one_fit(self, train: bool, valid: bool) -> None:
+    def one_fit(self) -> None:
         with self.scope(CancelFitException, CleanupFit):
             self.emit(BeforeFit)
             for self.epoch in self.epochs:
-                if train:
+                if self.train:
                     self.one_epoch(training=True)
-                if valid:
+                if self.valid:
                     with torch.no_grad():
                         self.one_epoch(training=False)
             self.emit(AfterFit)
@@ -99,9 +96,10 @@ class Loop:
     dls: Any
     dl: Any = None
     opt: Any = None
-    bus: Bus
 
     run_id: str = ""
+    train: bool = True
+    valid: bool = True
     n_epochs: int = 0
     epochs: range = range(0)
     epoch: int = 0
@@ -119,9 +117,7 @@ class Loop:
     _completed: Counter[tuple[type[Event], bool]]
     _ends: dict[type[Event], ScopeEnd]
     _innermost: Scope | None = None
-    _requests: deque[tuple[BaseException, Scope | None]]
     _async_wrapper: AsyncWrapper | None = None
-    _methods: dict[type[ActionEvent], Callable[[], Any] | None]
 
     def scope(self, cancel: type[CancelException], cleanup: type[Event]) -> Scope:
         """Enter a scope: `cancel` leaves it, `cleanup` is emitted when it is left."""
@@ -151,11 +147,8 @@ class Loop:
         if performer is not None:
             signal.send_to(performer, action.of(self), self._async_wrapper)
             return
-        method = self._methods[action]
-        if method is None:
-            raise RuntimeError(f"nobody performs {action.__name__} any more")
         try:
-            method()
+            getattr(self, action.hook)()
         except BaseException as exc:
             blame(exc, f"{type(self).__qualname__}.{action.hook}", action.of(self))
             raise

@@ -26,7 +26,7 @@ from ..events.bus import check_event_type, name_of
 from ..events.callback import Overflow
 
 if TYPE_CHECKING:
-    from .learner import Learner
+    from .listened import Listened
 
 E = TypeVar("E", bound=Event)
 
@@ -50,7 +50,7 @@ class EventStream(Generic[E]):
 
     def __init__(
         self,
-        learner: Learner,
+        learner: Listened,
         event_types: tuple[type[E], ...],
         buffer: int,
         overflow: Overflow,
@@ -188,7 +188,7 @@ class Observer(EventStream[E]):
 
     def __init__(
         self,
-        learner: Learner,
+        learner: Listened,
         event_types: tuple[type[E], ...],
         buffer: int,
         overflow: Overflow,

@@ -179,7 +179,7 @@ class Runtime:
         if not done.done() and event.reaches_all:
             log.warning(
                 "cleanup_cut_short",
-                receiver=coroutine.__qualname__,
+                receiver=coroutine.__qualname__,  # type: ignore[attr-defined]
                 cleanup=type(event).__name__,
                 cleanup_timeout=self._learner.cleanup_timeout,
             )
@@ -214,7 +214,8 @@ class Runtime:
 def _torch_state() -> Callable[[], None]:
     """What a new thread does not inherit from this one: the default and the CUDA device."""
     device = torch.get_default_device()
-    cuda = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+    initialized = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    cuda = torch.cuda.current_device() if initialized else None
 
     def enter() -> None:
         if device.type != "cpu":

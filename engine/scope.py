@@ -27,9 +27,7 @@ class Scope:
 
     __slots__ = ("cancel", "cleanup", "loop", "outer")
 
-    def __init__(
-        self, loop: Loop, cancel: type[CancelException], cleanup: type[Event]
-    ) -> None:
+    def __init__(self, loop: Loop, cancel: type[CancelException], cleanup: type[Event]) -> None:
         self.loop = loop
         self.cancel = cancel
         self.cleanup = cleanup

@@ -162,9 +162,7 @@ class Bus:
         """Subscribe the decorated function; the arguments are those of `subscribe`."""
 
         def decorate(receiver: R) -> R:
-            self.subscribe(
-                event_type, receiver, order=order, every=every, once=once, where=where
-            )
+            self.subscribe(event_type, receiver, order=order, every=every, once=once, where=where)
             return receiver
 
         return decorate
@@ -206,9 +204,7 @@ class Bus:
             raise ValueError(f"every={every!r}: give a positive integer, 1 for all events")
         if not isinstance(order, int | float) or order != order:
             raise ValueError(f"order={order!r}: give a number; lower is called earlier")
-        subscription = Subscription(
-            self, event_type, receiver, order, every, once, where, learner
-        )
+        subscription = Subscription(self, event_type, receiver, order, every, once, where, learner)
         with self.lock:
             self._subscriptions[id(subscription)] = subscription
             signals = [self.signals[event_type], *self.signals.values()]

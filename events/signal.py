@@ -47,11 +47,13 @@ class EventSignal(blinker.Signal):
                 ordered = self._ordered = tuple(sorted(subscriptions, key=lambda s: s.key))
         return ordered
 
-    def add(self, subscription: Subscription) -> None:
+    # Typed Any: blinker asks for a callable, but only stores it under its id.
+
+    def add(self, subscription: Any) -> None:
         super().connect(subscription, weak=False)
         self._ordered = None
 
-    def discard(self, subscription: Subscription) -> None:
+    def discard(self, subscription: Any) -> None:
         super().disconnect(subscription)
         self._ordered = None
 

@@ -345,3 +345,7 @@ class Step(ActionEvent):
 @dataclass(frozen=True, slots=True, eq=False)
 class ZeroGrad(ActionEvent):
     """Make the gradients ready for the next batch."""
+
+
+ACTIONS: tuple[type[ActionEvent], ...] = (Predict, GetLoss, Backward, Step, ZeroGrad)
+"""In the order in which a training batch asks for them."""

@@ -1,0 +1,188 @@
+"""Who listens to a learner: callbacks, subscribers, streams and observers."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable
+from typing import Any, Literal, TextIO, TypeVar
+
+from ..events import Bus, Callback, Event, Subscription
+from ..events.callback import Overflow
+from .attachments import Attachments
+from .explain import explain
+from .observers import EventStream, Observer
+from .runtime import Runtime
+from .scope import Scope
+
+E = TypeVar("E", bound=Event)
+R = TypeVar("R", bound=Callable[..., Any])
+
+
+class Listened:
+    """The side of a learner that others subscribe to.
+
+    Two lanes: ordered receivers (callbacks, `on`, `subscribe`) run in the training thread and
+    may change and cancel; `events` and `observe` run beside it, on the host's event loop.
+    """
+
+    def __init__(self, bus: Bus | None) -> None:
+        self.bus = Bus() if bus is None else bus
+        self.streams: list[EventStream[Any]] = []
+        self._requests: deque[tuple[BaseException, Scope | None]] = deque()
+        self._runtime: Runtime | None = None
+        self._attachments = Attachments(self, self.bus, self.observe)
+
+    @property
+    def cbs(self) -> tuple[Callback, ...]:
+        """The callbacks, in the order they were attached in. See `add_cbs`, `remove_cbs`."""
+        return self._attachments.callbacks
+
+    def add_cbs(self, cbs: Callback | Iterable[Callback] | None) -> tuple[Callback, ...]:
+        """Attach one callback or several, all or none; return them.
+
+        Raises:
+            TypeError: one is no Callback.
+            ValueError: one is attached already, or `run_after`/`run_before` make a circle.
+        """
+        cbs = () if cbs is None else (cbs,) if isinstance(cbs, Callback | type) else tuple(cbs)
+        self._attachments.attach(cbs)
+        return cbs
+
+    def remove_cbs(self, cbs: Callback | Iterable[Callback]) -> None:
+        """Detach one callback or several. Raises ValueError if one is not attached."""
+        for callback in (cbs,) if isinstance(cbs, Callback) else tuple(cbs):
+            self._attachments.detach(callback)
+
+    def explain(self, file: TextIO | None = None) -> str:
+        """Print, and return, what runs on every event, in order, and who performs each action.
+
+        Args:
+            file: where to print to, standard output by default.
+        """
+        text = explain(self)
+        print(text, file=file)
+        return text
+
+    # ------------------------------------------------------------------------- subscriptions
+
+    def on(
+        self,
+        event_type: type[E],
+        *,
+        order: float = 0,
+        every: int = 1,
+        once: bool = False,
+        where: Callable[[E], bool] | None = None,
+    ) -> Callable[[R], R]:
+        """Subscribe the decorated function; the arguments are those of `Bus.subscribe`.
+
+        Example:
+            >>> import torch
+            >>> from eventrain.engine import DataLoaders, TrainLearner
+            >>> from eventrain.events import AfterBatch
+            >>> batches = [(torch.ones(2, 3), torch.zeros(2, 1))] * 4
+            >>> learner = TrainLearner(torch.nn.Linear(3, 1), DataLoaders(batches))
+            >>> @learner.on(AfterBatch, every=2)
+            ... def tell(event):
+            ...     print("batch", event.iter + 1, "of", event.n_iter)
+            >>> result = learner.run(valid=False)
+            batch 2 of 4
+            batch 4 of 4
+        """
+
+        def decorate(receiver: R) -> R:
+            self.subscribe(event_type, receiver, order=order, every=every, once=once, where=where)
+            return receiver
+
+        return decorate
+
+    def subscribe(
+        self,
+        event_type: type[E],
+        receiver: Callable[[E], Any],
+        *,
+        order: float = 0,
+        every: int = 1,
+        once: bool = False,
+        where: Callable[[E], bool] | None = None,
+    ) -> Subscription:
+        """Call `receiver` with this learner's events, in order, in the training thread.
+
+        It may change the learner and may raise a cancel; an `async def` is awaited on the
+        caller's event loop while the training waits. The arguments are those of
+        `Bus.subscribe`. Close what is returned to end it.
+        """
+        return self.bus.subscribe(
+            event_type, receiver, order=order, every=every, once=once, where=where, learner=self
+        )
+
+    def events(
+        self,
+        *event_types: type[E],
+        buffer: int = 1024,
+        overflow: Overflow = "drop_oldest",
+        where: Callable[[E], bool] | None = None,
+    ) -> EventStream[E]:
+        """This learner's events as an async stream, until the fit that is watched has ended.
+
+        Args:
+            event_types: event classes; all events if none is given.
+            buffer: how many events are held for a slow reader.
+            overflow: what happens when it is full: "drop_oldest"; "latest", which holds only
+                the newest; or "block", which loses nothing and slows the training down.
+            where: only events for which this is true; asked in the training thread.
+
+        Raises:
+            TypeError, ValueError: no event class, buffer below 1, or an unknown policy.
+
+        Example:
+            >>> import anyio, torch
+            >>> from eventrain.engine import DataLoaders, TrainLearner
+            >>> from eventrain.events import CleanupEpoch
+            >>> batches = [(torch.ones(2, 3), torch.zeros(2, 1))] * 4
+            >>> learner = TrainLearner(torch.nn.Linear(3, 1), DataLoaders(batches, batches))
+            >>> async def main():
+            ...     async with anyio.create_task_group() as tasks:
+            ...         async with learner.events(CleanupEpoch) as stream:
+            ...             tasks.start_soon(learner.fit, 2)
+            ...             async for event in stream:
+            ...                 print(event.epoch, "train" if event.training else "valid")
+            >>> anyio.run(main)
+            0 train
+            0 valid
+            1 train
+            1 valid
+        """
+        return EventStream(self, event_types, buffer, overflow, where)
+
+    def observe(
+        self,
+        receiver: Callable[[E], Any],
+        *event_types: type[E],
+        buffer: int = 1024,
+        overflow: Overflow = "drop_oldest",
+        where: Callable[[E], bool] | None = None,
+        on_error: Literal["log", "raise"] = "log",
+    ) -> Observer[E]:
+        """Call `receiver`, plain or async, with events beside the training, on the event loop.
+
+        It cannot cancel, change or hurt the run. The arguments are those of `events`, and:
+
+        Args:
+            on_error: what a receiver that raises leads to, besides being logged and detached:
+                "log" nothing, "raise" the end of the fit with that error.
+        """
+        observer = Observer(self, event_types, buffer, overflow, where, receiver, on_error)
+        return observer.open()
+
+    # ------------------------------------------------------------ between the two threads
+
+    @property
+    def stopping(self) -> bool:
+        """Whether something has asked the running fit to stop, and it has not done so yet."""
+        return bool(self._requests)
+
+    def wake(self, stream: EventStream[Any]) -> None:
+        """Have a reader woken at once, from the training thread."""
+        if self._runtime is not None:
+            self._runtime.wake(stream)
