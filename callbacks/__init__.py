@@ -1,3 +1,33 @@
-"""Callbacks: one idea a file."""
+"""Callbacks: one idea a file. Any may be used with any other, in any order given."""
 
-__all__: list[str] = []
+from ..events import Callback
+from .accelerate import AccelerateCB
+from .accumulation import GradientAccumulationCB
+from .channels_last import ChannelLastCB
+from .clipping import GradientClippingCB
+from .device import DeviceCB, def_device, to_cpu, to_device
+from .logs import StructlogCB
+from .lr_finder import LRFinderCB
+from .metrics import MetricsCB
+from .mixed import MixedTrainingCB
+from .single import SingleBatchCB, SingleEpochCB
+from .train import TrainCB
+
+__all__ = [
+    "AccelerateCB",
+    "Callback",
+    "ChannelLastCB",
+    "DeviceCB",
+    "GradientAccumulationCB",
+    "GradientClippingCB",
+    "LRFinderCB",
+    "MetricsCB",
+    "MixedTrainingCB",
+    "SingleBatchCB",
+    "SingleEpochCB",
+    "StructlogCB",
+    "TrainCB",
+    "def_device",
+    "to_cpu",
+    "to_device",
+]

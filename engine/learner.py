@@ -5,13 +5,15 @@ from __future__ import annotations
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import anyio
 import anyio.lowlevel
+import structlog
 from torch import nn, optim
 from torch.nn import functional as F
 
@@ -28,12 +30,17 @@ from ..events import (
     CleanupStep,
 )
 from ..events.types import ACTIONS
-from .data import loader_of
+from .data import DataLoaders, loader_of
 from .explain import check_performers
 from .loop import Loop
 from .observers import EventStream
+from .predictions import CollectPredictions, concatenate
+from .preserve import preserved
 from .result import FitResult
 from .runtime import Runtime
+
+if TYPE_CHECKING:
+    from ..callbacks import LRFinderCB
 
 _CANCELS: Mapping[str, type[CancelException]] = {
     "fit": CancelFitException,
@@ -142,11 +149,7 @@ class Learner(Loop):
         """
         if isinstance(n_epochs, bool) or not isinstance(n_epochs, int) or n_epochs < 0:
             raise ValueError(f"n_epochs={n_epochs!r}: give a whole number, 0 or more")
-        if self._fitting:
-            raise RuntimeError(
-                f"this learner is fitting already (run {self.run_id}); await that, or use another"
-                " learner: one fits once at a time"
-            )
+        self._check_idle()
         self._fitting = True
         temporary: tuple[Callback, ...] = ()
         try:
@@ -189,6 +192,82 @@ class Learner(Loop):
             " `await learner.fit(...)` here"
         )
 
+    async def validate(self, dl: Any = None) -> dict[str, Any]:
+        """Run one validating epoch; return its numbers, such as "loss" and the metrics.
+
+        Args:
+            dl: the loader to use, `dls.valid` by default.
+
+        Raises:
+            RuntimeError, ValueError, TypeError: as `fit`.
+        """
+        from ..callbacks import MetricsCB  # at call time: callbacks are built on the engine
+
+        measured = any(isinstance(cb, MetricsCB) for cb in self.cbs)
+        with self._validating(dl):
+            result = await self.fit(1, train=False, cbs=None if measured else MetricsCB())
+        numbers = dict(result.history[-1]) if result.history else {}
+        return {key: value for key, value in numbers.items() if key not in ("epoch", "train")}
+
+    async def get_preds(self, dl: Any = None, with_targets: bool = False) -> Any:
+        """Predict for every sample of a loader, without a loss.
+
+        Args:
+            dl: the loader to use, `dls.valid` by default.
+            with_targets: whether to return the targets, too.
+
+        Returns:
+            The predictions on the CPU, concatenated along their first dimension; with targets,
+            a tuple of both.
+
+        Raises:
+            RuntimeError, ValueError, TypeError: as `fit`.
+        """
+        collected = CollectPredictions(with_targets)
+        with self._validating(dl):
+            await self.fit(1, train=False, cbs=collected)
+        preds = concatenate(collected.preds)
+        return (preds, concatenate(collected.targets)) if with_targets else preds
+
+    async def lr_find(
+        self, lr_mult: float = 1.3, start_lr: float = 1e-5, max_epochs: int = 10
+    ) -> LRFinderCB:
+        """Try rising learning rates; leave model, optimizer and random states as they were.
+
+        Args:
+            lr_mult: the factor from one step to the next.
+            start_lr: the first learning rate.
+            max_epochs: end after these, if the loss has not exploded before.
+
+        Returns:
+            The finder: its `suggestion("valley")`, `suggestions`, `lrs`, `losses`, `plot()`.
+
+        Raises:
+            RuntimeError, ValueError, TypeError: as `fit`.
+
+        Source: the post's `lr_find`, after fastai's.
+        """
+        from ..callbacks import LRFinderCB  # at call time: callbacks are built on the engine
+
+        self._check_idle()
+        finder = LRFinderCB(lr_mult)
+        with preserved(self):
+            await self.fit(max_epochs, valid=False, cbs=finder, lr=start_lr)
+        return finder
+
+    @contextmanager
+    def _validating(self, dl: Any) -> Iterator[None]:
+        """Use `dl`, if given, and leave the model in the mode that it was in."""
+        self._check_idle()
+        dls, training = self.dls, self.model.training
+        if dl is not None:
+            self.dls = DataLoaders(valid=dl)
+        try:
+            yield
+        finally:
+            self.dls = dls
+            self.model.train(training)
+
     def stop(
         self, scope: Literal["fit", "epoch", "batch"] = "fit", reason: str | None = None
     ) -> bool:
@@ -217,6 +296,13 @@ class Learner(Loop):
     def fitting(self) -> bool:
         """Whether a fit is running."""
         return self._fitting
+
+    def _check_idle(self) -> None:
+        if self._fitting:
+            raise RuntimeError(
+                f"this learner is fitting already (run {self.run_id}); await that, or use another"
+                " learner: one fits once at a time"
+            )
 
     def _prepare(self, n_epochs: int, train: bool, valid: bool, lr: float | None) -> None:
         """Check what can be known before any work, and begin anew."""
@@ -266,6 +352,10 @@ class Learner(Loop):
             for stream in (streams := tuple(self.streams)):
                 stream.finish()
             self.result = self._make_result(time.perf_counter() - start, streams)
+            if self.result.dropped:
+                structlog.get_logger("eventrain").warning(
+                    "events_dropped", run_id=self.run_id, dropped=dict(self.result.dropped)
+                )
         return self.result
 
     def _make_result(self, seconds: float, streams: Iterable[EventStream[Any]]) -> FitResult:

@@ -1,0 +1,88 @@
+"""Move the model and the batches to a device."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, MutableMapping
+from typing import Any
+
+import torch
+
+from ..events import BeforeBatch, BeforeFit, Callback
+
+def_device = (
+    "mps" if torch.backends.mps.is_available() else "cuda" if torch.cuda.is_available() else "cpu"
+)
+"""The device of this machine: "mps", "cuda" or "cpu"."""
+
+
+def map_tensors(x: Any, fn: Callable[[Any], Any]) -> Any:
+    """Apply `fn` to every tensor in nested mappings, tuples, lists and namedtuples.
+
+    Containers keep their type; what is neither container nor tensor is left as it is.
+
+    Example:
+        >>> map_tensors({"x": (torch.ones(2), "a")}, lambda t: t.sum().item())
+        {'x': (2.0, 'a')}
+    """
+    if isinstance(x, torch.Tensor):
+        return fn(x)
+    if isinstance(x, Mapping):
+        items = {k: map_tensors(v, fn) for k, v in x.items()}
+        if type(x) is dict or not isinstance(x, MutableMapping):
+            return items
+        same = copy.copy(x)  # a subclass may need more than items to be made
+        same.update(items)
+        return same
+    if isinstance(x, tuple) and hasattr(x, "_fields"):
+        return type(x)(*(map_tensors(item, fn) for item in x))
+    if isinstance(x, list | tuple):
+        return type(x)(map_tensors(item, fn) for item in x)
+    return x
+
+
+def to_device(x: Any, device: str | torch.device = def_device, non_blocking: bool = False) -> Any:
+    """Move every tensor in `x`, and everything else that has a `.to()`, to a device.
+
+    Args:
+        x: tensors, alone or nested in containers.
+        device: where to.
+        non_blocking: do not wait for the copy; worth it from pinned memory.
+
+    Source: the post's `to_device`.
+    """
+    if not isinstance(x, torch.Tensor) and callable(getattr(x, "to", None)):
+        return x.to(device)  # a packed sequence, a tokenizer's encoding
+    return map_tensors(x, lambda t: t.to(device, non_blocking=non_blocking))
+
+
+def to_cpu(x: Any) -> Any:
+    """Detach every tensor in `x` and copy it to the CPU. The host waits for the device.
+
+    Source: the post's `to_cpu`.
+    """
+    return map_tensors(x, lambda t: t.detach().cpu())
+
+
+class DeviceCB(Callback):
+    """Moves the model before the fit, and each batch before it is used.
+
+    Args:
+        device: where to; by default what `def_device` found.
+        non_blocking: whether the copy of a batch may run beside the host.
+
+    Source: the post's `DeviceCB`.
+    """
+
+    order = -20
+
+    def __init__(self, device: str | torch.device = def_device, non_blocking: bool = False) -> None:
+        self.device = torch.device(device)
+        self.non_blocking = non_blocking
+
+    def before_fit(self, event: BeforeFit) -> None:
+        event.learner.model.to(self.device)
+
+    def before_batch(self, event: BeforeBatch) -> None:
+        learner = event.learner
+        learner.batch = to_device(learner.batch, self.device, self.non_blocking)

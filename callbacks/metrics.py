@@ -1,0 +1,119 @@
+"""Loss and metrics of every epoch, accumulated where the predictions are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torcheval.metrics import Metric
+
+from ..engine.data import batch_size, targets_of
+from ..events import AfterBatch, AfterEpoch, BeforeEpoch, BeforeFit, Callback
+
+
+class MetricsCB(Callback):
+    """Computes torcheval metrics, and the loss averaged over samples, for every epoch.
+
+    Each batch updates them on the device, without a copy to the host; the numbers are read
+    once an epoch. They go into `learner.record`, and so into the `CleanupEpoch` event and
+    `FitResult.history`.
+
+    Args:
+        metrics: torcheval metrics, updated with (predictions, targets), named after their class.
+        named: the same, under names of your own.
+
+    Attributes:
+        history: one dict an epoch and phase, over all fits: "epoch", "train" ("train" or
+            "eval"), a number (or nested list) per metric, and "loss".
+
+    Raises:
+        TypeError: something is no torcheval metric.
+        ValueError: two have the same name, or one is called like another column.
+
+    Example:
+        >>> import torch
+        >>> from torcheval.metrics import MulticlassAccuracy
+        >>> from eventrain.callbacks import MetricsCB
+        >>> from eventrain.engine import DataLoaders, TrainLearner
+        >>> batches = [(torch.eye(3), torch.arange(3))] * 4
+        >>> model = torch.nn.Linear(3, 3)
+        >>> _ = torch.nn.init.eye_(model.weight)
+        >>> metrics = MetricsCB(accuracy=MulticlassAccuracy())
+        >>> learner = TrainLearner(
+        ...     model, DataLoaders(batches), torch.nn.functional.cross_entropy, cbs=metrics
+        ... )
+        >>> result = learner.run(1, valid=False)
+        >>> metrics.history[0]["epoch"], metrics.history[0]["train"], metrics.history[0]["accuracy"]
+        (0, 'train', 1.0)
+
+    Source: the post's `MetricsCB`, which copies every batch's predictions to the host.
+    """
+
+    def __init__(self, *metrics: Metric[Any], **named: Metric[Any]) -> None:
+        self.metrics: dict[str, Metric[Any]] = {}
+        for name, metric in [*((type(m).__name__, m) for m in metrics), *named.items()]:
+            if not isinstance(metric, Metric):
+                raise TypeError(f"{name}={metric!r} is no torcheval metric")
+            if name in self.metrics or name in ("epoch", "train", "loss"):
+                raise ValueError(f"the name {name!r} is taken: pass the metric as yourname=...")
+            self.metrics[name] = metric
+        self.history: list[dict[str, Any]] = []
+        self._n_samples = 0
+        self._loss_sum: torch.Tensor | None = None
+
+    def before_fit(self, event: BeforeFit) -> None:
+        event.learner.metrics = self
+
+    def before_epoch(self, event: BeforeEpoch) -> None:
+        for metric in self.metrics.values():
+            metric.reset()
+        self._n_samples = 0
+        self._loss_sum = None
+
+    def after_batch(self, event: AfterBatch) -> None:
+        learner = event.learner
+        loss = learner.loss.detach()
+        if self._loss_sum is None:
+            # On Apple's devices there is no float64.
+            dtype = torch.float32 if loss.device.type == "mps" else torch.float64
+            self._loss_sum = torch.zeros((), dtype=dtype, device=loss.device)
+            for metric in self.metrics.values():
+                metric.to(loss.device)
+        n = batch_size(learner.batch)
+        self._n_samples += n
+        self._loss_sum += loss * n
+        if self.metrics:
+            preds, targets = learner.preds.detach(), targets_of(learner.batch)
+            for metric in self.metrics.values():
+                metric.update(preds, targets)
+
+    def after_epoch(self, event: AfterEpoch) -> None:
+        if self._loss_sum is None:  # no batch came this far
+            return
+        # The host waits for the device here, once an epoch.
+        numbers = {name: _number(metric.compute()) for name, metric in self.metrics.items()}
+        numbers["loss"] = self._loss_sum.item() / self._n_samples
+        event.learner.record.update(numbers)
+        phase = "train" if event.training else "eval"
+        self.history.append({"epoch": event.epoch, "train": phase, **numbers})
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was accumulated so far, in this epoch and before."""
+        return {
+            "history": [dict(row) for row in self.history],
+            "n_samples": self._n_samples,
+            "loss_sum": self._loss_sum,
+            "metrics": {name: metric.state_dict() for name, metric in self.metrics.items()},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go back to what `state_dict` returned."""
+        self.history = [dict(row) for row in state["history"]]
+        self._n_samples = state["n_samples"]
+        self._loss_sum = state["loss_sum"]
+        for name, metric in self.metrics.items():
+            metric.load_state_dict(state["metrics"][name])
+
+
+def _number(value: Any) -> Any:
+    return value.tolist() if isinstance(value, torch.Tensor) else value

@@ -1,0 +1,45 @@
+"""The five actions as a callback, for a plain `Learner`."""
+
+from __future__ import annotations
+
+from ..engine.data import inputs_of, targets_of
+from ..engine.learners import check_loss
+from ..events import Backward, Callback, GetLoss, Predict, Step, ZeroGrad
+
+
+class TrainCB(Callback):
+    """Performs what `TrainLearner` has as methods.
+
+    It is the last in order: any other callback that performs one of the actions takes that one
+    over.
+
+    Example:
+        >>> import torch
+        >>> from eventrain.callbacks import TrainCB
+        >>> from eventrain.engine import DataLoaders, Learner
+        >>> batches = [(torch.ones(2, 3), torch.zeros(2, 1))] * 4
+        >>> learner = Learner(torch.nn.Linear(3, 1), DataLoaders(batches, batches), cbs=TrainCB())
+        >>> learner.run(1).steps
+        4
+
+    Source: the post's `TrainCB`.
+    """
+
+    order = 1000
+
+    def predict(self, event: Predict) -> None:
+        learner = event.learner
+        learner.preds = learner.model(inputs_of(learner.batch))
+
+    def get_loss(self, event: GetLoss) -> None:
+        learner = event.learner
+        learner.loss = learner.loss_func(learner.preds, targets_of(learner.batch))
+
+    def backward(self, event: Backward) -> None:
+        check_loss(event.learner.loss).backward()
+
+    def step(self, event: Step) -> None:
+        event.learner.opt.step()
+
+    def zero_grad(self, event: ZeroGrad) -> None:
+        event.learner.opt.zero_grad()

@@ -1,0 +1,48 @@
+"""Fixtures: events made by hand, and event classes that end with the test that defines them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import fields
+from typing import Any
+
+import pytest
+
+from eventrain.events import Event, ScopeEnd
+from eventrain.events.types import HOOKS
+
+MakeEvent = Callable[..., Any]
+
+
+@pytest.fixture
+def make_event() -> MakeEvent:
+    """Make an event of any class; fields that are not given get a plain value."""
+    plain = {
+        "learner": None,
+        "run_id": "r1",
+        "time": 0.0,
+        "n_epochs": 2,
+        "epoch": 1,
+        "training": True,
+        "n_iter": 5,
+        "iter": 3,
+        "n_samples": 16,
+        "lr": 0.1,
+        "loss": None,
+        "end": ScopeEnd("completed"),
+        "metrics": {},
+    }
+
+    def make(event_type: type[Event], **given: Any) -> Event:
+        values = plain | given
+        return event_type(**{field.name: values[field.name] for field in fields(event_type)})
+
+    return make
+
+
+@pytest.fixture(autouse=True)
+def _forget_event_classes_of_the_test() -> Iterator[None]:
+    before = dict(HOOKS)
+    yield
+    HOOKS.clear()
+    HOOKS.update(before)
