@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
-from torcheval.metrics import Metric
 
 from ..engine.data import batch_size, targets_of
 from ..events import AfterBatch, AfterEpoch, BeforeEpoch, BeforeFit, Callback
+
+with warnings.catch_warnings():
+    # torcheval 0.0.7 compiles with torch.jit.script, which torch has deprecated: nothing that
+    # whoever imports this could mend.
+    warnings.simplefilter("ignore", FutureWarning)
+    from torcheval.metrics import Metric
 
 
 class MetricsCB(Callback):

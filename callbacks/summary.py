@@ -12,7 +12,7 @@ from typing import Any, TextIO
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _pop_mode, _push_mode
 from torch.utils.flop_counter import flop_registry
 
 from ..events import AfterPredict, BeforeBatch, BeforeFit, Callback, CleanupBatch, CleanupFit
@@ -47,12 +47,14 @@ class SummaryCB(Callback):
     """Prints the model's layers: output shapes, parameters and multiply-adds, once a fit.
 
     It watches the first batch of the fit, training or validating, that gets as far as its
-    predictions; there is no forward pass of its own. Counted are matrix products,
+    predictions; there is no forward pass of its own. A layer called several times is listed
+    once, as "Linear x2", with the multiply-adds of all its calls. Counted are matrix products,
     convolutions and attention, in the way of `torch.utils.flop_counter`, without the bias; it
-    has no formula for `nn.LSTM` and its kind, which count as 0, nor for what runs under
-    `torch.inference_mode`. The layers in what `torch.compile` has compiled are listed with
-    their parameters alone. An `nn.TransformerEncoderLayer` does not take its fast path while it
-    is watched, which may change the last bits of one batch of a fit that only validates.
+    has no formula for fused recurrent layers (`nn.LSTM`), which count as 0, nor for what runs
+    under `torch.inference_mode`. The layers in what `torch.compile` has compiled are listed
+    with their parameters alone. An `nn.TransformerEncoderLayer` does not take its fast path
+    while it is watched, which may change the last bits of one batch of a fit that only
+    validates.
 
     Args:
         file: where to print to; standard output, as it is then, by default.
@@ -130,7 +132,8 @@ class SummaryCB(Callback):
     def __str__(self) -> str:
         if not self.rows:
             return "no batch seen yet"
-        table = [("layer", "type", "output", "parameters", "trainable", "multiply-adds")]
+        header = ("layer", "type", "output", "parameters", "trainable", "multiply-adds")
+        table: list[tuple[str, ...]] = [header]
         for row in self.rows:
             times = f" x{row.calls}" if row.calls > 1 else ""
             shape = "-" if row.output_shape is None else str(row.output_shape)
@@ -141,13 +144,13 @@ class SummaryCB(Callback):
         return "\n".join(_aligned(table))
 
 
-class _Watch(TorchDispatchMode):
+class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Records what the modules of one model do in one thread, until it is closed.
 
-    Not `FlopCounterMode`: it sets hooks on all modules of the process, those of other fits
+    Not `FlopCounterMode`: that sets hooks on all modules of the process, those of other fits
     too, replaces composite operations by their parts (other random numbers for a dropout in
-    inference mode), and runs eagerly what was compiled. This one only looks. It is on while a
-    module of the model runs: an exception in between leaves it to `close`.
+    inference mode), and runs eagerly what was compiled. This one only looks, while a module
+    of the model runs.
     """
 
     supports_higher_order_operators = True
@@ -157,15 +160,15 @@ class _Watch(TorchDispatchMode):
         return True  # otherwise what is compiled would run eagerly while we watch
 
     def __init__(self, model: nn.Module) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._model = model
         self._thread = threading.get_ident()
         self._running: list[nn.Module] = []
         self._calls: Counter[nn.Module] = Counter()
         self._flops: Counter[nn.Module] = Counter()
         self._shapes: dict[nn.Module, Any] = {}
-        # Compiled in place, a module would be compiled anew for its hooks, and again without.
-        compiled = {part for m in model.modules() if m._compiled_call_impl for part in m.modules()}
+        # With hooks it would be compiled anew, and once more when they are gone.
+        compiled = {p for module in model.modules() if _compiled(module) for p in module.modules()}
         self._hooks = [
             hook
             for module in model.modules()
@@ -179,9 +182,9 @@ class _Watch(TorchDispatchMode):
     def close(self) -> None:
         for hook in self._hooks:
             hook.remove()
-        if self._running:
+        if self._running:  # an exception came through the model
             self._running.clear()
-            self.__exit__(None, None, None)
+            _pop_mode()
 
     def rows(self) -> Iterator[LayerSummary]:
         counted: set[nn.Parameter] = set()
@@ -209,7 +212,9 @@ class _Watch(TorchDispatchMode):
     def _enter_module(self, module: nn.Module, inputs: object) -> None:
         if self._is_ours():
             if not self._running:
-                self.__enter__()
+                # Not `with self`: that saves and restores flags of the whole process, which
+                # fits at the same time would leave in disorder. The stack is the thread's.
+                _push_mode(self)
             self._running.append(module)
 
     def _leave_module(self, module: nn.Module, inputs: object, output: object) -> None:
@@ -220,7 +225,7 @@ class _Watch(TorchDispatchMode):
         self._calls[module] += 1
         self._shapes[module] = _shape(output)
         if not self._running:
-            self.__exit__(None, None, None)
+            _pop_mode()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
@@ -232,6 +237,11 @@ class _Watch(TorchDispatchMode):
             with suppress(Exception):  # no formula for such operands: no reason to end the fit
                 self._flops[self._running[-1]] += formula(*args, **kwargs, out_val=out)
         return out
+
+
+def _compiled(module: nn.Module) -> bool:
+    """Whether by `module.compile()`, or as what `torch.compile(module)` returns."""
+    return module._compiled_call_impl is not None or "_orig_mod" in module._modules
 
 
 def _shape(output: object) -> Any:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import structlog
 import torch
+from sklearn.datasets import load_digits
 from torch import nn
 
 from eventrain.engine import DataLoaders
@@ -73,9 +75,38 @@ def make_model() -> Callable[[], nn.Module]:
 
 
 @pytest.fixture(scope="session")
+def digits() -> tuple[torch.Tensor, torch.Tensor]:
+    """320 of scikit-learn's real digits: images of shape (320, 1, 8, 8) in [0, 1], labels."""
+    data = load_digits()
+    images = torch.tensor(data.images[:320], dtype=torch.float32)[:, None] / 16
+    return images, torch.tensor(data.target[:320])
+
+
+@pytest.fixture
+def make_cnn() -> Callable[[], nn.Module]:
+    """The post's CNN; the same weights every time."""
+
+    def make() -> nn.Module:
+        torch.manual_seed(42)
+        return nn.Sequential(
+            nn.Conv2d(1, 8, 3),
+            nn.ReLU(),
+            nn.Conv2d(8, 16, 3),
+            nn.ReLU(),
+            nn.Conv2d(16, 32, 3),
+            nn.ReLU(),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(32, 10),
+        )
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def fashion_mnist() -> Path:
     """The folder of real Fashion-MNIST images, in torchvision's layout."""
-    for folder in (Path("data"), Path("../shared/data")):
+    for folder in (Path(os.environ.get("EVENTRAIN_DATA", "data")), Path("../shared/data")):
         if (folder / "FashionMNIST/raw/train-images-idx3-ubyte").exists():
             return folder
     pytest.skip("no Fashion-MNIST in ./data; torchvision can download it there")

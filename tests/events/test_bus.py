@@ -524,9 +524,9 @@ class Keyword:
     [
         (lambda: None, r"<lambda>\(\) cannot receive AfterBatch: .* one argument, the event"),
         (lambda event, learner: None, r"<lambda>\(event, learner\) cannot receive"),
-        (Keyword(), r"Keyword\(\*, event: .*\) cannot receive .*'event'"),
+        (Keyword(), r"Keyword\(\*, event: .*\).* cannot receive .*too many positional"),
         (partial(lambda event, *, model: None), "missing a required .*'model'"),
-        (Holder.method, r"Holder\.method\(self, event.*\) cannot receive .*'event'"),
+        (Holder.method, r"Holder\.method\(self, event.*\).* cannot receive .*'event'"),
     ],
     ids=["none", "two", "keyword", "partial", "method of the class"],
 )
