@@ -96,10 +96,10 @@ def batch_size(batch: Any) -> int:
     """
     if isinstance(batch, torch.Tensor):
         return batch.shape[0] if batch.ndim else 1
-    if isinstance(batch, Mapping):
+    if not isinstance(batch, tuple | list):  # asked first: a check for Mapping is slow
+        if not isinstance(batch, Mapping):
+            return 0
         batch = batch.values()
-    elif not isinstance(batch, list | tuple):
-        return 0
     for item in batch:
         if size := batch_size(item):
             return size

@@ -138,9 +138,7 @@ def test_an_error_keeps_its_cause_context_and_traceback(bus: Bus, make_event: Ma
     assert "receiver" in [entry.name for entry in caught.traceback]
 
 
-def test_an_error_of_a_nested_sending_names_both_receivers(
-    bus: Bus, make_event: MakeEvent
-) -> None:
+def test_an_error_of_a_nested_sending_names_both_receivers(bus: Bus, make_event: MakeEvent) -> None:
     def outer(event: Event) -> None:
         bus.send(make_event(AfterLoss))
 
@@ -300,9 +298,7 @@ def test_a_cleanup_event_reaches_all_receivers_whatever_they_raise(
     assert called == ["ValueError", "CancelFitException", "KeyError", "SystemExit", "good"]
 
 
-def test_the_first_error_of_a_cleanup_tells_of_the_others(
-    bus: Bus, make_event: MakeEvent
-) -> None:
+def test_the_first_error_of_a_cleanup_tells_of_the_others(bus: Bus, make_event: MakeEvent) -> None:
     """G5: the first one is raised, the others stand in its notes with their receivers."""
     first, second, third = ValueError("first"), KeyError("second"), CancelBatchException("third")
     for exc in (third, first, second):

@@ -1,0 +1,305 @@
+"""A live display of the run in the terminal, drawn beside the training."""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Callable
+from contextlib import suppress
+from numbers import Real
+from time import monotonic
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..events import (
+    AfterBatch,
+    BeforeEpoch,
+    BeforeFit,
+    Callback,
+    CleanupEpoch,
+    CleanupFit,
+    Event,
+)
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+BATCH_INTERVAL = 0.1
+"""Seconds between two batches that are shown."""
+EPOCH_INTERVAL = 0.02
+"""Seconds from one drawing to the next for a new epoch, which may be a short one."""
+
+
+class ProgressCB(Callback):
+    """Shows epochs and batches, loss, speed and remaining time; at the end a table of metrics.
+
+    It observes: drawing happens on the host's event loop, about ten times a second, and never
+    holds up the training. Where the output is no terminal (and no notebook) nothing is
+    printed. While it draws on standard output, what is printed there appears above it.
+
+    The table has a row for every epoch, counted from 1, with the numbers that callbacks such as
+    MetricsCB put into `learner.record`; below it stands how the fit ended, who ended it and why.
+    An instance shows one fit at a time.
+
+    Args:
+        console: the `rich.console.Console` to draw on; rich's own by default.
+
+    Raises:
+        ImportError: rich is not installed.
+
+    Example:
+        >>> import torch
+        >>> from rich.console import Console
+        >>> from eventrain.callbacks.progress import ProgressCB
+        >>> from eventrain.engine import DataLoaders, TrainLearner
+        >>> from eventrain.events import AfterEpoch
+        >>> batches = [(torch.eye(3), torch.zeros(3, 1))] * 4
+        >>> learner = TrainLearner(torch.nn.Linear(3, 1), DataLoaders(batches, batches))
+        >>> @learner.on(AfterEpoch)
+        ... def accuracy(event):
+        ...     learner.record["accuracy"] = 0.5 + 0.1 * event.epoch
+        >>> console = Console(force_terminal=True, force_interactive=False, color_system=None)
+        >>> result = learner.run(2, cbs=ProgressCB(console))  # doctest: +NORMALIZE_WHITESPACE
+        epoch  train accuracy  valid accuracy
+        ─────────────────────────────────────
+            1             0.5             0.5
+            2             0.6             0.6
+        completed 2 epochs
+
+    Source: fastai's `ProgressCB`; the display is rich's.
+    """
+
+    observes = (BeforeFit, BeforeEpoch, AfterBatch, CleanupEpoch, CleanupFit)
+    buffer = 100_000  # what begins and ends is not to be lost, however long the host is busy
+
+    def __init__(self, console: Console | None = None) -> None:
+        try:
+            from rich import get_console
+        except ImportError as exc:
+            raise ImportError("ProgressCB needs rich: pip install 'eventrain[progress]'") from exc
+        self.console = console or get_console()
+        self._shown = False
+        self._due = 0.0
+        self._loss: _Number | None = None
+        self._display: _Display | None = None
+        self._take_down: Callable[[], object] | None = None
+
+    def wants(self, event: Event) -> bool:
+        """All but most of the batches; nothing where there is no terminal."""
+        if isinstance(event, BeforeFit):
+            self._shown = self.console.is_terminal or self.console.is_jupyter
+            self._due = 0.0
+            self._loss = None
+        elif isinstance(event, AfterBatch) and self._shown:
+            now = monotonic()
+            if now < self._due:
+                return False
+            self._due = now + BATCH_INTERVAL
+            if event.loss is not None and event.loss.numel() == 1:
+                self._loss = _Number(event.loss)
+        return self._shown
+
+    def observe(self, event: Event) -> None:
+        """Show an event."""
+        if isinstance(event, BeforeFit):
+            self._begin(event)
+        display = self._display
+        if display is None or display.run_id != event.run_id:
+            return
+        try:
+            match event:
+                case BeforeEpoch():
+                    display.begin_epoch(event)
+                case AfterBatch():
+                    # On a device the number may not be there yet: the display goes without,
+                    # so that the host never waits.
+                    display.show_batch(event, self._loss and self._loss.get())
+                case CleanupEpoch():
+                    display.end_epoch(event)
+                case CleanupFit():
+                    self.close()
+                    display.report(event)  # where the bars were
+        except BaseException:
+            with suppress(Exception):  # the first error is the one to tell
+                self.close()
+            raise
+
+    def close(self) -> None:
+        """Take the display off the terminal, and give back cursor and standard output.
+
+        The end of the fit does; so does that of an observer that failed, the next fit, and
+        the end of this object. Again is harmless.
+        """
+        self._display = None
+        if self._take_down is not None:
+            self._take_down()
+
+    def _begin(self, event: BeforeFit) -> None:
+        self.close()  # one whose fit ended without our hearing of it
+        self._display = display = _Display(self.console, event)
+        # The display does not know this callback: it is taken down when that is collected too.
+        self._take_down = weakref.finalize(self, display.stop)
+        display.start()
+
+
+class _Number:
+    """The number in a tensor, copied to the host without anybody waiting for the device."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._copy = tensor.to("cpu", non_blocking=True)
+        self._arrived: torch.Event | None = None
+        if tensor.device.type != "cpu":
+            self._arrived = torch.Event(tensor.device)
+            self._arrived.record(torch.accelerator.current_stream(tensor.device))
+
+    def get(self) -> float | None:
+        """The number, None if it has not arrived."""
+        if self._arrived is not None and not self._arrived.query():
+            return None
+        return float(self._copy.item())
+
+
+class _Display:
+    """What is shown of one fit."""
+
+    def __init__(self, console: Console, event: BeforeFit) -> None:
+        from rich.live import Live
+
+        self.run_id = event.run_id
+        self._console = console
+        self._n_epochs = event.n_epochs
+        self._first: BeforeEpoch | None = None
+        self._epoch: BeforeEpoch | None = None
+        self._done = 0
+        self._numbers: list[str] = []
+        self._now = event.time
+        self._ends: float | None = None
+        self._drawn = 0.0
+        self._rows: dict[int, dict[str, float]] = {}
+        ours = console.file in (sys.stdout, sys.stderr)
+        self._live = Live(
+            console=console,
+            get_renderable=self._render,
+            auto_refresh=False,  # it has no thread of its own: it is drawn when events come
+            transient=True,
+            redirect_stdout=ours,
+            redirect_stderr=ours,
+        )
+
+    def start(self) -> None:
+        if self._console.is_interactive or self._console.is_jupyter:
+            self._live.start()
+
+    def stop(self) -> None:
+        self._live.stop()
+
+    def begin_epoch(self, event: BeforeEpoch) -> None:
+        first = self._first = self._first or event
+        if event.epoch > first.epoch and event.epoch != (self._epoch or event).epoch:
+            pace = (event.time - first.time) / (event.epoch - first.epoch)
+            self._ends = event.time + pace * (self._n_epochs - event.epoch)
+        self._epoch = event
+        self._now = event.time
+        self._done = 0
+        self._numbers = []
+        if monotonic() - self._drawn > EPOCH_INTERVAL:
+            self._draw()
+
+    def show_batch(self, event: AfterBatch, loss: float | None) -> None:
+        self._now = event.time
+        self._done = event.iter + 1
+        seconds = event.time - self._epoch.time if self._epoch is not None else 0.0
+        self._numbers = [] if loss is None else [f"loss {_number(loss)}"]
+        if event.n_samples and seconds > 0:
+            self._numbers.append(f"{event.n_samples / seconds:,.0f} samples/s")
+        if event.n_iter is not None:
+            left = seconds / self._done * (event.n_iter - self._done)
+            self._numbers.append(f"{_clock(left)} left")
+        self._draw()
+
+    def end_epoch(self, event: CleanupEpoch) -> None:
+        row = self._rows.setdefault(event.epoch, {})
+        for name, value in event.metrics.items():
+            if isinstance(value, Real) and not isinstance(value, bool):
+                row[f"{_phase(event)} {name}"] = float(value)
+
+    def report(self, event: CleanupFit) -> None:
+        from rich.text import Text
+
+        if any(self._rows.values()):
+            self._console.print(self._table())
+        color = {"completed": "green", "cancelled": "yellow", "failed": "red"}[event.end.status]
+        self._console.print(Text(_ending(event), style=color))
+
+    def _draw(self) -> None:
+        self._drawn = monotonic()
+        if self._live.is_started:
+            self._live.refresh()
+
+    def _render(self) -> Table:
+        from rich.progress_bar import ProgressBar
+        from rich.table import Table
+        from rich.text import Text
+
+        grid = Table.grid(padding=(0, 1))
+        for _ in range(3):
+            grid.add_column(no_wrap=True)
+        if self._epoch is not None:
+            epoch, n_epochs, n_iter = self._epoch.epoch, self._n_epochs, self._epoch.n_iter
+            left = "" if self._ends is None else f"{_clock(self._ends - self._now)} left"
+            grid.add_row(
+                Text(f"epoch {epoch + 1}/{n_epochs}"),
+                ProgressBar(total=n_epochs, completed=epoch, width=20),
+                Text(left),
+            )
+            grid.add_row(
+                Text(f"{_phase(self._epoch)} {self._done}/{'?' if n_iter is None else n_iter}"),
+                ProgressBar(total=n_iter, completed=self._done, width=20),
+                Text("  ".join(self._numbers)),
+            )
+        return grid
+
+    def _table(self) -> Table:
+        from rich import box
+        from rich.table import Table
+        from rich.text import Text
+
+        names = list(dict.fromkeys(name for row in self._rows.values() for name in row))
+        table = Table(box=box.SIMPLE_HEAD, show_edge=False)
+        for header in ("epoch", *names):
+            table.add_column(Text(_plain(header)), justify="right")
+        for epoch, row in self._rows.items():
+            table.add_row(
+                str(epoch + 1), *(_number(row[name]) if name in row else "" for name in names)
+            )
+        return table
+
+
+def _phase(event: BeforeEpoch | CleanupEpoch) -> str:
+    return "train" if event.training else "valid"
+
+
+def _number(value: float) -> str:
+    return f"{value:.5g}"
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(max(0, round(seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def _ending(event: CleanupFit) -> str:
+    end, n = event.end, event.n_epochs
+    if end.status == "completed":
+        return f"completed {n} epoch{'s' if n != 1 else ''}"
+    who = f" by {end.who}" if end.who else ""
+    why = f": {end.reason}" if end.reason else ""
+    return _plain(f"{end.status}{who}{why}")
+
+
+def _plain(text: str) -> str:
+    """Without newlines and escape sequences, which a terminal would act on."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
