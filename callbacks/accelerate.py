@@ -20,7 +20,7 @@ from ..events import (
     Event,
     Step,
 )
-from .mixed import rescale
+from .mixed import rescale, unscale
 from .train import TrainCB
 
 
@@ -59,7 +59,8 @@ class AccelerateCB(TrainCB):
             mixed_precision = "fp16" if torch.cuda.is_available() else "no"
         self.accelerator = Accelerator(mixed_precision=mixed_precision, **kwargs)
         self._own: tuple[Any, Any, Any] | None = None
-        self._unscaled = self._updated = False
+        self._marks: dict[str, Any] = {}
+        self._scaled = self._unscaled = self._updated = False
 
     def receivers(self, learner: Any) -> Iterator[tuple[type[Event], Callable[[Any], Any]]]:
         """As any callback; of the actions, only those it must perform."""
@@ -71,13 +72,21 @@ class AccelerateCB(TrainCB):
     def before_fit(self, event: BeforeFit) -> None:
         learner = event.learner
         self._own = learner.model, learner.opt, learner.dls
+        self._marks = {
+            key: vars(learner.model)[key] for key in _MARKS if key in vars(learner.model)
+        }
         self._unscaled = self._updated = False
-        prepare = self.accelerator.prepare
-        learner.model = prepare(learner.model)
-        learner.opt = learner.opt and prepare(learner.opt)
+        learner.model = self._prepare(learner.model)
+        learner.opt = self._prepare(learner.opt)
         learner.dls = DataLoaders(
-            *(loader and prepare(loader) for loader in (learner.dls.train, learner.dls.valid))
+            *(self._prepare(getattr(learner.dls, name, None)) for name in ("train", "valid"))
         )
+        if self.accelerator.scaler is not None:
+            rescale(learner.model, self.accelerator.scaler)
+            self._scaled = True
+
+    def _prepare(self, x: Any) -> Any:
+        return None if x is None else self.accelerator.prepare(x)
 
     def backward(self, event: Backward) -> None:
         self.accelerator.backward(check_loss(event.learner.loss))
@@ -107,7 +116,17 @@ class AccelerateCB(TrainCB):
         if self._own is None:
             return
         learner = event.learner
+        if self._scaled:
+            unscale(learner.model, self.accelerator.scaler)
+            self._scaled = False
         self.accelerator.unwrap_model(learner.model, keep_fp32_wrapper=False)
         self.accelerator.free_memory()  # it holds on to all that it prepared
         learner.model, learner.opt, learner.dls = self._own
         self._own = None
+        for key in _MARKS:
+            vars(learner.model).pop(key, None)
+        vars(learner.model).update(self._marks)
+
+
+_MARKS = ("forward", "_original_forward", "_is_accelerate_prepared")
+"""What `prepare` leaves in a model; with the last, the next one would not prepare it again."""

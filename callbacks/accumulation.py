@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from ..engine.learners import check_loss
 from ..events import (
     AfterBackward,
     AfterEpoch,
@@ -59,7 +60,7 @@ class GradientAccumulationCB(Callback):
         if (group := self._group) > 1:
             # On the gradient, not on the loss: whoever performs Backward, and whoever reads
             # the loss, need not know.
-            event.learner.loss.register_hook(lambda gradient: gradient / group)
+            check_loss(event.learner.loss).register_hook(lambda gradient: gradient / group)
 
     def after_backward(self, event: AfterBackward) -> None:
         self._waiting += 1

@@ -16,28 +16,34 @@ def_device = (
 """The device of this machine: "mps", "cuda" or "cpu"."""
 
 
-def map_tensors(x: Any, fn: Callable[[Any], Any]) -> Any:
+def _is_tensor(x: Any) -> bool:
+    return isinstance(x, torch.Tensor)
+
+
+def map_tensors(x: Any, fn: Callable[[Any], Any], leaf: Callable[[Any], bool] = _is_tensor) -> Any:
     """Apply `fn` to every tensor in nested mappings, tuples, lists and namedtuples.
 
-    Containers keep their type; what is neither container nor tensor is left as it is.
+    Containers keep their type; what is neither container nor tensor is left as it is. With
+    `leaf` something else than tensors may be what `fn` is applied to.
 
     Example:
         >>> map_tensors({"x": (torch.ones(2), "a")}, lambda t: t.sum().item())
         {'x': (2.0, 'a')}
     """
-    if isinstance(x, torch.Tensor):
+    if leaf(x):
         return fn(x)
     if isinstance(x, Mapping):
-        items = {k: map_tensors(v, fn) for k, v in x.items()}
+        items = {k: map_tensors(v, fn, leaf) for k, v in x.items()}
         if type(x) is dict or not isinstance(x, MutableMapping):
             return items
         same = copy.copy(x)  # a subclass may need more than items to be made
-        same.update(items)
+        for k, v in items.items():  # not update(), which adds where it is a Counter
+            same[k] = v
         return same
     if isinstance(x, tuple) and hasattr(x, "_fields"):
-        return type(x)(*(map_tensors(item, fn) for item in x))
+        return type(x)(*(map_tensors(item, fn, leaf) for item in x))
     if isinstance(x, list | tuple):
-        return type(x)(map_tensors(item, fn) for item in x)
+        return type(x)(map_tensors(item, fn, leaf) for item in x)
     return x
 
 
@@ -45,15 +51,19 @@ def to_device(x: Any, device: str | torch.device = def_device, non_blocking: boo
     """Move every tensor in `x`, and everything else that has a `.to()`, to a device.
 
     Args:
-        x: tensors, alone or nested in containers.
+        x: tensors and such, alone or nested in containers.
         device: where to.
         non_blocking: do not wait for the copy; worth it from pinned memory.
 
     Source: the post's `to_device`.
     """
-    if not isinstance(x, torch.Tensor) and callable(getattr(x, "to", None)):
+
+    def move(x: Any) -> Any:
+        if isinstance(x, torch.Tensor):
+            return x.to(device, non_blocking=non_blocking)
         return x.to(device)  # a packed sequence, a tokenizer's encoding
-    return map_tensors(x, lambda t: t.to(device, non_blocking=non_blocking))
+
+    return map_tensors(x, move, leaf=lambda x: callable(getattr(x, "to", None)))
 
 
 def to_cpu(x: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any, Literal, TextIO
 
@@ -40,6 +41,7 @@ class StructlogCB(Callback):
     | fit_ended | status, seconds; who and reason unless completed |
 
     A number that is not finite is null, and its key stands under "nonfinite" with what it was.
+    A metric called like another key of the line is "metric_" and its name.
 
     Args:
         every: a line for every n-th training batch; 0 for none.
@@ -96,30 +98,27 @@ class StructlogCB(Callback):
         match event:
             case BeforeFit():
                 self._fit_began = event.time
-                self._write("info", "fit_started", event, n_epochs=event.n_epochs)
+                self._write("info", "fit_started", event, {"n_epochs": event.n_epochs})
             case BeforeEpoch():
                 self._epoch_began = event.time
                 self._last = event.time, 0
             case AfterBatch():
-                self._write("info", "batch", event, **self._of_batch(event))
+                self._write("info", "batch", event, self._of_batch(event))
             case CleanupEpoch():
                 seconds = event.time - self._epoch_began
-                self._write(
-                    _LEVELS[event.end.status],
-                    "epoch",
-                    event,
-                    phase=_phase(event.training),
-                    epoch=event.epoch,
+                fields = {
+                    "phase": _phase(event.training),
+                    "epoch": event.epoch,
                     **_of_end(event.end),
-                    **event.metrics,
-                    seconds=seconds,
-                    samples=event.n_samples,
-                    samples_per_second=_rate(event.n_samples, seconds),
-                )
+                    **{_free(str(name)): value for name, value in event.metrics.items()},
+                    "seconds": seconds,
+                    "samples": event.n_samples,
+                    "samples_per_second": _rate(event.n_samples, seconds),
+                }
+                self._write(_LEVELS[event.end.status], "epoch", event, fields)
             case CleanupFit():
-                seconds = event.time - self._fit_began
-                level = _LEVELS[event.end.status]
-                self._write(level, "fit_ended", event, **_of_end(event.end), seconds=seconds)
+                fields = {**_of_end(event.end), "seconds": event.time - self._fit_began}
+                self._write(_LEVELS[event.end.status], "fit_ended", event, fields)
 
     def _of_batch(self, event: BatchEvent) -> dict[str, Any]:
         time, n_samples = self._last
@@ -135,7 +134,7 @@ class StructlogCB(Callback):
             "samples_per_second": _rate(event.n_samples - n_samples, event.time - time),
         }
 
-    def _write(self, level: str, name: str, event: Event, **fields: Any) -> None:
+    def _write(self, level: str, name: str, event: Event, fields: dict[str, Any]) -> None:
         nonfinite: dict[str, str] = {}
         fields = {key: _finite(key, value, nonfinite) for key, value in fields.items()}
         if nonfinite:
@@ -159,8 +158,32 @@ def _of_end(end: ScopeEnd) -> dict[str, Any]:
     return {"status": end.status, "who": end.who, "reason": end.reason}
 
 
+_OF_LINE = ("event", "run_id", "timestamp", "level", "nonfinite")
+_OF_EPOCH = (
+    "phase",
+    "epoch",
+    "status",
+    "who",
+    "reason",
+    "seconds",
+    "samples",
+    "samples_per_second",
+)
+_OF_STRUCTLOG = ("exc_info", "exception", "stack", "stack_info", "positional_args")
+_OF_CALLS = ("self", "method_name")  # arguments of structlog's own methods
+_TAKEN = frozenset((*_OF_LINE, *_OF_EPOCH, *_OF_STRUCTLOG, *_OF_CALLS))
+
+
+def _free(name: str) -> str:
+    return f"metric_{name}" if name in _TAKEN else name
+
+
 def _finite(key: str, value: Any, nonfinite: dict[str, str]) -> Any:
     """`value`, with null for every float that JSON cannot hold, told in `nonfinite`."""
+    if callable(tolist := getattr(value, "tolist", None)):  # a tensor, a number of numpy's
+        value = tolist()
+    if isinstance(value, Mapping):
+        return {str(k): _finite(key, item, nonfinite) for k, item in value.items()}
     if isinstance(value, list | tuple):
         return [_finite(key, item, nonfinite) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
@@ -200,10 +223,17 @@ def _event_first(logger: Any, method: str, record: EventDict) -> EventDict:
 
 def _escape(logger: Any, method: str, record: EventDict) -> EventDict:
     """Control characters as escapes, so that no value can forge a line or steer a terminal."""
-    return {_printable(key): _printable(value) for key, value in record.items()}
+    return {
+        # The renderer would give these lines of their own.
+        f"{key}_" if key in ("stack", "exception", "exc_info") else _printable(key): (
+            _printable(value)
+        )
+        for key, value in record.items()
+    }
 
 
 def _printable(value: Any) -> Any:
-    if not isinstance(value, str):
+    text = value if isinstance(value, str) else repr(value)
+    if text.isprintable():
         return value
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in value)
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from ..events import (
     AfterBatch,
@@ -14,6 +14,7 @@ from ..events import (
     Callback,
     CancelEpochException,
     CancelFitException,
+    CleanupEpoch,
 )
 
 if TYPE_CHECKING:
@@ -69,7 +70,13 @@ class LRFinderCB(Callback):
         if not math.isfinite(loss):
             raise CancelFitException(f"the loss is {loss}")
         self._of_step.append(loss)
-        if not self._stepped:
+        self._note_step(learner)
+
+    def cleanup_epoch(self, event: CleanupEpoch) -> None:
+        self._note_step(event.learner)  # accumulation may take one after the last batch
+
+    def _note_step(self, learner: Any) -> None:
+        if not self._stepped or not self._of_step:
             return
         loss = sum(self._of_step) / len(self._of_step)
         self._of_step, self._stepped = [], False
@@ -105,7 +112,7 @@ class LRFinderCB(Callback):
     @property
     def suggestions(self) -> dict[str, float]:
         """The learning rate by each method."""
-        return {name: method(self.lrs, self.losses) for name, method in _METHODS.items()}
+        return {name: self.suggestion(name) for name in _METHODS}
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Draw the losses over the learning rates, with the suggestions.
@@ -157,7 +164,7 @@ def _minimum(lrs: list[float], losses: list[float]) -> float:
     return lrs[losses.index(min(losses))] / 10
 
 
-_METHODS: dict[str, Callable[[list[float], list[float]], float]] = {
+_METHODS: dict[Method, Callable[[list[float], list[float]], float]] = {
     "steep": _steep,
     "valley": _valley,
     "minimum": _minimum,

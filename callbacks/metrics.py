@@ -85,9 +85,9 @@ class MetricsCB(Callback):
             self._loss_sum = torch.zeros((), dtype=dtype, device=loss.device)
             for metric in self.metrics.values():
                 metric.to(loss.device)
-        n = batch_size(learner.batch)
+        n = batch_size(learner.batch) or 1  # of a batch without tensors the size is unknown
         self._n_samples += n
-        self._loss_sum += loss * n
+        self._loss_sum.add_(loss.reshape(()), alpha=n)
         if self.metrics:
             preds, targets = learner.preds.detach(), targets_of(learner.batch)
             for metric in self.metrics.values():
@@ -108,7 +108,7 @@ class MetricsCB(Callback):
         return {
             "history": [dict(row) for row in self.history],
             "n_samples": self._n_samples,
-            "loss_sum": self._loss_sum,
+            "loss_sum": _copy(self._loss_sum),
             "metrics": {name: metric.state_dict() for name, metric in self.metrics.items()},
         }
 
@@ -116,9 +116,13 @@ class MetricsCB(Callback):
         """Go back to what `state_dict` returned."""
         self.history = [dict(row) for row in state["history"]]
         self._n_samples = state["n_samples"]
-        self._loss_sum = state["loss_sum"]
+        self._loss_sum = _copy(state["loss_sum"])
         for name, metric in self.metrics.items():
             metric.load_state_dict(state["metrics"][name])
+
+
+def _copy(loss_sum: torch.Tensor | None) -> torch.Tensor | None:
+    return None if loss_sum is None else loss_sum.clone()  # it is added to in place
 
 
 def _number(value: Any) -> Any:

@@ -65,7 +65,7 @@ class MixedTrainingCB(Callback):
         self.skipped_steps = 0
         self._device = "cpu"
         self._autocast: torch.autocast | None = None
-        self._unscaled = self._updated = False
+        self._scaled = self._unscaled = self._updated = False
 
     def receivers(self, learner: Any) -> Iterator[tuple[type[Event], Callable[[Any], Any]]]:
         """As any callback; but the actions are only taken over for a scaler."""
@@ -81,6 +81,7 @@ class MixedTrainingCB(Callback):
         if self.dtype == torch.float16:
             self.scaler = torch.amp.GradScaler(self._device, init_scale=self.init_scale)
             rescale(model, self.scaler)
+            self._scaled = True
 
     def before_batch(self, event: BeforeBatch) -> None:
         self._autocast = torch.autocast(self._device, dtype=self.dtype)
@@ -114,7 +115,7 @@ class MixedTrainingCB(Callback):
         self.scaler.update()
         self._updated = True
         after = self.scaler.get_scale()
-        if after < before:
+        if after < before or after == 0:  # no scale is left, and all is NaN
             self.skipped_steps += 1
             event.learner.opt.zero_grad()  # not ZeroGrad, which may keep some of what overflowed
             raise CancelStepException(
@@ -130,17 +131,18 @@ class MixedTrainingCB(Callback):
         self._unscaled = self._updated = False
 
     def cleanup_fit(self, event: CleanupFit) -> None:
-        if self.scaler is not None:
-            for p in event.learner.model.parameters():
-                if p.grad is not None:
-                    p.grad /= self.scaler.get_scale()
+        if self.scaler is not None and self._scaled:  # not where the fit ended before ours began
+            unscale(event.learner.model, self.scaler)
+            self._scaled = False
 
     def state_dict(self) -> dict[str, Any]:
-        """The scaler's state, empty without one."""
-        return {} if self.scaler is None else {"scaler": self.scaler.state_dict()}
+        """The count of skipped steps and, if there is one, the scaler's state."""
+        scaler = {} if self.scaler is None else {"scaler": self.scaler.state_dict()}
+        return {"skipped_steps": self.skipped_steps, **scaler}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go back to what `state_dict` returned."""
+        self.skipped_steps = state.get("skipped_steps", 0)
         if self.scaler is not None and "scaler" in state:
             self.scaler.load_state_dict(state["scaler"])
 
@@ -150,3 +152,10 @@ def rescale(model: torch.nn.Module, scaler: torch.amp.GradScaler) -> None:
     for p in model.parameters():
         if p.grad is not None:
             p.grad = scaler.scale(p.grad)
+
+
+def unscale(model: torch.nn.Module, scaler: torch.amp.GradScaler) -> None:
+    """Undo `rescale`, at the end of a fit."""
+    for p in model.parameters():
+        if p.grad is not None:
+            p.grad /= scaler.get_scale()

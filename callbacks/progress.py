@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from numbers import Real
 from time import monotonic
@@ -39,7 +39,7 @@ class ProgressCB(Callback):
     holds up the training. Where the output is no terminal (and no notebook) nothing is
     printed. While it draws on standard output, what is printed there appears above it.
 
-    The table has a row for every epoch, counted from 1, with the numbers that callbacks such as
+    The table has a row for every epoch, counted from 1, of the numbers that callbacks such as
     MetricsCB put into `learner.record`; below it stands how the fit ended, who ended it and why.
     An instance shows one fit at a time.
 
@@ -60,12 +60,14 @@ class ProgressCB(Callback):
         >>> @learner.on(AfterEpoch)
         ... def accuracy(event):
         ...     learner.record["accuracy"] = 0.5 + 0.1 * event.epoch
-        >>> console = Console(force_terminal=True, force_interactive=False, color_system=None)
-        >>> result = learner.run(2, cbs=ProgressCB(console))  # doctest: +NORMALIZE_WHITESPACE
-        epoch  train accuracy  valid accuracy
-        ─────────────────────────────────────
-            1             0.5             0.5
-            2             0.6             0.6
+        >>> console = Console(
+        ...     force_terminal=True, force_interactive=False, color_system=None, width=60
+        ... )
+        >>> result = learner.run(2, cbs=ProgressCB(console))
+        epoch   train accuracy   valid accuracy
+        ───────────────────────────────────────
+            1              0.5              0.5
+            2              0.6              0.6
         completed 2 epochs
 
     Source: fastai's `ProgressCB`; the display is rich's.
@@ -103,24 +105,11 @@ class ProgressCB(Callback):
 
     def observe(self, event: Event) -> None:
         """Show an event."""
-        if isinstance(event, BeforeFit):
-            self._begin(event)
-        display = self._display
-        if display is None or display.run_id != event.run_id:
-            return
         try:
-            match event:
-                case BeforeEpoch():
-                    display.begin_epoch(event)
-                case AfterBatch():
-                    # On a device the number may not be there yet: the display goes without,
-                    # so that the host never waits.
-                    display.show_batch(event, self._loss and self._loss.get())
-                case CleanupEpoch():
-                    display.end_epoch(event)
-                case CleanupFit():
-                    self.close()
-                    display.report(event)  # where the bars were
+            if isinstance(event, BeforeFit):
+                self._begin(event)
+            elif self._display is not None and self._display.run_id == event.run_id:
+                self._show(event, self._display)
         except BaseException:
             with suppress(Exception):  # the first error is the one to tell
                 self.close()
@@ -138,14 +127,27 @@ class ProgressCB(Callback):
 
     def _begin(self, event: BeforeFit) -> None:
         self.close()  # one whose fit ended without our hearing of it
-        self._display = display = _Display(self.console, event)
+        display = self._display = _Display(self.console, event)
         # The display does not know this callback: it is taken down when that is collected too.
         self._take_down = weakref.finalize(self, display.stop)
         display.start()
 
+    def _show(self, event: Event, display: _Display) -> None:
+        match event:
+            case BeforeEpoch():
+                display.begin_epoch(event)
+            case AfterBatch():
+                display.show_batch(event, None if self._loss is None else self._loss.get())
+            case CleanupEpoch():
+                display.end_epoch(event)
+            case CleanupFit():
+                self.close()
+                display.report(event)  # where the bars were
+
 
 class _Number:
-    """The number in a tensor, copied to the host without anybody waiting for the device."""
+    """The number in a tensor. It is copied to the host while the device goes on working, and
+    is read when it has arrived: neither the training nor the host's event loop waits for it."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self._copy = tensor.to("cpu", non_blocking=True)
@@ -162,7 +164,8 @@ class _Number:
 
 
 class _Display:
-    """What is shown of one fit."""
+    """What is shown of one fit. Keeps no event: that would keep the learner, and so the
+    callback, which takes it down when it is collected."""
 
     def __init__(self, console: Console, event: BeforeFit) -> None:
         from rich.live import Live
@@ -170,12 +173,15 @@ class _Display:
         self.run_id = event.run_id
         self._console = console
         self._n_epochs = event.n_epochs
-        self._first: BeforeEpoch | None = None
-        self._epoch: BeforeEpoch | None = None
-        self._done = 0
-        self._numbers: list[str] = []
-        self._now = event.time
+        self._first: tuple[int, float] | None = None  # an epoch and when it began
+        self._epoch = -1
+        self._phase = ""
+        self._began = self._now = event.time
         self._ends: float | None = None
+        self._done = 0
+        self._n_iter: int | None = None
+        self._loss: float | None = None
+        self._speed = ""
         self._drawn = 0.0
         self._rows: dict[int, dict[str, float]] = {}
         ours = console.file in (sys.stdout, sys.stderr)
@@ -196,39 +202,39 @@ class _Display:
         self._live.stop()
 
     def begin_epoch(self, event: BeforeEpoch) -> None:
-        first = self._first = self._first or event
-        if event.epoch > first.epoch and event.epoch != (self._epoch or event).epoch:
-            pace = (event.time - first.time) / (event.epoch - first.epoch)
+        epoch, began = self._first = self._first or (event.epoch, event.time)
+        if event.epoch != self._epoch and event.epoch > epoch:
+            pace = (event.time - began) / (event.epoch - epoch)
             self._ends = event.time + pace * (self._n_epochs - event.epoch)
-        self._epoch = event
-        self._now = event.time
+        self._epoch = event.epoch
+        self._phase = _phase(event)
+        self._began = self._now = event.time
         self._done = 0
-        self._numbers = []
+        self._n_iter = event.n_iter
+        self._loss = None
+        self._speed = ""
         if monotonic() - self._drawn > EPOCH_INTERVAL:
             self._draw()
 
     def show_batch(self, event: AfterBatch, loss: float | None) -> None:
         self._now = event.time
         self._done = event.iter + 1
-        seconds = event.time - self._epoch.time if self._epoch is not None else 0.0
-        self._numbers = [] if loss is None else [f"loss {_number(loss)}"]
+        self._loss = self._loss if loss is None else loss
+        seconds = event.time - self._began
         if event.n_samples and seconds > 0:
-            self._numbers.append(f"{event.n_samples / seconds:,.0f} samples/s")
-        if event.n_iter is not None:
-            left = seconds / self._done * (event.n_iter - self._done)
-            self._numbers.append(f"{_clock(left)} left")
+            self._speed = f"{event.n_samples / seconds:,.0f} samples/s"
         self._draw()
 
     def end_epoch(self, event: CleanupEpoch) -> None:
-        row = self._rows.setdefault(event.epoch, {})
         for name, value in event.metrics.items():
             if isinstance(value, Real) and not isinstance(value, bool):
+                row = self._rows.setdefault(event.epoch, {})
                 row[f"{_phase(event)} {name}"] = float(value)
 
     def report(self, event: CleanupFit) -> None:
         from rich.text import Text
 
-        if any(self._rows.values()):
+        if self._rows:
             self._console.print(self._table())
         color = {"completed": "green", "cancelled": "yellow", "failed": "red"}[event.end.status]
         self._console.print(Text(_ending(event), style=color))
@@ -246,20 +252,27 @@ class _Display:
         grid = Table.grid(padding=(0, 1))
         for _ in range(3):
             grid.add_column(no_wrap=True)
-        if self._epoch is not None:
-            epoch, n_epochs, n_iter = self._epoch.epoch, self._n_epochs, self._epoch.n_iter
-            left = "" if self._ends is None else f"{_clock(self._ends - self._now)} left"
+        if self._first is not None:
             grid.add_row(
-                Text(f"epoch {epoch + 1}/{n_epochs}"),
-                ProgressBar(total=n_epochs, completed=epoch, width=20),
-                Text(left),
+                Text(f"epoch {self._epoch + 1}/{self._n_epochs}"),
+                ProgressBar(total=self._n_epochs, completed=self._epoch, width=20),
+                Text("" if self._ends is None else f"{_clock(self._ends - self._now)} left"),
             )
             grid.add_row(
-                Text(f"{_phase(self._epoch)} {self._done}/{'?' if n_iter is None else n_iter}"),
-                ProgressBar(total=n_iter, completed=self._done, width=20),
-                Text("  ".join(self._numbers)),
+                Text(f"{self._phase} {self._done}/{self._n_iter or '?'}"),
+                ProgressBar(total=self._n_iter, completed=self._done, width=20),
+                Text("  ".join(self._numbers())),
             )
         return grid
+
+    def _numbers(self) -> Iterator[str]:
+        if self._loss is not None:
+            yield f"loss {_number(self._loss)}"
+        if self._speed:
+            yield self._speed
+        if self._n_iter and self._done:
+            pace = (self._now - self._began) / self._done
+            yield f"{_clock(pace * (self._n_iter - self._done))} left"
 
     def _table(self) -> Table:
         from rich import box
@@ -267,7 +280,7 @@ class _Display:
         from rich.text import Text
 
         names = list(dict.fromkeys(name for row in self._rows.values() for name in row))
-        table = Table(box=box.SIMPLE_HEAD, show_edge=False)
+        table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
         for header in ("epoch", *names):
             table.add_column(Text(_plain(header)), justify="right")
         for epoch, row in self._rows.items():

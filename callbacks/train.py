@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..engine.data import inputs_of, targets_of
-from ..engine.learners import check_loss
+from ..engine.learners import backward
 from ..events import Backward, Callback, GetLoss, Predict, Step, ZeroGrad
 
 
@@ -36,7 +36,7 @@ class TrainCB(Callback):
         learner.loss = learner.loss_func(learner.preds, targets_of(learner.batch))
 
     def backward(self, event: Backward) -> None:
-        check_loss(event.learner.loss).backward()
+        backward(event.learner.loss)
 
     def step(self, event: Step) -> None:
         event.learner.opt.step()

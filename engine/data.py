@@ -96,7 +96,7 @@ def batch_size(batch: Any) -> int:
     """
     if isinstance(batch, torch.Tensor):
         return batch.shape[0] if batch.ndim else 1
-    if not isinstance(batch, tuple | list):  # asked first: a check for Mapping is slow
+    if not isinstance(batch, (tuple, list)):  # asked first: a check for Mapping is slow
         if not isinstance(batch, Mapping):
             return 0
         batch = batch.values()
@@ -108,7 +108,7 @@ def batch_size(batch: Any) -> int:
 
 def inputs_of(batch: Any) -> Any:
     """What the model is given: the first part of a tuple or list, or all of it."""
-    return batch[0] if isinstance(batch, tuple | list) else batch
+    return batch[0] if isinstance(batch, (tuple, list)) else batch
 
 
 def targets_of(batch: Any) -> Any:
@@ -117,9 +117,9 @@ def targets_of(batch: Any) -> Any:
     Raises:
         TypeError: the batch has no second part.
     """
-    if isinstance(batch, tuple | list) and len(batch) > 1:
+    if isinstance(batch, (tuple, list)) and len(batch) > 1:
         return batch[1]
-    what = f"{len(batch)} part(s)" if isinstance(batch, tuple | list) else type(batch).__qualname__
+    what = f"{len(batch)} part(s)" if isinstance(batch, (tuple, list)) else type(batch).__qualname__
     raise TypeError(
         f"a batch of (inputs, targets) is needed here, but this one is {what}: perform Predict"
         " and GetLoss your own way, in a Learner subclass or a callback"

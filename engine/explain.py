@@ -6,9 +6,37 @@ import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from ..events import ActionEvent, Event, Subscription
+from ..events import (
+    ActionEvent,
+    AfterBackward,
+    AfterBatch,
+    AfterEpoch,
+    AfterFit,
+    AfterLoss,
+    AfterPredict,
+    AfterStep,
+    Backward,
+    BatchEvent,
+    BeforeBatch,
+    BeforeEpoch,
+    BeforeFit,
+    BeforeStep,
+    CleanupBatch,
+    CleanupEpoch,
+    CleanupFit,
+    CleanupStep,
+    EpochEvent,
+    Event,
+    FitEvent,
+    GetLoss,
+    Predict,
+    Step,
+    StepEvent,
+    Subscription,
+    ZeroGrad,
+)
 from ..events.bus import name_of
-from ..events.types import ACTIONS, HOOKS
+from ..events.types import HOOKS
 
 if TYPE_CHECKING:
     from .listened import Listened
@@ -41,17 +69,43 @@ def check_performers(learner: Listened, actions: Iterable[type[ActionEvent]]) ->
 
 
 def explain(learner: Listened) -> str:
-    """A line for every receiver of every event, in the order they run in."""
+    """The receivers of every event, in the order in which events happen and receivers run."""
+    custom = [event_type for event_type in HOOKS.values() if event_type not in (*_LOOP, *_BASES)]
     lines = []
-    for event_type in HOOKS.values():
-        if event_type in ACTIONS:
+    for event_type in (*_LOOP, *custom):
+        if issubclass(event_type, ActionEvent):
             lines += _action_lines(learner, event_type)
-        elif learner.bus.signal(event_type).receivers:
+        else:
             lines += _event_lines(learner, event_type)
     for stream in learner.streams:
         types = ", ".join(event_type.__name__ for event_type in stream.event_types)
         lines.append(f"{stream.name}, beside the training: {types}")
     return "\n".join(lines)
+
+
+_LOOP: tuple[type[Event], ...] = (
+    BeforeFit,
+    BeforeEpoch,
+    BeforeBatch,
+    Predict,
+    AfterPredict,
+    GetLoss,
+    AfterLoss,
+    Backward,
+    AfterBackward,
+    BeforeStep,
+    Step,
+    ZeroGrad,
+    AfterStep,
+    CleanupStep,
+    AfterBatch,
+    CleanupBatch,
+    AfterEpoch,
+    CleanupEpoch,
+    AfterFit,
+    CleanupFit,
+)
+_BASES = (Event, FitEvent, EpochEvent, BatchEvent, StepEvent, ActionEvent)
 
 
 def _event_lines(learner: Listened, event_type: type[Event]) -> list[str]:

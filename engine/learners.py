@@ -36,6 +36,21 @@ def check_loss(loss: Any) -> Any:
     return loss
 
 
+def backward(loss: Any) -> None:
+    """Call `loss.backward()`; if it fails, say what is wrong with the loss.
+
+    The questions come only then: on a small model they cost as much as the rest of the engine.
+
+    Raises:
+        TypeError, ValueError: as `check_loss`.
+    """
+    try:
+        loss.backward()
+    except (AttributeError, RuntimeError):
+        check_loss(loss)
+        raise
+
+
 class TrainLearner(Learner):
     """A Learner for a batch of (inputs, targets), one model and one optimizer.
 
@@ -58,7 +73,7 @@ class TrainLearner(Learner):
         self.loss = self.loss_func(self.preds, targets_of(self.batch))
 
     def backward(self) -> None:
-        check_loss(self.loss).backward()
+        backward(self.loss)
 
     def step(self) -> None:
         self.opt.step()

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import FrozenInstanceError, dataclass, fields, is_dataclass
 from typing import Any
 
+import anyio
+import anyio.lowlevel
 import pytest
 import torch
 from torch import nn
@@ -31,6 +33,9 @@ from eventrain.events import (
     BeforeStep,
     Bus,
     Callback,
+    CancelBatchException,
+    CancelException,
+    CancelStepException,
     CleanupBatch,
     CleanupEpoch,
     CleanupFit,
@@ -257,6 +262,47 @@ def test_events_that_are_kept_keep_no_batch_prediction_or_graph(
     finally:
         gc.enable()
     assert events.names.count("AfterPredict") == 4
+    assert alive == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("way", ["receiver", "async receiver", "action", "cleanup"])
+@pytest.mark.parametrize("cancel", [CancelBatchException, CancelStepException])
+def test_a_cancel_keeps_nothing_of_its_batch_alive(
+    make_batches: Any, make_model: Any, cancel: type[CancelException], way: str
+) -> None:
+    """G12: the predictions that the receiver had in hand are gone before the next ones come,
+    without the gc: on a GPU it would not run before the memory is full."""
+    learner = TrainLearner(make_model(), DataLoaders(make_batches(4)))
+    seen: list[weakref.ref[Any]] = []
+    alive: list[int] = []
+
+    @learner.on(AfterPredict)
+    def count(event: AfterPredict) -> None:
+        alive.append(sum(ref() is not None for ref in seen))
+        seen.append(weakref.ref(learner.preds))
+
+    def in_hand(event: Event) -> None:
+        preds = learner.preds
+        raise cancel(f"shape {preds.shape}")
+
+    async def in_hand_async(event: Event) -> None:
+        preds = learner.preds
+        await anyio.lowlevel.checkpoint()
+        raise cancel(f"shape {preds.shape}")
+
+    if way == "action":
+        learner.subscribe(Step, in_hand)
+    elif way == "cleanup":
+        learner.subscribe(CleanupStep, in_hand)
+    else:
+        learner.subscribe(BeforeStep, in_hand if way == "receiver" else in_hand_async)
+    gc.disable()
+    try:
+        result = learner.run(valid=False)
+    finally:
+        gc.enable()
+    assert result.status == "completed"
+    assert result.steps == (4 if way == "cleanup" else 0)
     assert alive == [0, 0, 0, 0]
 
 
