@@ -10,7 +10,9 @@ from .logs import StructlogCB
 from .lr_finder import LRFinderCB
 from .metrics import MetricsCB
 from .mixed import MixedTrainingCB
+from .progress import ProgressCB
 from .single import SingleBatchCB, SingleEpochCB
+from .summary import LayerSummary, SummaryCB
 from .train import TrainCB
 
 __all__ = [
@@ -21,11 +23,14 @@ __all__ = [
     "GradientAccumulationCB",
     "GradientClippingCB",
     "LRFinderCB",
+    "LayerSummary",
     "MetricsCB",
     "MixedTrainingCB",
+    "ProgressCB",
     "SingleBatchCB",
     "SingleEpochCB",
     "StructlogCB",
+    "SummaryCB",
     "TrainCB",
     "def_device",
     "to_cpu",

@@ -99,8 +99,8 @@ class ProgressCB(Callback):
             if now < self._due:
                 return False
             self._due = now + BATCH_INTERVAL
-            if event.loss is not None and event.loss.numel() == 1:
-                self._loss = _Number(event.loss)
+            loss = event.loss
+            self._loss = None if loss is None or loss.numel() != 1 else _Number(loss)
         return self._shown
 
     def observe(self, event: Event) -> None:

@@ -578,18 +578,26 @@ async def test_the_callers_default_device_is_taken_over(learner: TrainLearner) -
     assert torch.empty(1).device.type == "cpu"
 
 
-@pytest.mark.parametrize("run", [asyncio.run, lambda c: anyio.run(lambda: c, backend="asyncio")])
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda fetch: asyncio.run(fetch()),
+        lambda fetch: anyio.run(fetch, backend="asyncio"),
+        lambda fetch: anyio.run(fetch, backend="trio"),
+    ],
+    ids=["asyncio.run", "anyio.run", "anyio.run on trio"],
+)
 def test_the_training_thread_may_run_an_event_loop_of_its_own(
     learner: TrainLearner, backend: dict[str, Any], run: Callable[[Any], Any]
 ) -> None:
     """A loader or a receiver that calls an async client blockingly is no business of ours."""
 
     async def fetch() -> str:
-        await asyncio.sleep(0)
+        await anyio.sleep(0)
         return "fetched"
 
     fetched: list[str] = []
-    learner.on(BeforeFit)(lambda event: fetched.append(run(fetch())))
+    learner.on(BeforeFit)(lambda event: fetched.append(run(fetch)))
 
     @learner.on(BeforeFit, order=1)
     async def on_the_hosts_loop(event: BeforeFit) -> None:

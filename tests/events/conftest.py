@@ -7,7 +7,6 @@ from dataclasses import fields
 from typing import Any
 
 import pytest
-
 from eventrain.events import Event, ScopeEnd
 from eventrain.events.types import HOOKS
 

@@ -12,7 +12,6 @@ from typing import Any
 import anyio
 import anyio.lowlevel
 import pytest
-
 from eventrain.engine import DataLoaders, TrainLearner
 from eventrain.events import (
     AfterBatch,
@@ -51,7 +50,7 @@ def kinds(called: Called) -> dict[str, Callable[[Event], Awaitable[None]]]:
         await anyio.lowlevel.checkpoint()
         called.append((name, threading.get_ident()))
 
-    class Callable_:  # noqa: N801 - its instances are what is tested
+    class CallableObject:
         async def __call__(self, event: Event) -> None:
             await function(event, "callable object")
 
@@ -60,8 +59,8 @@ def kinds(called: Called) -> dict[str, Callable[[Event], Awaitable[None]]]:
 
     return {
         "function": function,
-        "callable object": Callable_(),
-        "method": Callable_().method,
+        "callable object": CallableObject(),
+        "method": CallableObject().method,
         "partial": partial(function, name="partial"),
         "lambda": lambda event: function(event, "lambda"),
     }
@@ -284,7 +283,7 @@ async def test_all_async_receivers_of_a_cleanup_are_awaited_though_one_fails(
 
     for name in ("one", "two", "three"):
         learner.subscribe(CleanupFit, receiver(name))
-    with anyio.fail_after(10), pytest.raises(ValueError, match="^one") as caught:
+    with anyio.fail_after(10), pytest.raises(ValueError, match=r"^one") as caught:
         await learner.fit()
     assert called == ["one", "two", "three"]
     assert [note.split(" (")[0] for note in caught.value.__notes__[1:]] == [

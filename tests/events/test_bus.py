@@ -11,9 +11,6 @@ from functools import partial
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-
 from eventrain.events import (
     ActionEvent,
     AfterBatch,
@@ -39,6 +36,8 @@ from eventrain.events import (
     Subscription,
     ZeroGrad,
 )
+from hypothesis import given
+from hypothesis import strategies as st
 
 MakeEvent = Callable[..., Any]
 
@@ -348,7 +347,7 @@ def test_ten_thousand_subscriptions_that_were_closed_leave_nothing_behind(
         tables = [bus.subscriptions()]
         for signal in bus.signals.values():
             tables += [t for t in vars(signal).values() if isinstance(t, dict | list | tuple)]
-            tables += [bucket for bucket in signal._by_sender.values()]
+            tables += signal._by_sender.values()
         return sum(map(len, tables))
 
     bus.subscribe(Event, Holder([])).close()

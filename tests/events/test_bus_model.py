@@ -13,10 +13,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from hypothesis import HealthCheck, settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
-
 from eventrain.events import (
     ActionEvent,
     AfterFit,
@@ -35,6 +31,9 @@ from eventrain.events import (
     Subscription,
 )
 from eventrain.events.types import HOOKS
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 LEARNERS = ("first learner", "second learner")
 
@@ -313,7 +312,7 @@ class BusAgainstList(RuleBasedStateMachine):
 
 TestBusAgainstList = BusAgainstList.TestCase
 TestBusAgainstList.settings = settings(
-    max_examples=60,
+    max_examples=150,
     stateful_step_count=25,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow],

@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 
 import pytest
-
 from eventrain.events import (
     AfterBatch,
     AfterEpoch,
@@ -21,6 +20,7 @@ from eventrain.events import (
     Event,
     EventSignal,
     FitEvent,
+    Subscription,
 )
 
 N_THREADS = 6
@@ -47,7 +47,7 @@ def in_threads(*works: Callable[[], None]) -> None:
         try:
             start.wait(10)
             work()
-        except BaseException as exc:  # noqa: BLE001 - raised below
+        except BaseException as exc:
             errors.append(exc)
 
     threads = [threading.Thread(target=run, args=(work,), daemon=True) for work in works]
@@ -169,3 +169,46 @@ def test_a_receiver_may_wait_for_a_thread_that_subscribes_and_closes() -> None:
     assert heard == []
     bus.send(fit_event())
     assert heard == ["new"]
+
+
+@pytest.mark.parametrize(
+    "work",
+    [
+        lambda bus, subscription: subscription.close(),
+        lambda bus, subscription: bus.subscribe(Event, print),
+        lambda bus, subscription: bus.signal(AfterEpoch),
+        lambda bus, subscription: bus.signal(BeforeFit).ordered,
+        lambda bus, subscription: bus.subscriptions(),
+        lambda bus, subscription: bus.reorder(),
+    ],
+    ids=["close", "subscribe", "a new signal", "the order", "subscriptions", "reorder"],
+)
+def test_whoever_holds_the_lock_of_the_bus_sees_nothing_change(
+    work: Callable[[Bus, Subscription], object],
+) -> None:
+    bus = Bus()
+    subscription = bus.subscribe(BeforeFit, print)
+    bus.signal(BeforeFit)
+    thread = threading.Thread(target=work, args=(bus, subscription), daemon=True)
+    with bus.lock:
+        thread.start()
+        thread.join(0.05)
+        assert thread.is_alive()
+        assert not subscription.closed
+        assert len(bus.subscriptions()) == 1
+        assert list(bus.signals) == [BeforeFit]
+    thread.join(10)
+    assert not thread.is_alive()
+
+
+def test_an_event_is_sent_without_waiting_for_the_lock_of_the_bus() -> None:
+    """Once the order is known, so that the training is not held up by whoever subscribes."""
+    bus, heard = Bus(), []
+    bus.subscribe(BeforeFit, heard.append)
+    bus.send(fit_event())
+    thread = threading.Thread(target=bus.send, args=(fit_event(),), daemon=True)
+    with bus.lock:
+        thread.start()
+        thread.join(10)
+        assert not thread.is_alive()
+    assert len(heard) == 2

@@ -8,7 +8,6 @@ from functools import partialmethod
 from typing import Any
 
 import pytest
-
 from eventrain.engine import DataLoaders, TrainLearner
 from eventrain.events import (
     AfterBatch,
@@ -323,7 +322,7 @@ def test_an_attribute_may_have_any_name(value: Any, learner: TrainLearner) -> No
 
 def test_a_nested_class_may_have_any_name(learner: TrainLearner) -> None:
     class Mine(Callback):
-        class after_bach: ...  # noqa: N801 - what is tested
+        class after_bach: ...
 
     assert list(Mine().receivers(learner)) == []
 

@@ -13,8 +13,6 @@ import anyio
 import anyio.lowlevel
 import pytest
 import torch
-from torch import nn
-
 from eventrain.engine import DataLoaders, TrainLearner
 from eventrain.events import (
     ActionEvent,
@@ -52,6 +50,7 @@ from eventrain.events import (
     record_events,
 )
 from eventrain.events.types import HOOKS
+from torch import nn
 
 EVENT = ["learner", "run_id", "time"]
 FIT = [*EVENT, "n_epochs"]

@@ -9,9 +9,8 @@ import pkgutil
 from pathlib import Path
 from types import ModuleType
 
-import pytest
-
 import eventrain.events
+import pytest
 from eventrain.events import CancelException, Event
 
 MODULES = [

@@ -8,7 +8,6 @@ from typing import Any
 import anyio
 import pytest
 import torch
-
 from eventrain.engine import DataLoaders, Learner, TrainLearner
 from eventrain.events import (
     AfterBatch,

@@ -1,0 +1,451 @@
+"""MetricsCB: the numbers computed by hand over the whole epoch, accumulated on the device."""
+
+from __future__ import annotations
+
+import gc
+import io
+import weakref
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import DataLoader, TensorDataset
+from torcheval.metrics import (
+    MulticlassAccuracy,
+    MulticlassAUROC,
+    MulticlassConfusionMatrix,
+    functional,
+)
+
+from eventrain.callbacks import MetricsCB
+from eventrain.engine import DataLoaders, TrainLearner
+from eventrain.events import (
+    AfterBatch,
+    AfterEpoch,
+    AfterLoss,
+    BeforeBatch,
+    CancelBatchException,
+    CancelEpochException,
+    CleanupEpoch,
+    record_events,
+)
+
+Digits = tuple[torch.Tensor, torch.Tensor]
+MakeModel = Callable[[], nn.Module]
+
+
+def loaders(digits: Digits) -> DataLoaders:
+    """Four training batches, the last of 14, and two for validation, of 32 and 8."""
+    images, labels = digits
+    train = TensorDataset(images[:110], labels[:110])
+    valid = TensorDataset(images[280:], labels[280:])
+    return DataLoaders(DataLoader(train, 32, shuffle=True), DataLoader(valid, 32))
+
+
+def learner(
+    digits: Digits, make_cnn: MakeModel, *cbs: MetricsCB, loss_func: Any = F.cross_entropy
+) -> TrainLearner:
+    return TrainLearner(make_cnn(), loaders(digits), loss_func, 0.1, cbs)
+
+
+Seen = dict[tuple[int, str], list[tuple[torch.Tensor, torch.Tensor, float]]]
+
+
+def watch(learner: TrainLearner) -> Seen:
+    """Predictions, targets and loss of every batch, by epoch and phase."""
+    seen: Seen = defaultdict(list)
+
+    @learner.on(AfterBatch)
+    def keep(event: AfterBatch) -> None:
+        phase = "train" if event.training else "eval"
+        targets = learner.batch[1]
+        seen[event.epoch, phase].append((learner.preds.detach(), targets, learner.loss.item()))
+
+    return seen
+
+
+def mean_loss(batches: list[tuple[torch.Tensor, torch.Tensor, float]]) -> float:
+    return sum(loss * len(y) for _, y, loss in batches) / sum(len(y) for _, y, _ in batches)
+
+
+# torcheval 0.0.7 calls what torch has deprecated.
+@pytest.mark.filterwarnings("ignore:The reduce argument of torch.scatter:UserWarning")
+def test_every_kind_of_metric_is_what_torcheval_says_of_the_whole_epoch(
+    digits: Digits, make_cnn: MakeModel, backend: dict[str, Any]
+) -> None:
+    metrics = MetricsCB(
+        MulticlassAccuracy(),
+        per_class=MulticlassAccuracy(average=None, num_classes=10),
+        confusion=MulticlassConfusionMatrix(10),
+        auroc=MulticlassAUROC(num_classes=10),  # keeps every prediction until it is computed
+    )
+    learn = learner(digits, make_cnn, metrics)
+    seen = watch(learn)
+    learn.run(2, **backend)
+
+    assert [(row["epoch"], row["train"]) for row in metrics.history] == list(seen)
+    for row in metrics.history:
+        batches = seen[row["epoch"], row["train"]]
+        preds, targets = (torch.cat(column) for column in list(zip(*batches, strict=True))[:2])
+        by_hand = {
+            "MulticlassAccuracy": functional.multiclass_accuracy(preds, targets),
+            "per_class": functional.multiclass_accuracy(
+                preds, targets, average=None, num_classes=10
+            ),
+            "confusion": functional.multiclass_confusion_matrix(preds, targets, 10),
+            "auroc": functional.multiclass_auroc(preds, targets, num_classes=10),
+        }
+        assert list(row) == ["epoch", "train", *by_hand, "loss"]
+        assert row["loss"] == pytest.approx(mean_loss(batches), rel=1e-9)
+        for name, value in by_hand.items():
+            assert type(row[name]) is (float if value.ndim == 0 else list), name
+            assert torch.tensor(row[name]).shape == value.shape
+            assert torch.allclose(torch.tensor(row[name]), value.float(), atol=5e-4), name
+
+
+def test_the_loss_is_averaged_over_samples_not_over_batches(
+    digits: Digits, make_cnn: MakeModel
+) -> None:
+    metrics = MetricsCB()
+    learn = learner(digits, make_cnn, metrics)
+    seen = watch(learn)
+    learn.run(1)
+    train = seen[0, "train"]
+    assert [len(y) for _, y, _ in train] == [32, 32, 32, 14]
+    losses = [loss for _, _, loss in train]
+    assert metrics.history == [
+        {"epoch": 0, "train": "train", "loss": pytest.approx(mean_loss(train), rel=1e-9)},
+        {"epoch": 0, "train": "eval", "loss": pytest.approx(mean_loss(seen[0, "eval"]), rel=1e-9)},
+    ]
+    assert metrics.history[0]["loss"] != pytest.approx(sum(losses) / 4, rel=1e-6)
+
+
+def test_losses_in_half_precision_are_summed_in_double(digits: Digits, make_cnn: MakeModel) -> None:
+    metrics = MetricsCB()
+
+    def half_loss(preds: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(preds, targets).mul(100).half()  # times 32 it would overflow
+
+    learn = learner(digits, make_cnn, metrics, loss_func=lambda p, y: half_loss(p, y) * 100)
+    seen = watch(learn)
+    learn.run(1, train=False)
+    assert metrics.history[0]["loss"] == mean_loss(seen[0, "eval"]) > 20_000
+
+
+def test_a_loss_of_one_element_is_taken_for_its_number(digits: Digits, make_cnn: MakeModel) -> None:
+    plain, one_element = MetricsCB(), MetricsCB()
+    learner(digits, make_cnn, plain).run(1, train=False)
+    learner(
+        digits, make_cnn, one_element, loss_func=lambda p, y: F.cross_entropy(p, y).reshape(1)
+    ).run(1, train=False)
+    assert one_element.history == plain.history
+
+
+class Pair:
+    """A batch that is an object of the host's own: nobody can tell how many samples it has."""
+
+    def __init__(self, x: torch.Tensor, y: torch.Tensor) -> None:
+        self.x, self.y = x, y
+
+
+class PairLearner(TrainLearner):
+    def predict(self) -> None:
+        self.preds = self.model(self.batch.x)
+
+    def get_loss(self) -> None:
+        self.loss = self.loss_func(self.preds, self.batch.y)
+
+
+def test_batches_of_unknown_size_count_the_same(digits: Digits, make_cnn: MakeModel) -> None:
+    images, labels = digits
+    batches = [Pair(images[:32], labels[:32]), Pair(images[32:40], labels[32:40])]
+    metrics, model = MetricsCB(), make_cnn()
+    PairLearner(model, DataLoaders(valid=batches), F.cross_entropy, cbs=metrics).run(train=False)
+    losses = [F.cross_entropy(model(batch.x), batch.y).item() for batch in batches]
+    assert metrics.history[0]["loss"] == pytest.approx(sum(losses) / 2, rel=1e-6)
+
+
+# ---------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("positional", "named", "taken"),
+    [
+        ([MulticlassAccuracy(), MulticlassAccuracy()], {}, "MulticlassAccuracy"),
+        ([MulticlassAccuracy()], {"MulticlassAccuracy": MulticlassAUROC(num_classes=3)}, None),
+        ([], {"loss": MulticlassAccuracy()}, "loss"),
+        ([], {"epoch": MulticlassAccuracy()}, "epoch"),
+        ([], {"train": MulticlassAccuracy()}, "train"),
+    ],
+)
+def test_a_name_used_twice_is_refused(
+    positional: list[Any], named: dict[str, Any], taken: str | None
+) -> None:
+    with pytest.raises(ValueError, match=f"{taken or 'MulticlassAccuracy'!r} is taken.*yourname="):
+        MetricsCB(*positional, **named)
+
+
+@pytest.mark.parametrize(
+    "thing", [MulticlassAccuracy, functional.multiclass_accuracy, "accuracy", None, nn.Linear(1, 1)]
+)
+def test_what_is_no_metric_is_refused(thing: Any) -> None:
+    with pytest.raises(TypeError, match=r"^accuracy=.* is no torcheval metric"):
+        MetricsCB(accuracy=thing)
+    with pytest.raises(TypeError, match="is no torcheval metric"):
+        MetricsCB(thing)
+
+
+# ------------------------------------------------------------------------- where it costs what
+
+
+class Operations(TorchDispatchMode):
+    """Counts what reads a number on the host, or copies a tensor elsewhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.all = 0
+        self.waits: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.all += 1
+        if func._schema.name in ("aten::_local_scalar_dense", "aten::_to_copy", "aten::equal"):
+            self.waits.append(func._schema.name)
+        return func(*args, **(kwargs or {}))
+
+
+def test_nothing_is_copied_to_the_host_before_the_epoch_ends(
+    digits: Digits, make_cnn: MakeModel, backend: dict[str, Any]
+) -> None:
+    """G14: the metrics ask for their numbers once an epoch."""
+    metrics = MetricsCB(MulticlassAccuracy(), auroc=MulticlassAUROC(num_classes=10))
+    learn = learner(digits, make_cnn, metrics)
+    operations = {AfterBatch: Operations(), AfterEpoch: Operations()}
+    for event_type, mode in operations.items():
+        # On the training thread, around the one receiver in between.
+        learn.subscribe(event_type, lambda _, mode=mode: mode.__enter__(), order=-0.5)
+        learn.subscribe(event_type, lambda _, mode=mode: mode.__exit__(None, None, None), order=0.5)
+    learn.run(2, **backend)
+    assert operations[AfterBatch].all >= 12  # it did look
+    assert operations[AfterBatch].waits == []
+    assert operations[AfterEpoch].waits == ["aten::_local_scalar_dense"] * 4
+    assert len(metrics.history) == 4
+
+
+class Marked(torch.autograd.Function):
+    """An identity that leaves a mark in the graph, to tell when the graph is gone."""
+
+    marks: ClassVar[weakref.WeakSet[nn.Module]] = weakref.WeakSet()
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        ctx.mark = nn.Module()
+        Marked.marks.add(ctx.mark)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient
+
+
+def test_no_graph_outlives_its_batch(digits: Digits, make_cnn: MakeModel) -> None:
+    """G12: what the metrics keep, the loss and stored predictions, holds no graph."""
+    metrics = MetricsCB(MulticlassAccuracy(), auroc=MulticlassAUROC(num_classes=10))
+    learn = learner(
+        digits, make_cnn, metrics, loss_func=lambda p, y: F.cross_entropy(Marked.apply(p), y)
+    )
+    alive = []
+
+    @learn.on(BeforeBatch, where=lambda event: event.training)
+    def let_go(event: BeforeBatch) -> None:
+        learn.preds = None
+        gc.collect()
+        alive.append(len(Marked.marks))
+
+    learn.run(1)
+    assert alive == [0, 0, 0, 0]
+    stored = metrics.metrics["auroc"].inputs
+    assert len(stored) == 2
+    assert not any(preds.requires_grad for preds in stored)
+
+
+# ------------------------------------------------------------------------------------- state
+
+
+def test_the_state_of_the_middle_of_an_epoch_can_be_gone_back_to(
+    digits: Digits, make_cnn: MakeModel
+) -> None:
+    metrics = MetricsCB(MulticlassAccuracy(), auroc=MulticlassAUROC(num_classes=10))
+    learn = learner(digits, make_cnn, metrics)
+    seen = watch(learn)
+    states = []
+
+    @learn.on(AfterBatch, order=1, where=lambda event: event.training)
+    def forget_the_third(event: AfterBatch) -> None:
+        if event.iter == 1:
+            states.append(metrics.state_dict())
+        if event.iter == 2:
+            metrics.load_state_dict(states[0])
+
+    learn.run(1, valid=False)
+    batches = seen[0, "train"]
+    del batches[2]
+    preds, targets = (torch.cat(column) for column in list(zip(*batches, strict=True))[:2])
+    assert metrics.history == [
+        {
+            "epoch": 0,
+            "train": "train",
+            "MulticlassAccuracy": functional.multiclass_accuracy(preds, targets).item(),
+            "auroc": pytest.approx(
+                functional.multiclass_auroc(preds, targets, num_classes=10).item(), abs=5e-4
+            ),
+            "loss": pytest.approx(mean_loss(batches), rel=1e-9),
+        }
+    ]
+    assert states[0]["n_samples"] == 64  # the batches after it did not change what was kept
+
+
+def test_the_state_can_be_saved_and_loaded_as_plain_data(
+    digits: Digits, make_cnn: MakeModel
+) -> None:
+    metrics = MetricsCB(MulticlassAccuracy(), confusion=MulticlassConfusionMatrix(10))
+    learner(digits, make_cnn, metrics).run(1)
+    file = io.BytesIO()
+    torch.save(metrics.state_dict(), file)
+    file.seek(0)
+    other = MetricsCB(MulticlassAccuracy(), confusion=MulticlassConfusionMatrix(10))
+    other.load_state_dict(torch.load(file, weights_only=True))
+    assert other.history == metrics.history
+    assert other.history is not metrics.history
+    assert other.metrics["confusion"].compute().equal(metrics.metrics["confusion"].compute())
+
+
+# ----------------------------------------------------------------------- epochs, fits, learners
+
+
+def test_the_history_goes_on_over_several_fits_and_the_result_has_its_own(
+    digits: Digits, make_cnn: MakeModel
+) -> None:
+    metrics = MetricsCB(accuracy=MulticlassAccuracy())
+    learn = learner(digits, make_cnn, metrics)
+    first = learn.run(2)
+    second = learn.run(1, valid=False)
+    assert [(row["epoch"], row["train"]) for row in metrics.history] == [
+        (0, "train"),
+        (0, "eval"),
+        (1, "train"),
+        (1, "eval"),
+        (0, "train"),
+    ]
+    assert list(first.history + second.history) == metrics.history
+
+
+def test_the_numbers_are_in_the_events_and_the_result(
+    digits: Digits, make_cnn: MakeModel, backend: dict[str, Any]
+) -> None:
+    metrics = MetricsCB(accuracy=MulticlassAccuracy())
+    learn = learner(digits, make_cnn, metrics)
+    with record_events(learn) as events:
+        result = learn.run(2, **backend)
+    ends = [event for event in events if isinstance(event, CleanupEpoch)]
+    rows = [
+        {"epoch": e.epoch, "train": "train" if e.training else "eval", **e.metrics} for e in ends
+    ]
+    assert rows == metrics.history == list(result.history)
+    assert all(set(e.metrics) == {"accuracy", "loss"} for e in ends)
+    with pytest.raises(TypeError):
+        ends[0].metrics["accuracy"] = 1.0  # type: ignore[index]
+    assert learn.metrics is metrics
+
+
+async def test_validate_returns_the_numbers_of_the_metrics_that_are_attached(
+    digits: Digits, make_cnn: MakeModel
+) -> None:
+    metrics = MetricsCB(accuracy=MulticlassAccuracy())
+    learn = learner(digits, make_cnn, metrics)
+    seen = watch(learn)
+    numbers = await learn.validate()
+    assert numbers == {
+        "accuracy": metrics.history[0]["accuracy"],
+        "loss": pytest.approx(mean_loss(seen[0, "eval"]), rel=1e-9),
+    }
+
+
+def test_a_cancelled_epoch_leaves_no_row(
+    digits: Digits, make_cnn: MakeModel, backend: dict[str, Any]
+) -> None:
+    metrics = MetricsCB(accuracy=MulticlassAccuracy())
+    learn = learner(digits, make_cnn, metrics)
+    seen = watch(learn)
+
+    @learn.on(AfterBatch, order=1)
+    def leave(event: AfterBatch) -> None:
+        if (event.epoch, event.training, event.iter) == (0, True, 2):
+            raise CancelEpochException
+
+    with record_events(learn) as events:
+        result = learn.run(2, **backend)
+    assert [(row["epoch"], row["train"]) for row in metrics.history] == [
+        (0, "eval"),
+        (1, "train"),
+        (1, "eval"),
+    ]
+    assert list(result.history) == metrics.history
+    ends = [event for event in events if isinstance(event, CleanupEpoch)]
+    assert [e.end.status for e in ends] == ["cancelled", "completed", "completed", "completed"]
+    assert dict(ends[0].metrics) == {}
+    # Nothing of the epoch that was left is in the next one's numbers.
+    assert metrics.history[0]["loss"] == pytest.approx(mean_loss(seen[0, "eval"]), rel=1e-9)
+
+
+def test_a_cancelled_batch_does_not_count(digits: Digits, make_cnn: MakeModel) -> None:
+    metrics = MetricsCB(accuracy=MulticlassAccuracy())
+    learn = learner(digits, make_cnn, metrics)
+    seen = watch(learn)
+
+    @learn.on(AfterLoss)
+    def leave(event: AfterLoss) -> None:
+        if event.iter == 1:
+            raise CancelBatchException
+
+    learn.run(1)
+    train, valid = metrics.history
+    assert [len(y) for _, y, _ in seen[0, "train"]] == [32, 32, 14]
+    assert train["loss"] == pytest.approx(mean_loss(seen[0, "train"]), rel=1e-9)
+    assert valid["loss"] == pytest.approx(mean_loss(seen[0, "eval"]), rel=1e-9)
+
+
+def test_an_epoch_whose_batches_were_all_cancelled_leaves_no_row(
+    digits: Digits, make_cnn: MakeModel
+) -> None:
+    metrics = MetricsCB(accuracy=MulticlassAccuracy())
+    learn = learner(digits, make_cnn, metrics)
+
+    @learn.on(BeforeBatch, where=lambda event: event.training)
+    def leave(event: BeforeBatch) -> None:
+        raise CancelBatchException
+
+    result = learn.run(1)
+    assert [row["train"] for row in metrics.history] == ["eval"]
+    assert (result.status, result.batches, result.valid_batches) == ("completed", 0, 2)
+
+
+def test_one_learner_after_another_may_use_the_same_metrics(
+    digits: Digits, make_cnn: MakeModel
+) -> None:
+    metrics = MetricsCB(accuracy=MulticlassAccuracy())
+    own = MetricsCB(accuracy=MulticlassAccuracy())
+    for cb in (metrics, own):
+        torch.manual_seed(3)
+        learner(digits, make_cnn, cb).run(1)
+    after_one = list(metrics.history)
+    assert after_one == own.history
+    torch.manual_seed(3)
+    second = learner(digits, make_cnn, metrics)
+    result = second.run(1)
+    assert second.metrics is metrics
+    assert metrics.history == after_one + list(result.history) == after_one * 2
