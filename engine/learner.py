@@ -340,7 +340,7 @@ class Learner(Loop):
         return opt
 
     async def _run(self) -> FitResult:
-        runtime = self._runtime = Runtime(self)
+        runtime = Runtime(self)
         self._async_wrapper = runtime.async_wrapper
         for stream in self.streams:
             stream.begin()
@@ -348,7 +348,7 @@ class Learner(Loop):
         try:
             await runtime.run(self.one_fit)
         finally:
-            self._runtime = self._async_wrapper = None
+            self._async_wrapper = None
             for stream in (streams := tuple(self.streams)):
                 stream.finish()
             self.result = self._make_result(time.perf_counter() - start, streams)

@@ -11,7 +11,6 @@ from ..events.callback import Overflow
 from .attachments import Attachments
 from .explain import explain
 from .observers import EventStream, Observer
-from .runtime import Runtime
 from .scope import Scope
 
 E = TypeVar("E", bound=Event)
@@ -29,7 +28,6 @@ class Listened:
         self.bus = Bus() if bus is None else bus
         self.streams: list[EventStream[Any]] = []
         self._requests: deque[tuple[BaseException, Scope | None]] = deque()
-        self._runtime: Runtime | None = None
         self._attachments = Attachments(self, self.bus, self.observe)
 
     @property
@@ -181,8 +179,3 @@ class Listened:
     def stopping(self) -> bool:
         """Whether something has asked the running fit to stop, and it has not done so yet."""
         return bool(self._requests)
-
-    def wake(self, stream: EventStream[Any]) -> None:
-        """Have a reader woken at once, from the training thread."""
-        if self._runtime is not None:
-            self._runtime.wake(stream)

@@ -176,7 +176,7 @@ class Loop(Listened):
         for request in tuple(self._requests):
             error, target = request
             if isinstance(error, InterruptedFit):
-                raise InterruptedFit(error.reason)  # stays requested until the fit has ended
+                raise InterruptedFit  # stays requested until the fit has ended
             if isinstance(error, CancelException):
                 scope = self._open_scope(type(error))
                 if scope is None:

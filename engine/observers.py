@@ -13,11 +13,12 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, Literal, Self, TypeVar
 
 import anyio
+import anyio.from_thread
 import anyio.lowlevel
 import structlog
 
@@ -76,7 +77,7 @@ class EventStream(Generic[E]):
         self._where = where
         self._items: deque[E] = deque(maxlen=None if overflow == "block" else self.buffer)
         self._room = threading.Event()
-        self._wakeup: anyio.Event | None = None
+        self._waiting: tuple[anyio.Event, int, anyio.lowlevel.EventLoopToken] | None = None
         self._ended = False
         self._turn_ends = 0.0
         self._exit = ExitStack()
@@ -100,7 +101,7 @@ class EventStream(Generic[E]):
             # A run that is to end does not wait: the buffer grows by its few last events.
             while len(self._items) >= self.buffer and not (self._ended or self._learner.stopping):
                 self._room.clear()
-                self._learner.wake(self)
+                self.wake()
                 self._room.wait(0.05)
         self.emitted += 1
         self._items.append(event)
@@ -145,9 +146,16 @@ class EventStream(Generic[E]):
         self.close()
 
     def wake(self) -> None:
-        """Let the reader look at the buffer."""
-        if self._wakeup is not None and (self._items or self._ended):
-            self._wakeup.set()
+        """Let the reader look at the buffer; from any thread."""
+        waiting = self._waiting
+        if waiting is None or not (self._items or self._ended):
+            return
+        wakeup, thread, token = waiting
+        if thread == threading.get_ident():
+            wakeup.set()
+        else:
+            with suppress(anyio.RunFinishedError):  # nobody waits there any more
+                anyio.from_thread.run_sync(wakeup.set, token=token)
 
     async def __aenter__(self) -> Self:
         return self.open()
@@ -168,10 +176,12 @@ class EventStream(Generic[E]):
             await anyio.lowlevel.checkpoint()
             self._turn_ends = time.perf_counter() + MAX_HOLD
         while not self._items:
-            if self._ended:
+            wakeup = anyio.Event()
+            self._waiting = wakeup, threading.get_ident(), anyio.lowlevel.current_token()
+            if self._ended:  # asked last: whoever ends us from a thread then sees us waiting
                 raise StopAsyncIteration
-            self._wakeup = anyio.Event()
-            await self._wakeup.wait()
+            await wakeup.wait()
+            self._waiting = None
             self._turn_ends = time.perf_counter() + MAX_HOLD
         self.delivered += 1
         event = self._items.popleft()

@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextvars
 import threading
 from collections.abc import Callable, Coroutine
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import anyio
@@ -25,7 +25,7 @@ import torch
 
 from ..events import Event
 from ..events.signal import unwrap
-from .observers import EventStream, Observer
+from .observers import Observer
 from .scope import InterruptedFit
 
 if TYPE_CHECKING:
@@ -35,6 +35,9 @@ log = structlog.get_logger("eventrain")
 
 PUMP_INTERVAL = 0.05
 """Seconds between two deliveries to the observers."""
+
+PATIENCE = 0.1
+"""Seconds until the training thread asks why an async receiver has not answered."""
 
 
 class Runtime:
@@ -107,7 +110,7 @@ class Runtime:
     def _interrupt(self) -> None:
         if not self._interrupted:
             self._interrupted = True
-            self._learner._request(InterruptedFit("the host cancelled the task of the fit"))
+            self._learner._request(InterruptedFit())
         scope = self._receiver_scope
         if scope is not None and scope.shield:  # a Cleanup* receiver: it gets some more time
             scope.deadline = min(scope.deadline, self._cleanup_deadline())
@@ -142,17 +145,22 @@ class Runtime:
         """Blinker's `_async_wrapper`: an async receiver as a function that blocks this thread."""
 
         def call(event: Event) -> object:
-            done: Future[object] = Future()
-            anyio.from_thread.run_sync(
-                self._tasks.start_soon, self._serve, receiver, event, done, token=self._token
-            )
-            return done.result()
+            while True:
+                done: Future[object] = Future()
+                anyio.from_thread.run_sync(
+                    self._tasks.start_soon, self._serve, receiver, event, done, token=self._token
+                )
+                while not wait((done,), PATIENCE).done:
+                    # Who cancels every task of the loop may kill ours before it has begun.
+                    if self._interrupted and done.cancel():
+                        break
+                if not done.cancelled():
+                    return done.result()
+                if not event.reaches_all:
+                    receiver(event).close()
+                    raise InterruptedFit
 
         return call
-
-    def wake(self, stream: EventStream[Any]) -> None:
-        """Wake a reader now, because the training waits for it."""
-        anyio.from_thread.run_sync(stream.wake, token=self._token)
 
     # --------------------------------------------------------------------- on the event loop
 
@@ -163,6 +171,8 @@ class Runtime:
         done: Future[object],
     ) -> None:
         """Await a receiver for the training thread. Cleanup is shielded, with a deadline."""
+        if not done.set_running_or_notify_cancel():
+            return
         coroutine = receiver(event)
         try:
             with anyio.CancelScope(shield=event.reaches_all) as self._receiver_scope:

@@ -17,6 +17,10 @@ class InterruptedFit(CancelException):
 
     width = 5
 
+    def __init__(self) -> None:
+        super().__init__("the task that awaits the fit was cancelled")
+        self.who = "host"
+
 
 class Scope:
     """Catches the cancel that names it and emits its Cleanup* event, whatever ended it.

@@ -28,7 +28,7 @@ from eventrain.engine import (
     DataLoaders,
     TrainLearner,
 )
-from eventrain.events import AfterPredict, BeforeBatch, BeforeFit, CleanupBatch, Predict
+from eventrain.events import AfterPredict, BeforeBatch, CleanupBatch, Predict
 
 Backend = dict[str, Any]
 
@@ -457,10 +457,9 @@ def test_the_model_and_the_batch_are_those_that_other_callbacks_made(dls: DataLo
     class Replace(Callback):
         order = 80
 
-        def before_fit(self, event: BeforeFit) -> None:
-            event.learner.model = nn.Sequential(event.learner.model, nn.Linear(1, 2))
-
         def before_batch(self, event: BeforeBatch) -> None:
+            if event.iter == 0:
+                event.learner.model = nn.Sequential(event.learner.model, nn.Linear(1, 2))
             x, y = event.learner.batch
             event.learner.batch = (torch.cat([x, x]), torch.cat([y, y]).expand(-1, 2))
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import signal
 import threading
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import Any
 
 import anyio
@@ -415,6 +417,7 @@ def test_cancelling_every_task_of_the_loop_waits_for_the_thread(
 
 
 @natively
+@pytest.mark.filterwarnings("ignore:coroutine 'Runtime._serve' was never awaited")  # and is told
 @pytest.mark.parametrize("receiver_event", [BeforeBatch, CleanupBatch])
 def test_cancelling_every_task_just_before_an_async_receiver_starts_does_not_hang(
     learner: TrainLearner, run_native: Callable[..., Any], receiver_event: type[Event]
@@ -445,6 +448,7 @@ def test_cancelling_every_task_just_before_an_async_receiver_starts_does_not_han
     learner.on(receiver_event, where=lambda event: event.iter == 1)(receiver)
     with record_events(learner) as events, pytest.raises(asyncio.CancelledError):
         run_native(main)
+    gc.collect()
     assert events.names[-2:] == ["CleanupEpoch", "CleanupFit"]
     assert thread_has_ended(learner)
 
@@ -671,7 +675,8 @@ async def test_a_receiver_that_awaits_forever_is_cancelled(learner: TrainLearner
         "CleanupFit",
     ]
     assert left == ["receiver", "fit"]
-    assert learner.result.status == "cancelled"
+    assert [event.end for event in events[-2:]] == [BY_THE_HOST] * 2
+    assert (learner.result.status, learner.result.who) == ("cancelled", None)
     assert thread_has_ended(learner)
 
 
@@ -705,6 +710,7 @@ def test_a_receiver_that_awaits_forever_is_cancelled_natively(
     with record_events(learner) as events, pytest.raises(asyncio.CancelledError):
         run_native(main)
     assert events.names == ["BeforeFit", "BeforeEpoch", *TRAIN_BATCH, "CleanupEpoch", "CleanupFit"]
+    assert [event.end for event in events[-2:]] == [BY_THE_HOST] * 2
     assert thread_has_ended(learner)
 
 
@@ -841,6 +847,32 @@ async def test_an_error_in_cleanup_outweighs_the_cancel_and_all_is_cleaned_up(
     assert events.names == CUT_IN_THE_SECOND_BATCH
     assert learner.result.status == "failed"
     assert thread_has_ended(learner)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Saved(Event):
+    """An event that a callback of these tests emits when it cleans up."""
+
+
+async def test_an_event_that_a_cleanup_emits_is_sent_though_the_host_has_cancelled(
+    learner: TrainLearner,
+) -> None:
+    """G1: a cancel that is still pending does not cut a cleanup in the middle."""
+    cleaned: list[str] = []
+
+    @learner.on(CleanupBatch, where=lambda event: event.end.status == "cancelled")
+    def clean(event: CleanupBatch) -> None:
+        event.learner.emit(Saved)
+        cleaned.append("to the end")
+
+    with anyio.fail_after(GUARD), record_events(learner) as events:
+        slow = SlowBatch()
+        await by_cancel_scope(lambda: learner.fit(cbs=slow), slow.reached)
+    assert events.names == [
+        *UP_TO_THE_SECOND_BATCH,
+        *["CleanupBatch", "Saved", "CleanupEpoch", "CleanupFit"],
+    ]
+    assert cleaned == ["to the end"]
 
 
 # -------------------------------------------------------------------------------- learner.stop

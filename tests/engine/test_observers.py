@@ -69,7 +69,7 @@ def wait_until(condition: Callable[[], object]) -> None:
 async def until(condition: Callable[[], object]) -> None:
     """Let the event loop go round until something is so."""
     while not condition():
-        await anyio.sleep(0.001)
+        await anyio.lowlevel.checkpoint()
 
 
 async def names_of(stream: AsyncIterator[Event]) -> list[str]:
@@ -78,7 +78,7 @@ async def names_of(stream: AsyncIterator[Event]) -> list[str]:
 
 async def read_into(stream: AsyncIterator[Event], heard: list[Event]) -> None:
     async for event in stream:
-        heard.append(event)
+        heard.append(event)  # noqa: PERF401 - each as it comes
 
 
 # -------------------------------------------------------------------------------------- streams
@@ -177,7 +177,7 @@ async def test_a_stream_left_early_lets_the_fit_go_on(learner: TrainLearner) -> 
     assert events.names[-1] == "CleanupFit"
     assert learner.result.status == "completed"
     assert len(subscriptions) == 1
-    assert stream.delivered + stream.dropped == stream.emitted
+    assert stream.delivered == stream.emitted
     last = events.index(event)
     assert rest == events[last + 1 : last + 1 + len(rest)]
 
@@ -268,7 +268,14 @@ async def test_drop_oldest_keeps_the_newest_and_counts_the_rest(learner: TrainLe
     assert held == [min(i, 5) for i in range(1, len(events) + 1)]
     assert (stream.emitted, stream.delivered) == (len(events), 5)
     assert result.dropped == {stream.name: len(events) - 5}
-    assert [line for line in logs if len(events) - 5 in line.values()] != []
+    assert logs == [
+        {
+            "event": "events_dropped",
+            "log_level": "warning",
+            "run_id": result.run_id,
+            "dropped": {stream.name: len(events) - 5},
+        }
+    ]
 
 
 async def test_latest_delivers_the_newest(learner: TrainLearner) -> None:
@@ -574,7 +581,8 @@ async def test_a_callback_may_observe_beside_its_receivers(learner: TrainLearner
     with anyio.fail_after(GUARD):
         result = await learner.fit(cbs=watch)
         await learner.fit()
-    assert len(watch.heard) + result.dropped.get("Watch.observe", 0) == 4
+    name = f"{Watch.__qualname__}.observe"
+    assert len(watch.heard) + result.dropped.get(name, 0) == 4
     assert watch.heard[-1] == "CleanupFit"
     assert watch.threads == {threading.get_ident()}
     assert learner.streams == []
@@ -726,7 +734,8 @@ def test_an_observer_cannot_end_the_fit_with_a_native_cancel(
             result = runner.run(learner.fit())
     assert result.status == "completed"
     assert heard == list(events)
-    assert [line["event"] for line in logs] == ["observer_failed"]
+    assert [line["event"] for line in logs][:1] == ["observer_failed"]
+    assert logs[0]["observer"] == cancel_natively.__qualname__
 
 
 @pytest.mark.parametrize("error", [ZeroDivisionError, CancelFitException])
@@ -895,8 +904,9 @@ async def test_an_observer_that_hangs_is_cut_at_the_deadline(learner: TrainLearn
     assert cut == [True]
     assert (observer.delivered, observer.dropped) == (1, len(events) - 1)
     assert result.dropped == {observer.name: len(events) - 1}
-    dropped = [line for line in logs if line.get("observer") == observer.name]
-    assert [line["dropped"] for line in dropped] == [len(events) - 1]
+    assert [(line["event"], line["dropped"]) for line in logs] == [
+        ("events_dropped", {observer.name: len(events) - 1})
+    ]
 
 
 async def test_an_observer_that_blocks_the_loop_is_cut_at_the_deadline_too(

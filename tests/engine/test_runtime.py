@@ -11,6 +11,7 @@ from contextvars import ContextVar
 from typing import Any
 
 import anyio
+import anyio.lowlevel
 import anyio.to_thread
 import pytest
 import torch
@@ -593,7 +594,7 @@ def test_the_training_thread_may_run_an_event_loop_of_its_own(
     """A loader or a receiver that calls an async client blockingly is no business of ours."""
 
     async def fetch() -> str:
-        await anyio.sleep(0)
+        await anyio.lowlevel.checkpoint()
         return "fetched"
 
     fetched: list[str] = []

@@ -296,8 +296,13 @@ def make_learner() -> TrainLearner:
 
 
 def plain(end: ScopeEnd) -> ScopeEnd:
-    """`end` as the model writes it: `first.after_loss` is `first`, strays without their prose."""
+    """`end` as the model writes it: `first.after_loss` is `first`, strays without their prose.
+
+    Who failed has a test of its own.
+    """
     who, reason = end.who, end.reason
+    if end.status == "failed":
+        who = None
     if reason and reason.startswith("RuntimeError: "):
         by, _, rest = reason.removeprefix("RuntimeError: ").partition(" raised ")
         kind = next(k for k, cancel in CANCELS.items() if cancel.__name__ == rest.split()[0])
