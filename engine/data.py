@@ -95,7 +95,8 @@ def batch_size(batch: Any) -> int:
         (8, 0)
     """
     if isinstance(batch, torch.Tensor):
-        return batch.shape[0] if batch.ndim else 1
+        shape = batch.shape
+        return shape[0] if shape else 1
     if not isinstance(batch, (tuple, list)):  # asked first: a check for Mapping is slow
         if not isinstance(batch, Mapping):
             return 0

@@ -26,7 +26,6 @@ from ..events import (
     CancelFitException,
     CleanupBatch,
     CleanupEpoch,
-    CleanupFit,
     CleanupStep,
 )
 from ..events.types import ACTIONS
@@ -116,7 +115,6 @@ class Learner(Loop):
         self.record = {}
         self.history = []
         self._completed = Counter()
-        self._ends = {}
         self._fitting = False
         self.add_cbs(cbs)
 
@@ -320,7 +318,6 @@ class Learner(Loop):
         self.epoch = self.iter = self.n_samples = 0
         self.history = []
         self._completed.clear()
-        self._ends.clear()
         self._requests.clear()
 
     def _make_optimizer(self, lr: float) -> Any:
@@ -359,7 +356,7 @@ class Learner(Loop):
         return self.result
 
     def _make_result(self, seconds: float, streams: Iterable[EventStream[Any]]) -> FitResult:
-        end = self._ends[CleanupFit]
+        end = self._end  # the last scope to end was the fit
         dropped: Counter[str] = Counter()
         for stream in streams:
             dropped[stream.name] += stream.dropped

@@ -115,7 +115,7 @@ class Loop(Listened):
     """The numbers of this epoch: a row of the history, which receivers may add to."""
     history: list[dict[str, Any]]
     _completed: Counter[tuple[type[Event], bool]]
-    _ends: dict[type[Event], ScopeEnd]
+    _end: ScopeEnd
     _innermost: Scope | None = None
     _async_wrapper: AsyncWrapper | None = None
 
@@ -130,12 +130,6 @@ class Loop(Listened):
         """
         if self._requests:
             self._honour_requests()
-        signal = self.bus.signals[event_type]
-        if signal.receivers:
-            signal.send(event_type.of(self, *extra), _async_wrapper=self._async_wrapper)
-
-    def _send(self, event_type: type[Event], *extra: Any) -> None:
-        """`emit` for Cleanup*: no request to stop keeps it from being sent."""
         signal = self.bus.signals[event_type]
         if signal.receivers:
             signal.send(event_type.of(self, *extra), _async_wrapper=self._async_wrapper)

@@ -155,7 +155,10 @@ class Runtime:
                     if self._interrupted and done.cancel():
                         break
                 if not done.cancelled():
-                    return done.result()
+                    try:
+                        return done.result()
+                    finally:
+                        del done  # no circle of the error in it, its traceback and this frame
                 if not event.reaches_all:
                     receiver(event).close()
                     raise InterruptedFit
@@ -196,6 +199,7 @@ class Runtime:
             done.set_result(None)
         elif not done.done():
             done.set_exception(InterruptedFit())
+        del done  # no circle of the error in it, its traceback and this frame
 
     async def _pump(self) -> None:
         """Wake the readers about twenty times a second, the new ones among them."""

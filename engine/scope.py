@@ -53,18 +53,23 @@ class Scope:
         else:
             error = self._unless_stray(exc)
             end = _end(error)
-        loop._ends[self.cleanup] = end
-        try:
-            loop._send(self.cleanup, end)
-        except BaseException as late:
-            late = self._unless_stray(late)
-            error = late if error is None else _first(error, late)
+        loop._end = end
+        signal = loop.bus.signals[self.cleanup]
+        if signal.receivers:
+            try:
+                signal.send(self.cleanup.of(loop, end), _async_wrapper=loop._async_wrapper)
+            except BaseException as late:
+                late = self._unless_stray(late)
+                error = late if error is None else _first(error, late)
         loop._innermost = self.outer
-        if error is None or isinstance(error, self.cancel):
-            return True
-        if error is exc:
-            return False  # goes on as it came, traceback and all
-        raise error
+        try:
+            if error is None or isinstance(error, self.cancel):
+                return True
+            if error is exc:
+                return False  # goes on as it came, traceback and all
+            raise error
+        finally:
+            del error  # no circle of the error, its traceback and this frame: it holds the batch
 
     def _unless_stray(self, exc: BaseException) -> BaseException:
         """A cancel that no open scope will catch is a mistake of whoever raised it."""

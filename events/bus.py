@@ -148,7 +148,7 @@ class Bus:
 
     def send(self, event: Event) -> None:
         """Send an event to its receivers. For events of your own, sent from outside a fit."""
-        self.signals[type(event)].send(event)
+        self.signal(type(event)).send(event)
 
     def on(
         self,
@@ -190,7 +190,8 @@ class Bus:
             learner: hear only this learner, on a bus that several share.
 
         Raises:
-            TypeError: `event_type` is no event class, or `receiver` cannot take one argument.
+            TypeError: `event_type` is no event class, `receiver` cannot take one argument, or
+                `where` cannot be called.
             ValueError: `every` is no positive integer, or `order` no number.
         """
         check_event_type(event_type)
@@ -204,6 +205,8 @@ class Bus:
             raise ValueError(f"every={every!r}: give a positive integer, 1 for all events")
         if not isinstance(order, int | float) or order != order:
             raise ValueError(f"order={order!r}: give a number; lower is called earlier")
+        if where is not None and (not callable(where) or inspect.iscoroutinefunction(where)):
+            raise TypeError(f"where={where!r}: give a plain function of the event that is asked")
         subscription = Subscription(self, event_type, receiver, order, every, once, where, learner)
         with self.lock:
             self._subscriptions[id(subscription)] = subscription
@@ -286,6 +289,8 @@ def check_event_type(event_type: Any) -> Any:
 def _check_receiver(receiver: Callable[..., Any], event_type: type[Event]) -> None:
     if not callable(receiver):
         raise TypeError(f"a receiver of {event_type.__name__} must be callable: {receiver!r}")
+    if inspect.isgeneratorfunction(receiver) or inspect.isasyncgenfunction(receiver):
+        raise TypeError(f"{name_of(receiver)} is a generator: called as a receiver, it never runs")
     try:
         signature = inspect.signature(receiver)
     except ValueError:  # some builtins have none: nothing to check

@@ -61,9 +61,16 @@ class Callback:
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         for name, value in vars(cls).items():
-            if name.startswith("_") or name in HOOKS or not callable(value):
+            if HOOKS.get(name) is ActionEvent:
+                raise TypeError(
+                    f"{cls.__qualname__}.{name} would never be called: exactly one receiver"
+                    " performs each action, by a method of the action's own name"
+                )
+            if name.startswith("_") or name in HOOKS:
                 continue
             if isinstance(value, type) or name in vars(Callback):
+                continue
+            if not callable(getattr(cls, name)):  # of a classmethod, say, only the bound one is
                 continue
             near = difflib.get_close_matches(name, HOOKS, n=1, cutoff=0.85)
             if near or name.startswith(cls._PREFIXES):

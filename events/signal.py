@@ -123,12 +123,19 @@ class EventSignal(blinker.Signal):
                 if not sender.reaches_all:
                     break
         if errors:  # raised here, outside `except`: what was raised keeps its own context
-            first = weightiest(errors)
-            for other in errors:
-                if other is not first:
-                    first.add_note(f"then also: {other!r} ({'; '.join(other.__notes__)})")
-            raise first
+            error = _first(errors)
+            try:
+                raise error
+            finally:  # it refers to this frame: a circle would hold the batch until the gc runs
+                del error, errors
         return results
+
+    async def send_async(self, sender: Any = None, /, **kwargs: Any) -> Any:
+        """Not offered: blinker's would go round `every`, `once` and `where`."""
+        raise RuntimeError(
+            f"send {self.event_type.__name__} with send(event); in a fit the learner awaits async"
+            " receivers in their place"
+        )
 
     def performer(self, learner: object) -> Subscription | None:
         """For the signal of an action: the one receiver that performs it for `learner`."""
@@ -146,7 +153,19 @@ class EventSignal(blinker.Signal):
             error = blame(exc, subscription.name, event)
         else:
             return
-        raise error
+        try:
+            raise error
+        finally:
+            del error  # no circle of error, traceback and this frame
+
+
+def _first(errors: list[BaseException]) -> BaseException:
+    """The one to raise, with notes of the others."""
+    first = weightiest(errors)
+    for other in errors:
+        if other is not first:
+            first.add_note(f"then also: {other!r} ({'; '.join(other.__notes__)})")
+    return first
 
 
 def _await(

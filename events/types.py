@@ -68,12 +68,14 @@ class Event:
     time: float
 
     def __init_subclass__(cls) -> None:
-        # Runs twice a class: `slots=True` makes a second one, which is the one that stays.
-        cls.hook = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", cls.__name__).lower()
+        # Runs twice a class: `slots=True` makes a second one, which is the one that stays. At
+        # that time it has no qualified name yet, so it is known by its plain one.
+        words = r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])"
+        cls.hook = re.sub(words, "_", cls.__name__).lower()
         if cls.__name__.startswith("_"):
             return
         taken = HOOKS.get(cls.hook)
-        if taken and (taken.__module__, taken.__qualname__) != (cls.__module__, cls.__qualname__):
+        if taken and (taken.__module__, taken.__name__) != (cls.__module__, cls.__name__):
             raise TypeError(
                 f"event class {cls.__qualname__!r} of {cls.__module__} would share the callback"
                 f" method {cls.hook!r} with the one of {taken.__module__}: give it another name"
@@ -86,7 +88,8 @@ class Event:
         return cls(learner, learner.run_id, time(), *extra)
 
 
-HOOKS["event"] = Event
+Event.hook = "event"
+HOOKS[Event.hook] = Event
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -137,6 +140,13 @@ class EpochEvent(_InEpoch):
         )
 
 
+def _lr(opt: Any) -> float | torch.Tensor | None:
+    if opt is None:
+        return None
+    lr = opt.param_groups[0]["lr"]
+    return lr.clone() if isinstance(lr, torch.Tensor) else lr  # schedulers change it in place
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class _InBatch(_InEpoch):
     iter: int
@@ -157,7 +167,7 @@ class _InBatch(_InEpoch):
             learner.n_iter,
             learner.iter,
             learner.n_samples,
-            learner.opt.param_groups[0]["lr"] if learner.opt is not None else None,
+            _lr(learner.opt),
             loss.detach() if isinstance(loss, torch.Tensor) else None,
             *extra,
         )

@@ -67,7 +67,7 @@ CUT_IN_THE_SECOND_BATCH = [
     "CleanupEpoch",
     "CleanupFit",
 ]
-BY_THE_HOST = ScopeEnd("cancelled", None, "the host cancelled the task of the fit")
+BY_THE_HOST = ScopeEnd("cancelled", "host", "the task that awaits the fit was cancelled")
 
 
 def thread_has_ended(learner: TrainLearner) -> bool:
@@ -676,7 +676,7 @@ async def test_a_receiver_that_awaits_forever_is_cancelled(learner: TrainLearner
     ]
     assert left == ["receiver", "fit"]
     assert [event.end for event in events[-2:]] == [BY_THE_HOST] * 2
-    assert (learner.result.status, learner.result.who) == ("cancelled", None)
+    assert (learner.result.status, learner.result.who) == ("cancelled", "host")
     assert thread_has_ended(learner)
 
 

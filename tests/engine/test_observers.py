@@ -862,7 +862,7 @@ async def test_delivered_and_dropped_make_up_emitted(
     quick: list[Event] = []
 
     async def slow(event: Event) -> None:
-        await anyio.sleep(0.01)
+        await anyio.sleep(0.003)
 
     def blocking(event: Event) -> None:
         time.sleep(0.002)

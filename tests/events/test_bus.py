@@ -587,3 +587,29 @@ def test_what_was_refused_is_not_connected_to_any_class(make_event: MakeEvent) -
         with pytest.raises(ValueError, match="give a"):
             bus.subscribe(Event, print, **options)
     assert [bool(signal.receivers) for signal in bus.signals.values()] == [False, False]
+
+
+def test_receivers_and_filters_that_would_never_run_are_refused() -> None:
+    def generator(event: Event) -> Iterator[None]:
+        yield
+
+    async def async_generator(event: Event) -> AsyncIterator[None]:
+        yield
+
+    async def where(event: Event) -> bool:
+        return False
+
+    bus = Bus()
+    for receiver in (generator, async_generator):
+        with pytest.raises(TypeError, match="is a generator"):
+            bus.subscribe(BeforeFit, receiver)
+    with pytest.raises(TypeError, match="plain function"):
+        bus.subscribe(BeforeFit, print, where=where)
+    assert not bus.subscriptions()
+
+
+def test_acronyms_in_event_names_are_one_word() -> None:
+    class LRChanged(BeforeFit):
+        """A custom event."""
+
+    assert LRChanged.hook == "lr_changed"
