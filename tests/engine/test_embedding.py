@@ -365,7 +365,7 @@ def test_importing_does_nothing_but_import() -> None:
         print(sorted(extras & (set(sys.modules) - modules)))
         """
     )
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=3 * GUARD)
     assert err == ""
     assert out.splitlines() == ["[]", "[]"]
 
@@ -404,11 +404,14 @@ def test_ctrl_c_reaches_the_script_when_all_is_cleaned_up() -> None:
     )
     lines = []
     assert process.stdout is not None
+    guard = threading.Timer(2 * GUARD, process.kill)
+    guard.start()
     for line in process.stdout:
         lines.append(line.strip())
         if line.startswith("training on"):
             process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate()
+    guard.cancel()
     assert lines == [
         *["training on asyncio", "CleanupFit cancelled", "KeyboardInterrupt 1"] * 2,
         *["training on trio", "CleanupFit cancelled", "KeyboardInterrupt 1"],
@@ -447,7 +450,7 @@ def test_ctrl_c_as_the_training_begins_is_not_lost() -> None:
         """
     )
     try:
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=2 * GUARD)
     finally:
         process.kill()
     assert err == ""
