@@ -242,6 +242,24 @@ async def test_an_async_callback_performs_an_action(learner: Spoken) -> None:
     assert learner.said.count("method.get_loss") == 0
 
 
+class Distant(TrainLearner):
+    """Its model is somewhere else."""
+
+    async def predict(self) -> None:
+        await anyio.lowlevel.checkpoint()
+        self.preds = self.model(self.batch[0])
+
+
+async def test_an_async_method_of_the_learner_is_awaited(
+    make_model: MakeModel, dls: DataLoaders
+) -> None:
+    learner = Distant(make_model(), dls)
+    with anyio.fail_after(GUARD):
+        result = await learner.fit(1, valid=False)
+    assert result.steps == 3
+    assert_same(learner.model, trained_by_hand(make_model, dls))
+
+
 def test_a_performer_that_comes_and_goes_in_the_middle_of_a_fit(learner: Spoken) -> None:
     second = taking_over(Predict, "callback")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import anyio
@@ -51,8 +51,8 @@ MakeModel = Callable[[], nn.Module]
 def named(
     name: str,
     order: float = 0,
-    after: Sequence[str | type[Callback]] = (),
-    before: Sequence[str | type[Callback]] = (),
+    after: Any = (),
+    before: Any = (),
     bases: tuple[type[Callback], ...] = (Callback,),
 ) -> Callback:
     """A callback that notes its name in `learner.heard` before the fit and after each batch."""
@@ -161,6 +161,7 @@ class Base(Callback):
         ([named("B", 0, after=["A"]), named("A", 5)], "AB"),
         ([named("A"), named("B", 9, before=["A"])], "BA"),
         ([named("A", after="B"), named("B")], "BA"),
+        ([named("A", after=Base), named("B", bases=(Base,))], "BA"),
         ([named("A", after=["B", "C"]), named("B", 2), named("C", 1)], "CBA"),
         ([named("A", after=["C"]), named("B", 2), named("C", 3)], "BCA"),
         ([named("A", after=["B"]), named("B", after=["C"]), named("C", 7)], "CBA"),
@@ -177,6 +178,7 @@ class Base(Callback):
         "whichever is attached first",
         "before an earlier one",
         "a single name",
+        "a single class",
         "after two",
         "who waits for nobody keeps its place",
         "a chain",

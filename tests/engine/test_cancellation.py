@@ -850,7 +850,7 @@ async def test_an_error_in_cleanup_outweighs_the_cancel_and_all_is_cleaned_up(
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Saved(Event):
+class LockReleased(Event):
     """An event that a callback of these tests emits when it cleans up."""
 
 
@@ -862,7 +862,7 @@ async def test_an_event_that_a_cleanup_emits_is_sent_though_the_host_has_cancell
 
     @learner.on(CleanupBatch, where=lambda event: event.end.status == "cancelled")
     def clean(event: CleanupBatch) -> None:
-        event.learner.emit(Saved)
+        event.learner.emit(LockReleased)
         cleaned.append("to the end")
 
     with anyio.fail_after(GUARD), record_events(learner) as events:
@@ -870,7 +870,7 @@ async def test_an_event_that_a_cleanup_emits_is_sent_though_the_host_has_cancell
         await by_cancel_scope(lambda: learner.fit(cbs=slow), slow.reached)
     assert events.names == [
         *UP_TO_THE_SECOND_BATCH,
-        *["CleanupBatch", "Saved", "CleanupEpoch", "CleanupFit"],
+        *["CleanupBatch", "LockReleased", "CleanupEpoch", "CleanupFit"],
     ]
     assert cleaned == ["to the end"]
 

@@ -7,7 +7,9 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import Future
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 import anyio
@@ -409,6 +411,33 @@ async def test_a_blocked_training_goes_on_when_the_observer_fails(learner: Train
     assert [line["event"] for line in logs].count("observer_failed") == 1
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class ReportExported(Event):
+    """An event that an async receiver of these tests emits."""
+
+
+def test_an_async_receiver_that_emits_does_not_wait_for_a_full_buffer(
+    learner: TrainLearner, backend: dict[str, Any]
+) -> None:
+    """G8: it is on the event loop, as the reader is: both would wait for each other."""
+    heard: list[str] = []
+
+    async def slow(event: ReportExported) -> None:
+        await anyio.sleep(0.001)
+        heard.append(type(event).__name__)
+
+    @learner.on(AfterEpoch)
+    async def upload(event: AfterEpoch) -> None:
+        for _ in range(3):
+            event.learner.emit(ReportExported)
+
+    learner.observe(slow, ReportExported, overflow="block", buffer=1)
+    future: Future[FitResult] = Future()
+    threading.Thread(target=lambda: future.set_result(learner.run(**backend)), daemon=True).start()
+    assert future.result(GUARD).dropped == {}
+    assert heard == ["ReportExported"] * 6
+
+
 # ---------------------------------------------------------------------------------- observers
 
 
@@ -453,6 +482,14 @@ async def test_an_observer_lives_through_several_fits(learner: TrainLearner) -> 
     assert len(heard) == 9
     assert learner.streams == []
     assert learner.bus.subscriptions() == ()
+
+
+def test_an_observer_lives_through_fits_on_different_loops(learner: TrainLearner) -> None:
+    """It belongs to the learner, not to the loop that it was first run on."""
+    heard: list[str] = []
+    learner.observe(lambda event: heard.append(event.run_id), FitEvent)
+    ids = [learner.run(backend=name).run_id for name in ("asyncio", "trio", "asyncio")]
+    assert heard == [run_id for run_id in ids for _ in range(3)]
 
 
 async def test_an_observer_is_a_context_manager(learner: TrainLearner) -> None:
@@ -794,12 +831,12 @@ async def test_an_observer_that_may_raise_ends_the_fit_with_its_error(
 ) -> None:
     """G5, G8: named in a note; the training has cleaned up."""
     observer = learner.observe(bad, BeforeFit, on_error="raise")
-    learner.on(BeforeBatch)(lambda event: wait_until(lambda: learner.stopping))
+    learner.on(BeforeFit)(lambda event: wait_until(lambda: learner.stopping))
     with anyio.fail_after(GUARD), capture_logs() as logs, record_events(learner) as events:
         with pytest.raises(ZeroDivisionError, match="in an observer") as caught:
             await learner.fit()
     assert caught.value.__notes__[0] == f"raised by observer {bad.__name__} on BeforeFit"
-    assert events.names[-3:] == ["CleanupBatch", "CleanupEpoch", "CleanupFit"]
+    assert events.names == ["BeforeFit", "CleanupEpoch", "CleanupFit"]
     assert events[-1].end.status == "failed"
     assert [line["event"] for line in logs] == ["observer_failed"]
     assert observer.delivered + observer.dropped == observer.emitted

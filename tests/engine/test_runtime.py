@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import suppress
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 import anyio
@@ -130,6 +131,44 @@ async def test_async_receivers_run_on_the_hosts_event_loop_in_their_place(
     with anyio.fail_after(GUARD):
         await learner.fit()
     assert order == [("before", False), ("begins", True), ("ends", True), ("after", False)]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class WeightsUploaded(Event):
+    """An event that an async receiver of these tests emits."""
+
+
+def test_an_async_receiver_that_emits_to_another_is_an_error_not_a_hang(
+    learner: TrainLearner, backend: dict[str, Any]
+) -> None:
+    """It runs on the event loop, and so would wait for what only the loop can do."""
+
+    @learner.on(AfterEpoch)
+    async def upload(event: AfterEpoch) -> None:
+        event.learner.emit(WeightsUploaded)
+
+    @learner.on(WeightsUploaded)
+    async def tell(event: WeightsUploaded) -> None:
+        await anyio.lowlevel.checkpoint()
+
+    with pytest.raises(RuntimeError, match=r"await|blocking"):
+        in_a_thread(lambda: learner.run(**backend))
+    assert learner.result.status == "failed"
+
+
+async def test_an_async_receiver_may_emit_to_plain_ones(learner: TrainLearner) -> None:
+    """They are called at once, where it runs."""
+    order: list[str] = []
+    learner.on(WeightsUploaded)(lambda event: order.append("heard"))
+
+    @learner.on(AfterFit)
+    async def upload(event: AfterFit) -> None:
+        order.append("begins")
+        event.learner.emit(WeightsUploaded)
+        order.append("ends")
+
+    await learner.fit()
+    assert order == ["begins", "heard", "ends"]
 
 
 async def test_fits_do_not_use_the_hosts_worker_threads(
