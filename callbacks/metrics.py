@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ..engine.data import batch_size, targets_of
+from ..engine.learners import check_scalar
 from ..events import AfterBatch, AfterEpoch, BeforeEpoch, BeforeFit, Callback
 
 with warnings.catch_warnings():
@@ -78,7 +79,7 @@ class MetricsCB(Callback):
 
     def after_batch(self, event: AfterBatch) -> None:
         learner = event.learner
-        loss = learner.loss.detach()
+        loss = check_scalar(learner.loss).detach()
         if self._loss_sum is None:
             # On Apple's devices there is no float64.
             dtype = torch.float32 if loss.device.type == "mps" else torch.float64

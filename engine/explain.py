@@ -56,16 +56,29 @@ def check_performers(learner: Listened, actions: Iterable[type[ActionEvent]]) ->
     """
     for action in actions:
         found = performers(learner, action)
-        if len(found) > 1 and found[0].key[0] == found[1].key[0]:
+        if len(found) > 1 and _by_chance(*found[:2]):
             raise ValueError(
                 f"{found[0].name} and {found[1].name} both perform {action.__name__} at order"
                 f" {found[0].key[0]:g}: remove one of them, or give one a lower order"
             )
         if not found and not hasattr(learner, action.hook):
-            raise TypeError(
-                f"nobody performs {action.__name__}: give {type(learner).__qualname__} a method"
-                f" {action.hook}(), or use TrainLearner, or add TrainCB() to the callbacks"
-            )
+            raise nobody_performs(learner, action)
+
+
+def nobody_performs(learner: Listened, action: type[ActionEvent]) -> TypeError:
+    """The error to raise then."""
+    return TypeError(
+        f"nobody performs {action.__name__}: give {type(learner).__qualname__} a method"
+        f" {action.hook}(), or use TrainLearner, or add TrainCB() to the callbacks"
+    )
+
+
+def _by_chance(a: Subscription, b: Subscription) -> bool:
+    """Whether only the time of connection decides: no order, no `run_after` or `run_before`."""
+    if a.key[0] != b.key[0]:
+        return False
+    # Who had to wait has the key of whom it waited for, and a running number behind it.
+    return a.key[1] != b.key[1] or a.order == b.order
 
 
 def explain(learner: Listened) -> str:

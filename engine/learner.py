@@ -18,6 +18,7 @@ from torch import nn, optim
 from torch.nn import functional as F
 
 from ..events import (
+    ActionEvent,
     Bus,
     Callback,
     CancelBatchException,
@@ -27,6 +28,9 @@ from ..events import (
     CleanupBatch,
     CleanupEpoch,
     CleanupStep,
+    GetLoss,
+    Predict,
+    ScopeEnd,
 )
 from ..events.types import ACTIONS
 from .data import DataLoaders, loader_of
@@ -147,15 +151,29 @@ class Learner(Loop):
         """
         if isinstance(n_epochs, bool) or not isinstance(n_epochs, int) or n_epochs < 0:
             raise ValueError(f"n_epochs={n_epochs!r}: give a whole number, 0 or more")
+        actions = ACTIONS if train else (Predict, GetLoss)
+        return await self._fit(n_epochs, train, valid, cbs, lr, actions)
+
+    async def _fit(
+        self,
+        n_epochs: int,
+        train: bool,
+        valid: bool,
+        cbs: Callback | Iterable[Callback] | None,
+        lr: float | None,
+        actions: tuple[type[ActionEvent], ...],
+    ) -> FitResult:
         self._check_idle()
         self._fitting = True
         temporary: tuple[Callback, ...] = ()
         try:
             temporary = self.add_cbs(cbs)
+            check_performers(self, actions)
             self._prepare(n_epochs, train, valid, lr)
-            return await self._run()
+            with self._kept_optimizer_at(lr):
+                return await self._run()
         finally:
-            self.remove_cbs(temporary)
+            self.remove_cbs(cb for cb in temporary if any(cb is own for own in self.cbs))
             self._requests.clear()
             self._fitting = False
 
@@ -180,15 +198,13 @@ class Learner(Loop):
             RuntimeError: an event loop is running in this thread.
             KeyboardInterrupt: on Ctrl-C, when the training has stopped and cleaned up.
         """
-        try:
-            anyio.lowlevel.current_token()
-        except anyio.NoEventLoopError:
-            fit = partial(self.fit, n_epochs, train, valid, cbs, lr)
-            return anyio.run(fit, backend=backend, backend_options=backend_options)
-        raise RuntimeError(
-            "run() starts an event loop, and one is running in this thread already: use"
-            " `await learner.fit(...)` here"
-        )
+        if _event_loop_runs():
+            raise RuntimeError(
+                "run() starts an event loop, and one is running in this thread already: use"
+                " `await learner.fit(...)` here"
+            )
+        fit = partial(self.fit, n_epochs, train, valid, cbs, lr)
+        return anyio.run(fit, backend=backend, backend_options=backend_options)
 
     async def validate(self, dl: Any = None) -> dict[str, Any]:
         """Run one validating epoch; return its numbers, such as "loss" and the metrics.
@@ -223,7 +239,12 @@ class Learner(Loop):
         """
         collected = CollectPredictions(with_targets)
         with self._validating(dl):
-            await self.fit(1, train=False, cbs=collected)
+            result = await self._fit(1, False, True, collected, None, actions=(Predict,))
+        if not collected.preds:
+            raise RuntimeError(
+                f"no predictions: {result.who or 'nobody'} ended the run before the first"
+                f" ({result.reason or 'every batch was skipped'})"
+            )
         preds = concatenate(collected.preds)
         return (preds, concatenate(collected.targets)) if with_targets else preds
 
@@ -257,14 +278,21 @@ class Learner(Loop):
     def _validating(self, dl: Any) -> Iterator[None]:
         """Use `dl`, if given, and leave the model in the mode that it was in."""
         self._check_idle()
-        dls, training = self.dls, self.model.training
+        dls = self.dls
+        modes = [(module, module.training) for module in self.model.modules()]
         if dl is not None:
             self.dls = DataLoaders(valid=dl)
+        elif getattr(dls, "valid", None) is None:
+            raise ValueError(
+                "there is no data for this: dls.valid is missing. Give DataLoaders a valid loader,"
+                " or pass one here: dl=..."
+            )
         try:
             yield
         finally:
             self.dls = dls
-            self.model.train(training)
+            for module, training in modes:
+                module.training = training
 
     def stop(
         self, scope: Literal["fit", "epoch", "batch"] = "fit", reason: str | None = None
@@ -306,7 +334,7 @@ class Learner(Loop):
         """Check what can be known before any work, and begin anew."""
         for training in [True] * train + [False] * valid:
             loader_of(self.dls, training)
-        check_performers(self, ACTIONS if train else ACTIONS[:2])
+        _check_lr(lr)
         if train and self.opt_func is not None:
             self.opt = self._make_optimizer(self.lr if lr is None else lr)
         if train and self.opt is None:
@@ -318,11 +346,11 @@ class Learner(Loop):
         self.epoch = self.iter = self.n_samples = 0
         self.history = []
         self._completed.clear()
+        self._end = ScopeEnd("failed", None, "the training could not begin")
         self._requests.clear()
 
     def _make_optimizer(self, lr: float) -> Any:
-        if isinstance(lr, int | float) and not lr >= 0:
-            raise ValueError(f"lr={lr!r}: give a learning rate of 0 or more")
+        _check_lr(lr)
         assert self.opt_func is not None
         try:
             opt = self.opt_func(self.model.parameters(), lr)
@@ -336,17 +364,31 @@ class Learner(Loop):
             raise TypeError(f"opt_func={self.opt_func!r} returned {opt!r}, which is no optimizer")
         return opt
 
+    @contextmanager
+    def _kept_optimizer_at(self, lr: float | None) -> Iterator[None]:
+        """Where `opt_func` makes none, give the one that is kept this learning rate meanwhile."""
+        groups = self.opt.param_groups if self.opt_func is None and lr is not None else []
+        own = [group["lr"] for group in groups]
+        for group in groups:
+            group["lr"] = lr
+        try:
+            yield
+        finally:
+            for group, before in zip(groups, own, strict=True):
+                group["lr"] = before
+
     async def _run(self) -> FitResult:
         runtime = Runtime(self)
         self._async_wrapper = runtime.async_wrapper
-        for stream in self.streams:
+        self.audience = list(self.streams)
+        for stream in self.audience:
             stream.begin()
         start = time.perf_counter()
         try:
             await runtime.run(self.one_fit)
         finally:
             self._async_wrapper = None
-            for stream in (streams := tuple(self.streams)):
+            for stream in (streams := tuple(self.audience)):
                 stream.finish()
             self.result = self._make_result(time.perf_counter() - start, streams)
             if self.result.dropped:
@@ -382,3 +424,16 @@ class Learner(Loop):
         target = self._open_scope(type(error)) if isinstance(error, CancelException) else None
         self._requests.append((error, target))
         return True
+
+
+def _event_loop_runs() -> bool:
+    try:
+        anyio.lowlevel.current_token()
+    except anyio.NoEventLoopError:
+        return False
+    return True
+
+
+def _check_lr(lr: Any) -> None:
+    if isinstance(lr, int | float) and not lr >= 0:
+        raise ValueError(f"lr={lr!r}: give a learning rate of 0 or more")

@@ -27,6 +27,9 @@ class Listened:
     def __init__(self, bus: Bus | None) -> None:
         self.bus = Bus() if bus is None else bus
         self.streams: list[EventStream[Any]] = []
+        self.audience: list[EventStream[Any]] = []
+        """All that listened to the running fit, those closed meanwhile among them."""
+        self._thread: int | None = None
         self._requests: deque[tuple[BaseException, Scope | None]] = deque()
         self._attachments = Attachments(self, self.bus, self.observe)
 
@@ -42,7 +45,11 @@ class Listened:
             TypeError: one is no Callback.
             ValueError: one is attached already, or `run_after`/`run_before` make a circle.
         """
-        cbs = () if cbs is None else (cbs,) if isinstance(cbs, Callback | type) else tuple(cbs)
+        if cbs is None:
+            cbs = ()
+        elif isinstance(cbs, Callback | type | str) or not isinstance(cbs, Iterable):
+            cbs = (cbs,)
+        cbs = tuple(cbs)
         self._attachments.attach(cbs)
         return cbs
 

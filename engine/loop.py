@@ -6,6 +6,7 @@ Source: "The Ultimate Training Loop", after fastai's miniai.
 from __future__ import annotations
 
 from collections import Counter
+from types import CoroutineType
 from typing import Any
 
 import torch
@@ -42,6 +43,7 @@ from ..events import (
 )
 from ..events.signal import AsyncWrapper, blame
 from .data import batch_size, length_of, read
+from .explain import nobody_performs
 from .listened import Listened
 from .scope import InterruptedFit, Scope
 
@@ -117,6 +119,8 @@ class Loop(Listened):
     _completed: Counter[tuple[type[Event], bool]]
     _end: ScopeEnd
     _innermost: Scope | None = None
+    _cleaning: bool = False
+    """Whether a Cleanup* event is being sent: what it emits is sent too, cancelled or not."""
     _async_wrapper: AsyncWrapper | None = None
 
     def scope(self, cancel: type[CancelException], cleanup: type[Event]) -> Scope:
@@ -128,7 +132,7 @@ class Loop(Listened):
 
         Callbacks may emit events of their own; `extra` are the fields those add.
         """
-        if self._requests:
+        if self._requests and not self._cleaning:
             self._honour_requests()
         signal = self.bus.signals[event_type]
         if signal.receivers:
@@ -141,8 +145,14 @@ class Loop(Listened):
         if performer is not None:
             signal.send_to(performer, action.of(self), self._async_wrapper)
             return
+        method = getattr(self, action.hook, None)
+        if method is None:  # who performed it has left in the middle of the fit
+            raise nobody_performs(self, action)
         try:
-            getattr(self, action.hook)()
+            result = method()
+            if result.__class__ is CoroutineType:
+                assert self._async_wrapper is not None
+                self._async_wrapper(lambda _event: result)(action.of(self))
         except BaseException as exc:
             blame(exc, f"{type(self).__qualname__}.{action.hook}", action.of(self))
             raise

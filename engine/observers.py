@@ -23,8 +23,9 @@ import anyio.lowlevel
 import structlog
 
 from ..events import CancelException, Event
-from ..events.bus import check_event_type, name_of
+from ..events.bus import check_event_type, check_receiver, name_of
 from ..events.callback import Overflow
+from ..events.signal import unwrap
 
 if TYPE_CHECKING:
     from .listened import Listened
@@ -94,15 +95,18 @@ class EventStream(Generic[E]):
             try:
                 if not self._where(event):
                     return
-            except Exception as exc:
+            except (Exception, CancelException) as exc:
                 self.fail(exc)
                 return
-        if self.overflow == "block":
-            # A run that is to end does not wait: the buffer grows by its few last events.
+        if self.overflow == "block" and threading.get_ident() == self._learner._thread:
+            # Only the training waits: an async receiver that emits would wait for itself. And
+            # a run that is to end does not: the buffer grows by its few last events.
             while len(self._items) >= self.buffer and not (self._ended or self._learner.stopping):
                 self._room.clear()
                 self.wake()
                 self._room.wait(0.05)
+        if self._ended:
+            return  # closed, perhaps while the training waited here
         self.emitted += 1
         self._items.append(event)
 
@@ -121,6 +125,7 @@ class EventStream(Generic[E]):
             subscription = self._learner.subscribe(event_type, self.put, order=-math.inf)
             self._exit.callback(subscription.close)
         self._learner.streams.append(self)
+        self._learner.audience.append(self)
         self._exit.callback(self._learner.streams.remove, self)
         return self
 
@@ -209,22 +214,34 @@ class Observer(EventStream[E]):
         super().__init__(learner, event_types, buffer, overflow, where)
         if on_error not in ("log", "raise"):
             raise ValueError(f"on_error={on_error!r}: choose 'log' or 'raise'")
+        check_receiver(receiver, self.event_types[0])
         self.name = name_of(receiver)
         self.receiver = receiver
         self.on_error = on_error
 
-    async def run(self, report: Callable[[BaseException], object]) -> None:
-        """Deliver the events of one fit; `report` an error that is to end it."""
-        try:
-            async for event in self:
+    async def run(
+        self, scope: anyio.CancelScope, report: Callable[[BaseException], object]
+    ) -> None:
+        """Deliver the events of one fit; `report` an error that is to end it.
+
+        `scope` is the one that cuts us at the deadline. No other cancellation comes from
+        outside: what looks like one is the receiver's own, and no more than an error.
+        """
+        harmless = (Exception, CancelException, anyio.get_cancelled_exc_class())
+        async for event in self:
+            try:
                 result = self.receiver(event)
                 if inspect.isawaitable(result):
                     await result
-        except (Exception, CancelException) as exc:
-            exc.add_note(f"raised by observer {self.name} on {type(event).__name__}")
-            self.fail(exc)
-            if self.on_error == "raise":
-                report(exc)
+            except BaseException as exc:
+                error = unwrap(exc)
+                if scope.cancel_called or not isinstance(error, harmless):
+                    raise
+                error.add_note(f"raised by observer {self.name} on {type(event).__name__}")
+                self.fail(error)
+                if self.on_error == "raise":
+                    report(error)
+                return
 
     def finish(self) -> None:
         """The fit is over: what the deadline left undelivered is dropped."""

@@ -12,9 +12,11 @@ Not `anyio.to_thread`: its threads are the host's, limited in number, and under 
 from __future__ import annotations
 
 import contextvars
+import sys
 import threading
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future, wait
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import anyio
@@ -51,6 +53,9 @@ class Runtime:
         self._token = anyio.lowlevel.current_token()
         self._finished = anyio.Event()
         self._error: BaseException | None = None
+        self._reported: BaseException | None = None
+        self._host = threading.get_ident()
+        self._begun = threading.Event()
         self._interrupted = False
         self._pump_scope = anyio.CancelScope(shield=True)
         self._receiver_scope: anyio.CancelScope | None = None
@@ -62,6 +67,7 @@ class Runtime:
         Raises what `work` raised; or, if it was interrupted, what interrupted it.
         """
         context = contextvars.copy_context()
+        context.run(_leave_event_loop)
         thread = threading.Thread(
             target=context.run,
             args=(self._main, work, _torch_state()),
@@ -73,28 +79,44 @@ class Runtime:
         self._tell_of_rng()
         try:
             async with anyio.create_task_group() as self._tasks:
-                self._tasks.start_soon(self._pump)
-                thread.start()
-                interruption = await self._until_finished()
-                thread.join()
-                self._pump_scope.cancel()
-                self._finish_observers()
+                try:
+                    self._tasks.start_soon(self._pump)
+                    interruption = await self._until_finished(thread)
+                finally:  # whatever comes, also Ctrl-C between two lines
+                    self._pump_scope.cancel()
+                    self._finish_observers()
         except BaseException as exc:  # cancelled while the observers drained
             interruption = unwrap(exc)
         finally:
             self._running.discard(self)
         if self._error is not None and not isinstance(self._error, InterruptedFit):
             raise self._error
+        if self._reported is not None:  # by an observer, when the training was over
+            raise self._reported
         if interruption is not None:
             raise interruption
 
-    async def _until_finished(self) -> BaseException | None:
-        """Wait for the thread, through every cancellation; return the last one.
+    def _start(self, thread: threading.Thread) -> None:
+        try:
+            thread.start()
+        except BaseException as exc:
+            # The system has no thread for us; or Ctrl-C, most likely while it was starting.
+            if isinstance(exc, Exception) or not self._begun.wait(1):
+                self._finished.set()  # there is none to wait for
+            raise
+
+    async def _until_finished(self, thread: threading.Thread) -> BaseException | None:
+        """Start the thread and wait for it, through every cancellation; return the last one.
 
         The first may come from an anyio scope; those after it are native, as we are shielded
         from anyio's, and must not be lost when that scope ends.
         """
         interruption: BaseException | None = None
+        try:
+            self._start(thread)
+        except BaseException as exc:
+            interruption = exc
+            self._interrupt()
         while not self._finished.is_set():
             try:
                 with anyio.CancelScope(shield=interruption is not None):
@@ -105,6 +127,8 @@ class Runtime:
             except BaseException as exc:
                 interruption = exc
                 self._interrupt()
+        if self._begun.is_set():
+            thread.join()
         return interruption
 
     def _interrupt(self) -> None:
@@ -132,12 +156,15 @@ class Runtime:
     # ---------------------------------------------------------------- in the training thread
 
     def _main(self, work: Callable[[], object], enter_torch_state: Callable[[], None]) -> None:
+        self._learner._thread = threading.get_ident()
+        self._begun.set()
         try:
             enter_torch_state()
             work()
         except BaseException as exc:
             self._error = exc
-        anyio.from_thread.run_sync(self._finished.set, token=self._token)
+        with suppress(anyio.RunFinishedError):  # the event loop is gone, and nobody waits
+            anyio.from_thread.run_sync(self._finished.set, token=self._token)
 
     def async_wrapper(
         self, receiver: Callable[[Any], Coroutine[Any, Any, Any]]
@@ -145,6 +172,13 @@ class Runtime:
         """Blinker's `_async_wrapper`: an async receiver as a function that blocks this thread."""
 
         def call(event: Event) -> object:
+            if threading.get_ident() == self._host:
+                receiver(event).close()
+                raise RuntimeError(
+                    f"an async receiver of {type(event).__name__} cannot be awaited here: an async"
+                    " receiver emitted it, on the event loop, which would wait for itself; emit"
+                    " it from a plain receiver"
+                )
             while True:
                 done: Future[object] = Future()
                 anyio.from_thread.run_sync(
@@ -205,24 +239,41 @@ class Runtime:
         """Wake the readers about twenty times a second, the new ones among them."""
         with self._pump_scope:
             while True:
-                for stream in tuple(self._learner.streams):
-                    if isinstance(stream, Observer) and stream not in self._observing:
-                        self._observing[stream] = anyio.CancelScope(shield=True)
-                        self._tasks.start_soon(self._observe, stream)
+                self._start_observers()
+                for stream in tuple(self._learner.audience):
                     stream.wake()
                 await anyio.sleep(PUMP_INTERVAL)
 
+    def _start_observers(self) -> None:
+        for stream in tuple(self._learner.audience):
+            if isinstance(stream, Observer) and stream not in self._observing:
+                self._observing[stream] = anyio.CancelScope(shield=True)
+                self._tasks.start_soon(self._observe, stream)
+
     async def _observe(self, observer: Observer[Any]) -> None:
-        with self._observing[observer]:
-            await observer.run(self._learner._request)
+        with self._observing[observer] as scope:
+            await observer.run(scope, self._report)
+
+    def _report(self, error: BaseException) -> None:
+        """An observer's error is to end the fit, or to be its outcome if that is over."""
+        if self._reported is None:
+            self._reported = error
+            self._learner._request(error)
 
     def _finish_observers(self) -> None:
         """Let the observers drain what is left, until a deadline."""
         deadline = anyio.current_time() + self._learner.drain_timeout
-        for stream in tuple(self._learner.streams):
+        self._start_observers()  # those that came after the pump's last turn
+        for stream in tuple(self._learner.audience):
             stream.end()
         for scope in self._observing.values():
             scope.deadline = deadline
+
+
+def _leave_event_loop() -> None:
+    """In the thread's context: the caller's event loop does not run there; another one may."""
+    if sniffio := sys.modules.get("sniffio"):  # where trio is installed, anyio asks it
+        sniffio.current_async_library_cvar.set(None)
 
 
 def _torch_state() -> Callable[[], None]:

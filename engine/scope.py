@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from ..events import CancelException, Event, ScopeEnd
 from ..events.cancel import weightiest
+from ..events.signal import who_raised
 
 if TYPE_CHECKING:
     from .loop import Loop
@@ -56,11 +57,16 @@ class Scope:
         loop._end = end
         signal = loop.bus.signals[self.cleanup]
         if signal.receivers:
+            outer, loop._cleaning = loop._cleaning, True
             try:
                 signal.send(self.cleanup.of(loop, end), _async_wrapper=loop._async_wrapper)
             except BaseException as late:
                 late = self._unless_stray(late)
                 error = late if error is None else _first(error, late)
+                if not isinstance(error, self.cancel):
+                    loop._end = _end(error)  # the result tells of it, too
+            finally:
+                loop._cleaning = outer
         loop._innermost = self.outer
         try:
             if error is None or isinstance(error, self.cancel):
@@ -103,4 +109,4 @@ _COMPLETED = ScopeEnd("completed")
 def _end(exc: BaseException) -> ScopeEnd:
     if isinstance(exc, CancelException):
         return ScopeEnd("cancelled", exc.who, exc.reason)
-    return ScopeEnd("failed", None, f"{type(exc).__name__}: {exc}")
+    return ScopeEnd("failed", who_raised(exc), f"{type(exc).__name__}: {exc}")

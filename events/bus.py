@@ -200,9 +200,14 @@ class Bus:
                 "exactly one receiver performs each action: subscribe to one by its own name,"
                 " Predict, GetLoss, Backward, Step or ZeroGrad"
             )
-        _check_receiver(receiver, event_type)
+        check_receiver(receiver, event_type)
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise ValueError(f"every={every!r}: give a positive integer, 1 for all events")
+        if issubclass(event_type, ActionEvent) and (every != 1 or where is not None):
+            raise ValueError(
+                f"every and where are not for {event_type.__name__}: where they say no, nobody"
+                " would perform it; decide inside the receiver"
+            )
         if not isinstance(order, int | float) or order != order:
             raise ValueError(f"order={order!r}: give a number; lower is called earlier")
         if where is not None and (not callable(where) or inspect.iscoroutinefunction(where)):
@@ -286,7 +291,8 @@ def check_event_type(event_type: Any) -> Any:
     )
 
 
-def _check_receiver(receiver: Callable[..., Any], event_type: type[Event]) -> None:
+def check_receiver(receiver: Callable[..., Any], event_type: type[Event]) -> None:
+    """Raise a TypeError unless `receiver` can be called with the event."""
     if not callable(receiver):
         raise TypeError(f"a receiver of {event_type.__name__} must be callable: {receiver!r}")
     if inspect.isgeneratorfunction(receiver) or inspect.isasyncgenfunction(receiver):

@@ -10,6 +10,7 @@ Source: blinker 1.9, `blinker.Signal`.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Coroutine, Iterator
 from types import CoroutineType
 from typing import TYPE_CHECKING, Any
@@ -190,6 +191,14 @@ def blame(exc: BaseException, who: str, event: Event) -> BaseException:
     )
     exc.add_note(f"raised by {who} on {type(event).__name__}{where}")
     return exc
+
+
+def who_raised(exc: BaseException) -> str | None:
+    """The receiver that the first note of `blame` names."""
+    for note in getattr(exc, "__notes__", ()):
+        if found := re.match(r"raised by (.+) on \w+", note):
+            return found[1]
+    return None
 
 
 def unwrap(exc: BaseException) -> BaseException:

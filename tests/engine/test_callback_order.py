@@ -237,6 +237,22 @@ def test_who_is_waited_for_comes_and_goes() -> None:
     assert heard_by(learner) == ["waits", "other"]
 
 
+def test_who_is_waited_for_may_receive_other_events() -> None:
+    """G2: a callback has one place, on every event, however long that was known in another."""
+
+    class Waited(Callback):
+        order = 3
+
+        def before_epoch(self, event: Event) -> None: ...
+
+    learner = make_learner(named("waits", after=["Waited"]), named("other", 1))
+    learner.run(1, valid=False)
+    assert learner.heard == ["waits", "other"] * 3
+    learner.heard.clear()
+    learner.run(1, valid=False, cbs=Waited())
+    assert learner.heard == ["other", "waits"] * 3
+
+
 def test_callbacks_of_two_learners_on_one_bus_are_ordered_apart() -> None:
     """G10."""
     bus = Bus()

@@ -449,10 +449,11 @@ def test_ctrl_c_as_the_training_begins_is_not_lost() -> None:
             print(backend, flush=True)
         """
     )
-    try:
-        out, err = process.communicate(timeout=2 * GUARD)
-    finally:
-        process.kill()
+    with process:
+        try:
+            out, err = process.communicate(timeout=2 * GUARD)
+        finally:
+            process.kill()
     assert err == ""
     assert out.splitlines() == ["asyncio", "asyncio", "trio"]
 

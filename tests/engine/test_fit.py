@@ -25,6 +25,7 @@ from eventrain.events import (
     BeforeEpoch,
     BeforeFit,
     Callback,
+    CancelBatchException,
     CancelFitException,
     CleanupBatch,
     CleanupEpoch,
@@ -833,6 +834,21 @@ def test_a_stop_before_the_scope_has_begun_is_meant_for_the_next_one(
 ) -> None:
     learner.on(on)(lambda event: event.learner.stop(scope))
     assert counts(learner.run(2)) == counted
+
+
+def test_a_scope_that_was_cancelled_is_not_taken_for_open(learner: TrainLearner) -> None:
+    """G3: between two epochs no batch is open, though the last one was cancelled."""
+
+    @learner.on(BeforeBatch, where=lambda event: event.epoch == 0 and event.iter == 2)
+    def skip(event: BeforeBatch) -> None:
+        raise CancelBatchException("the last one")
+
+    learner.on(AfterEpoch, once=True)(lambda event: event.learner.stop("batch"))
+    with record_events(learner) as recorded:
+        result = learner.run(2, valid=False)
+    ends = [(e.epoch, e.iter, e.end.who) for e in recorded if isinstance(e, CleanupBatch)]
+    assert [end for end in ends if end[2]] == [(0, 2, skip.__qualname__), (1, 0, "Learner.stop")]
+    assert counts(result) == (2, 4, 0, 4)
 
 
 def test_two_stops_are_both_honoured(learner: TrainLearner) -> None:
