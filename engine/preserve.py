@@ -24,6 +24,7 @@ def preserved(learner: Learner) -> Iterator[None]:
     """
     model = learner.model
     weights = copy.deepcopy(model.state_dict())
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     gradients = [(p, None if p.grad is None else p.grad.clone()) for p in model.parameters()]
     modes = [(module, module.training) for module in model.modules()]
     opt = learner.opt
@@ -37,6 +38,8 @@ def preserved(learner: Learner) -> Iterator[None]:
         yield
     finally:
         model.load_state_dict(weights)
+        for name, buffer in model.named_buffers():  # those that no state_dict has, too
+            buffer.copy_(buffers[name])
         for p, gradient in gradients:
             p.grad = None if gradient is None else gradient.to(p.device)
         for module, training in modes:

@@ -14,7 +14,7 @@ class FitResult:
     Attributes:
         run_id: the id that its events carried.
         status: "completed", "cancelled" (by a receiver, `stop` or the host), or "failed".
-        who: the receiver that cancelled it, None otherwise.
+        who: the receiver that cancelled it or failed, where it is known.
         reason: why it was cancelled or what it failed with, None if it was completed.
         n_epochs: epochs it was asked for.
         epochs: training epochs completed; validating ones for a fit that only validates.
