@@ -31,7 +31,7 @@ from .observers import Observer
 from .scope import InterruptedFit
 
 if TYPE_CHECKING:
-    from .learner import Learner
+    from .fitting import Fitting
 
 log = structlog.get_logger("eventrain")
 
@@ -48,7 +48,7 @@ class Runtime:
     _running: ClassVar[set[Runtime]] = set()
     _told_of_rng: ClassVar[bool] = False
 
-    def __init__(self, learner: Learner) -> None:
+    def __init__(self, learner: Fitting) -> None:
         self._learner = learner
         self._token = anyio.lowlevel.current_token()
         self._finished = anyio.Event()
