@@ -225,15 +225,16 @@ def _escape(logger: Any, method: str, record: EventDict) -> EventDict:
     """Control characters as escapes, so that no value can forge a line or steer a terminal."""
     return {
         # The renderer would give these lines of their own.
-        f"{key}_" if key in ("stack", "exception", "exc_info") else _printable(key): (
-            _printable(value)
-        )
+        f"{key}_" if key in ("stack", "exception", "exc_info") else printable(key): _plain(value)
         for key, value in record.items()
     }
 
 
-def _printable(value: Any) -> Any:
+def _plain(value: Any) -> Any:
     text = value if isinstance(value, str) else repr(value)
-    if text.isprintable():
-        return value
+    return value if text.isprintable() else printable(text)
+
+
+def printable(text: str) -> str:
+    """`text` with control characters and line separators as escapes."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -21,6 +21,7 @@ from ..events import (
     CleanupFit,
     Event,
 )
+from .logs import printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -282,7 +283,7 @@ class _Display:
         names = list(dict.fromkeys(name for row in self._rows.values() for name in row))
         table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
         for header in ("epoch", *names):
-            table.add_column(Text(_plain(header)), justify="right")
+            table.add_column(Text(printable(header)), justify="right")
         for epoch, row in self._rows.items():
             table.add_row(
                 str(epoch + 1), *(_number(row[name]) if name in row else "" for name in names)
@@ -310,9 +311,4 @@ def _ending(event: CleanupFit) -> str:
         return f"completed {n} epoch{'s' if n != 1 else ''}"
     who = f" by {end.who}" if end.who else ""
     why = f": {end.reason}" if end.reason else ""
-    return _plain(f"{end.status}{who}{why}")
-
-
-def _plain(text: str) -> str:
-    """Without newlines and escape sequences, which a terminal would act on."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return printable(f"{end.status}{who}{why}")

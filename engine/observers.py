@@ -25,6 +25,7 @@ import structlog
 from ..events import CancelException, Event
 from ..events.bus import check_event_type, check_receiver, name_of
 from ..events.callback import Overflow
+from ..events.closing import Closing
 from ..events.signal import unwrap
 
 if TYPE_CHECKING:
@@ -194,7 +195,7 @@ class EventStream(Generic[E]):
         return event
 
 
-class Observer(EventStream[E]):
+class Observer(EventStream[E], Closing):
     """A receiver called beside the training; made by `Learner.observe`.
 
     Close it, or use it as a context manager, to end it; it lives through any number of fits.
@@ -246,14 +247,3 @@ class Observer(EventStream[E]):
     def finish(self) -> None:
         """The fit is over: what the deadline left undelivered is dropped."""
         self._items.clear()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()

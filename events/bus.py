@@ -10,9 +10,9 @@ import itertools
 import threading
 from collections.abc import Callable
 from functools import partial
-from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 
+from .closing import Closing
 from .signal import EventSignal
 from .types import ActionEvent, Event
 
@@ -20,7 +20,7 @@ E = TypeVar("E", bound=Event)
 R = TypeVar("R", bound=Callable[..., Any])
 
 
-class Subscription:
+class Subscription(Closing):
     """One receiver of one class of events. Close it, or use it as a context manager.
 
     Attributes:
@@ -100,17 +100,6 @@ class Subscription:
     def close(self) -> bool:
         """End it; again is harmless. Says whether this call was the one that ended it."""
         return self._bus.unsubscribe(self)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def __repr__(self) -> str:
         state = "closed" if self.closed else f"order={self.order:g}"

@@ -6,10 +6,10 @@ Source: the idea is structlog's `capture_logs`.
 from __future__ import annotations
 
 import math
-from types import TracebackType
-from typing import Protocol, Self
+from typing import Protocol
 
 from .bus import Subscription
+from .closing import Closing
 from .types import Event
 
 
@@ -19,7 +19,7 @@ class _Source(Protocol):
     ) -> Subscription: ...
 
 
-class record_events(list[Event]):  # noqa: N801 - reads as the function it replaces
+class record_events(list[Event], Closing):  # noqa: N801 - reads as the function it replaces
     """A list that grows by every event a bus or a learner emits, until it is closed.
 
     It is recorded first, before any other receiver can cancel. The actions are not recorded.
@@ -48,14 +48,3 @@ class record_events(list[Event]):  # noqa: N801 - reads as the function it repla
     def close(self) -> None:
         """Stop recording; again is harmless."""
         self._subscription.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()

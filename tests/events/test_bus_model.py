@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from eventrain.events import (
@@ -79,6 +79,11 @@ errors = st.sampled_from([ValueError, KeyError, CancelBatchException, CancelFitE
 
 
 def specs(deeds: st.SearchStrategy[tuple[str, Any] | None]) -> st.SearchStrategy[Spec]:
+    def allowed(spec: Spec) -> Spec:
+        if issubclass(spec.event_type, ActionEvent):  # performed each time, or not at all
+            return replace(spec, every=1, where=None)
+        return spec
+
     return st.builds(
         Spec,
         st.sampled_from(SUBSCRIBED),
@@ -88,7 +93,7 @@ def specs(deeds: st.SearchStrategy[tuple[str, Any] | None]) -> st.SearchStrategy
         st.sampled_from([None, None, odd]),
         st.sampled_from([None, None, *LEARNERS]),
         deeds,
-    )
+    ).map(allowed)
 
 
 quiet = specs(st.none())

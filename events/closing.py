@@ -1,0 +1,28 @@
+"""What can be closed can be used in a `with`."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from types import TracebackType
+from typing import Self
+
+
+class Closing(ABC):
+    """Gives a class with `close` the two methods of a context manager."""
+
+    __slots__ = ()
+
+    @abstractmethod
+    def close(self) -> object:
+        """End it; again must be harmless."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
