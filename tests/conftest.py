@@ -9,10 +9,9 @@ from pathlib import Path
 import pytest
 import structlog
 import torch
+from eventrain.engine import DataLoaders
 from sklearn.datasets import load_digits
 from torch import nn
-
-from eventrain.engine import DataLoaders
 
 BACKENDS = [
     pytest.param(("asyncio", {}), id="asyncio"),

@@ -10,11 +10,10 @@ import re
 import textwrap
 from pathlib import Path
 
-import pytest
-
 import eventrain.callbacks
 import eventrain.engine
 import eventrain.events
+import pytest
 from eventrain.engine.loop import Loop
 
 ROOT = Path(__file__).parent.parent

@@ -104,7 +104,7 @@ def test_embedding_goes_on_ticking_and_stops_the_training() -> None:
 
 
 class _QuietHandler(SimpleHTTPRequestHandler):
-    def log_message(self, format: str, *args: object) -> None:
+    def log_message(self, *args: object) -> None:
         """Nothing: the tests' output is theirs."""
 
 
@@ -141,9 +141,7 @@ def test_fashion_mnist_is_downloaded_where_it_is_missing(tmp_path: Path, mirror:
     assert torch.allclose(x[0, 0, 0, :3], torch.tensor([0.0, 1.0, 2.0]) / 255 * 2 - 1)
 
 
-def test_missing_data_says_both_ways_out(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_data_says_both_ways_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(FashionMNIST, "mirrors", ["http://127.0.0.1:9/"])  # nobody listens
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     args = argparse.Namespace(dataset="fashion-mnist", data=tmp_path / "data")

@@ -13,10 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
-from torch.nn import functional as F
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
-
 from eventrain.callbacks import (
     AccelerateCB,
     Callback,
@@ -41,6 +37,9 @@ from eventrain.events import (
     Event,
     record_events,
 )
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 pytest.importorskip("accelerate")
 from accelerate import optimizer, state

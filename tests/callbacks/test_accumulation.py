@@ -8,11 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from torch import nn
-from torch.nn import functional as F
-
 from eventrain.callbacks import GradientAccumulationCB, MetricsCB, SingleBatchCB
 from eventrain.engine import DataLoaders, MomentumLearner, TrainLearner
 from eventrain.events import (
@@ -28,6 +23,10 @@ from eventrain.events import (
     CleanupStep,
     record_events,
 )
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional as F
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 Batches = list[Batch]

@@ -8,14 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from eventrain.callbacks import GradientAccumulationCB, GradientClippingCB, MixedTrainingCB
+from eventrain.engine import DataLoaders, TrainLearner
+from eventrain.events import AfterBackward, BeforeStep
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
-
-from eventrain.callbacks import GradientAccumulationCB, GradientClippingCB, MixedTrainingCB
-from eventrain.engine import DataLoaders, TrainLearner
-from eventrain.events import AfterBackward, BeforeStep
 
 Batches = list[tuple[torch.Tensor, torch.Tensor]]
 MakeModel = Callable[[], nn.Module]

@@ -10,12 +10,6 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from torch import nn
-from torch.nn import functional as F
-from torch.nn.utils.rnn import PackedSequence, pack_sequence
-
 from eventrain.callbacks import (
     Callback,
     ChannelLastCB,
@@ -28,6 +22,11 @@ from eventrain.callbacks import (
 from eventrain.callbacks.device import map_tensors
 from eventrain.engine import DataLoaders, TrainLearner
 from eventrain.events import AfterLoss, BeforeBatch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 Digits = tuple[torch.Tensor, torch.Tensor]
 CHANNELS_LAST = torch.channels_last

@@ -11,11 +11,6 @@ from typing import Any
 import anyio
 import pytest
 import torch
-from torch import nn
-from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
-from torcheval.metrics import MulticlassAccuracy, MulticlassAUROC, functional
-
 from eventrain.callbacks import (
     AccelerateCB,
     Callback,
@@ -37,6 +32,10 @@ from eventrain.events import (
     CleanupStep,
     record_events,
 )
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+from torcheval.metrics import MulticlassAccuracy, MulticlassAUROC, functional
 
 DEVICE = "cuda"
 

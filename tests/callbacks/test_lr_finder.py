@@ -14,13 +14,6 @@ import anyio
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from torch import nn
-from torch.nn import functional as F
-from torch.utils.data import DataLoader, RandomSampler, TensorDataset
-from torcheval.metrics import MulticlassAccuracy
-
 from eventrain.callbacks import GradientAccumulationCB, LRFinderCB, MetricsCB
 from eventrain.engine import DataLoaders, TrainLearner
 from eventrain.events import (
@@ -29,6 +22,12 @@ from eventrain.events import (
     CleanupEpoch,
     record_events,
 )
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, RandomSampler, TensorDataset
+from torcheval.metrics import MulticlassAccuracy
 
 Batches = list[tuple[torch.Tensor, torch.Tensor]]
 MakeBatches = Callable[..., Batches]

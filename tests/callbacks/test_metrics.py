@@ -11,17 +11,6 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from torch import nn
-from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.data import DataLoader, TensorDataset
-from torcheval.metrics import (
-    MulticlassAccuracy,
-    MulticlassAUROC,
-    MulticlassConfusionMatrix,
-    functional,
-)
-
 from eventrain.callbacks import MetricsCB
 from eventrain.engine import DataLoaders, TrainLearner
 from eventrain.events import (
@@ -33,6 +22,16 @@ from eventrain.events import (
     CancelEpochException,
     CleanupEpoch,
     record_events,
+)
+from torch import nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import DataLoader, TensorDataset
+from torcheval.metrics import (
+    MulticlassAccuracy,
+    MulticlassAUROC,
+    MulticlassConfusionMatrix,
+    functional,
 )
 
 Digits = tuple[torch.Tensor, torch.Tensor]

@@ -9,9 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
-from torch.nn import functional as F
-
 from eventrain.callbacks import (
     Callback,
     GradientAccumulationCB,
@@ -40,6 +37,8 @@ from eventrain.events import (
     Event,
     record_events,
 )
+from torch import nn
+from torch.nn import functional as F
 
 Batches = list[tuple[torch.Tensor, torch.Tensor]]
 MakeBatches = Callable[..., Batches]

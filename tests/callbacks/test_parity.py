@@ -9,11 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
-from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
-from torcheval.metrics import MulticlassAccuracy
-
 from eventrain.callbacks import (
     AccelerateCB,
     Callback,
@@ -28,6 +23,10 @@ from eventrain.callbacks import (
     TrainCB,
 )
 from eventrain.engine import DataLoaders, Learner, MomentumLearner, TrainLearner
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+from torcheval.metrics import MulticlassAccuracy
 
 Digits = tuple[torch.Tensor, torch.Tensor]
 LR = 0.1

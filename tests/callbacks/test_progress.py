@@ -17,9 +17,6 @@ import anyio
 import pytest
 import structlog
 import torch
-from rich.console import Console
-from torch import nn
-
 from eventrain.callbacks import progress
 from eventrain.callbacks.progress import ProgressCB
 from eventrain.engine import (
@@ -39,6 +36,8 @@ from eventrain.events import (
     CleanupFit,
     ScopeEnd,
 )
+from rich.console import Console
+from torch import nn
 
 Backend = dict[str, Any]
 

@@ -6,11 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from torch import nn
-
 from eventrain.callbacks import MetricsCB, SingleBatchCB, SingleEpochCB
 from eventrain.engine import DataLoaders, TrainLearner
 from eventrain.events import AfterBatch, CancelEpochException, CleanupBatch, record_events
+from torch import nn
 
 MakeModel = Callable[[], nn.Module]
 

@@ -13,13 +13,6 @@ import numpy as np
 import pytest
 import structlog
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from structlog.testing import capture_logs
-from torch import nn
-from torch.nn import functional as F
-from torcheval.metrics import MulticlassAccuracy
-
 from eventrain.callbacks import LRFinderCB, MetricsCB, StructlogCB
 from eventrain.engine import DataLoaders, TrainLearner
 from eventrain.events import (
@@ -31,6 +24,12 @@ from eventrain.events import (
     Event,
     record_events,
 )
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from structlog.testing import capture_logs
+from torch import nn
+from torch.nn import functional as F
+from torcheval.metrics import MulticlassAccuracy
 
 Batches = list[tuple[torch.Tensor, torch.Tensor]]
 Line = dict[str, Any]

@@ -12,12 +12,6 @@ from typing import Any
 import anyio
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from torch import nn
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
-from torch.utils.flop_counter import FlopCounterMode
-
 from eventrain.callbacks.single import SingleBatchCB
 from eventrain.callbacks.summary import LayerSummary, SummaryCB
 from eventrain.engine import (
@@ -29,6 +23,11 @@ from eventrain.engine import (
     TrainLearner,
 )
 from eventrain.events import AfterPredict, BeforeBatch, CleanupBatch, Predict
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+from torch.utils.flop_counter import FlopCounterMode
 
 Backend = dict[str, Any]
 
