@@ -85,7 +85,7 @@ class MixedTrainingCB(Callback):
 
     def before_batch(self, event: BeforeBatch) -> None:
         self._autocast = torch.autocast(self._device, dtype=self.dtype)
-        self._autocast.__enter__()  # type: ignore[no-untyped-call]
+        self._autocast.__enter__()
 
     def after_loss(self, event: AfterLoss) -> None:
         self._close()

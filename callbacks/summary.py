@@ -144,7 +144,7 @@ class SummaryCB(Callback):
         return "\n".join(_aligned(table))
 
 
-class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Watch(TorchDispatchMode):
     """Records what the modules of one model do in one thread, until it is closed.
 
     Not `FlopCounterMode`: that sets hooks on all modules of the process, those of other fits

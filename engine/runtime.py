@@ -279,7 +279,7 @@ def _leave_event_loop() -> None:
 def _torch_state() -> Callable[[], None]:
     """What a new thread does not inherit from this one: the default and the CUDA device."""
     device = torch.get_default_device()
-    initialized = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    initialized = torch.cuda.is_initialized()
     cuda = torch.cuda.current_device() if initialized else None
 
     def enter() -> None:
