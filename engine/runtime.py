@@ -28,6 +28,7 @@ import torch
 from ..events import Event
 from ..events.signal import unwrap
 from .observers import Observer
+from .openmp import end_idle_threads
 from .scope import InterruptedFit
 
 if TYPE_CHECKING:
@@ -77,6 +78,7 @@ class Runtime:
         interruption: BaseException | None = None
         self._running.add(self)
         self._tell_of_rng()
+        end_idle_threads()
         try:
             async with anyio.create_task_group() as self._tasks:
                 try:
