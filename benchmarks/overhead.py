@@ -27,7 +27,7 @@ LR = 0.01
 def linear() -> tuple[nn.Module, Batches, int]:
     """The smallest model: nn.Linear(4, 2) on batches of 8, in memory."""
     batch = torch.randn(8, 4), torch.randn(8, 2)
-    return nn.Linear(4, 2), [batch] * 250, 250
+    return nn.Linear(4, 2), [batch] * 2000, 2000
 
 
 def cnn() -> tuple[nn.Module, Batches, int]:
@@ -119,7 +119,7 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(prog="benchmarks.overhead", description=__doc__)
     parser.add_argument("--model", choices=["linear", "cnn"], default="linear")
-    parser.add_argument("--repeats", type=int, default=40)
+    parser.add_argument("--repeats", type=int, default=20)
     args = parser.parse_args()
     torch.manual_seed(0)
     model, batches, n = {"linear": linear, "cnn": cnn}[args.model]()
