@@ -20,6 +20,8 @@ from torch import nn
 from torch.nn import functional as F
 from torcheval.metrics import Mean
 
+from examples.datasets import get_model
+
 Batches = list[tuple[torch.Tensor, torch.Tensor]]
 LR = 0.01
 
@@ -33,18 +35,7 @@ def linear() -> tuple[nn.Module, Batches, int]:
 def cnn() -> tuple[nn.Module, Batches, int]:
     """The post's CNN on batches of 64 images of 28x28."""
     batch = torch.randn(64, 1, 28, 28), torch.randn(64, 10)
-    model = nn.Sequential(
-        nn.Conv2d(1, 8, 3),
-        nn.ReLU(),
-        nn.Conv2d(8, 16, 3),
-        nn.ReLU(),
-        nn.Conv2d(16, 32, 3),
-        nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(32, 10),
-    )
-    return model, [batch] * 25, 25
+    return get_model(), [batch] * 25, 25
 
 
 def by_hand(model: nn.Module, batches: Batches) -> float:

@@ -33,7 +33,6 @@ from ..events.types import ACTIONS
 from .data import loader_of
 from .explain import check_performers
 from .loop import Loop
-from .observers import EventStream
 from .result import FitResult
 from .runtime import Runtime
 
@@ -231,19 +230,20 @@ class Fitting(Loop):
             await runtime.run(self.one_fit)
         finally:
             self._async_wrapper = None
-            for stream in (streams := tuple(self.audience)):
+            for stream in self.audience:
                 stream.finish()
-            self.result = self._make_result(time.perf_counter() - start, streams)
+            self.result = self._make_result(time.perf_counter() - start)
+            self.audience = []
             if self.result.dropped:
                 structlog.get_logger("eventrain").warning(
                     "events_dropped", run_id=self.run_id, dropped=dict(self.result.dropped)
                 )
         return self.result
 
-    def _make_result(self, seconds: float, streams: Iterable[EventStream[Any]]) -> FitResult:
+    def _make_result(self, seconds: float) -> FitResult:
         end = self._end  # the last scope to end was the fit
         dropped: Counter[str] = Counter()
-        for stream in streams:
+        for stream in self.audience:
             dropped[stream.name] += stream.dropped
         return FitResult(
             run_id=self.run_id,

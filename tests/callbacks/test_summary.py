@@ -56,21 +56,12 @@ def as_scalar(preds: Any) -> torch.Tensor:
 
 
 def test_the_cnn_of_the_post_is_counted_as_by_hand(
-    backend: Backend, capsys: pytest.CaptureFixture[str]
+    make_cnn: Callable[[], nn.Module], backend: Backend, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model = nn.Sequential(
-        nn.Conv2d(1, 8, 3),
-        nn.ReLU(),
-        nn.Conv2d(8, 16, 3),
-        nn.ReLU(),
-        nn.Conv2d(16, 32, 3),
-        nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(32, 10),
-    )
     batch = (torch.zeros(64, 1, 28, 28), torch.zeros(64, dtype=torch.long))
-    learner = TrainLearner(model, DataLoaders([batch] * 2, [batch]), nn.functional.cross_entropy)
+    learner = TrainLearner(
+        make_cnn(), DataLoaders([batch] * 2, [batch]), nn.functional.cross_entropy
+    )
     summary = SummaryCB()
     assert str(summary) == "no batch seen yet"
     learner.run(1, cbs=[summary, SingleBatchCB()], **backend)
