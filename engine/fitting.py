@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from types import MappingProxyType
 from typing import Any, Literal
 
 import anyio
@@ -60,6 +59,8 @@ class Fitting(Loop):
         valid: bool = True,
         cbs: Callback | Iterable[Callback] | None = None,
         lr: float | None = None,
+        *,
+        run_id: str | None = None,
     ) -> FitResult:
         """Train and validate for `n_epochs`, in a thread of its own.
 
@@ -72,6 +73,7 @@ class Fitting(Loop):
             valid: whether to validate.
             cbs: callbacks for this fit alone.
             lr: the learning rate for this fit alone.
+            run_id: what its events, logs and result are known by; a new random one by default.
 
         Raises:
             RuntimeError: this learner is fitting already.
@@ -80,8 +82,10 @@ class Fitting(Loop):
         """
         if isinstance(n_epochs, bool) or not isinstance(n_epochs, int) or n_epochs < 0:
             raise ValueError(f"n_epochs={n_epochs!r}: give a whole number, 0 or more")
+        if run_id is not None and not (isinstance(run_id, str) and run_id):
+            raise ValueError(f"run_id={run_id!r}: give a text that is not empty, or None")
         actions = ACTIONS if train else (Predict, GetLoss)
-        return await self._fit(n_epochs, train, valid, cbs, lr, actions)
+        return await self._fit(n_epochs, train, valid, cbs, lr, actions, run_id)
 
     async def _fit(
         self,
@@ -91,6 +95,7 @@ class Fitting(Loop):
         cbs: Callback | Iterable[Callback] | None,
         lr: float | None,
         actions: tuple[type[ActionEvent], ...],
+        run_id: str | None = None,
     ) -> FitResult:
         self._check_idle()
         self._fitting = True
@@ -99,6 +104,7 @@ class Fitting(Loop):
             temporary = self.add_cbs(cbs)
             check_performers(self, actions)
             self._prepare(n_epochs, train, valid, lr)
+            self.run_id = run_id or uuid.uuid4().hex[:12]
             with self._kept_optimizer_at(lr):
                 return await self._run()
         finally:
@@ -114,6 +120,7 @@ class Fitting(Loop):
         cbs: Callback | Iterable[Callback] | None = None,
         lr: float | None = None,
         *,
+        run_id: str | None = None,
         backend: str = "asyncio",
         backend_options: dict[str, Any] | None = None,
     ) -> FitResult:
@@ -132,7 +139,7 @@ class Fitting(Loop):
                 "run() starts an event loop, and one is running in this thread already: use"
                 " `await learner.fit(...)` here"
             )
-        fit = partial(self.fit, n_epochs, train, valid, cbs, lr)
+        fit = partial(self.fit, n_epochs, train, valid, cbs, lr, run_id=run_id)
         return anyio.run(fit, backend=backend, backend_options=backend_options)
 
     def stop(
@@ -180,7 +187,6 @@ class Fitting(Loop):
             self.opt = self._make_optimizer(self.lr if lr is None else lr)
         if train and self.opt is None:
             raise ValueError("opt_func is None, which keeps learner.opt, but that is not set")
-        self.run_id = uuid.uuid4().hex[:12]
         self.train, self.valid = train, valid
         self.n_epochs = n_epochs
         self.epochs = range(n_epochs)
@@ -257,7 +263,7 @@ class Fitting(Loop):
             steps=self._completed[CleanupStep, True],
             seconds=seconds,
             history=tuple(row for row in self.history if len(row) > 2),
-            dropped=MappingProxyType(+dropped),  # without the zeros
+            dropped=dict(+dropped),  # without the zeros
         )
 
     def _request(self, error: BaseException) -> bool:

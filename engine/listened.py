@@ -24,6 +24,8 @@ class Listened:
     may change and cancel; `events` and `observe` run beside it, on the host's event loop.
     """
 
+    run_id: str = ""
+
     def __init__(self, bus: Bus | None) -> None:
         self.bus = Bus() if bus is None else bus
         self.streams: list[EventStream[Any]] = []

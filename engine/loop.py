@@ -99,7 +99,6 @@ class Loop(Listened):
     dl: Any = None
     opt: Any = None
 
-    run_id: str = ""
     train: bool = True
     valid: bool = True
     n_epochs: int = 0

@@ -115,7 +115,11 @@ class EventStream(Generic[E]):
         """The reader, or its filter, is broken: let go of it, and say so."""
         self.close()
         structlog.get_logger("eventrain").error(
-            "observer_failed", observer=self.name, error=repr(exc), exc_info=exc
+            "observer_failed",
+            run_id=self._learner.run_id,
+            observer=self.name,
+            error=repr(exc),
+            exc_info=exc,
         )
 
     # --------------------------------------------------------------------- on the event loop

@@ -228,6 +228,7 @@ class Runtime:
         if not done.done() and event.reaches_all:
             log.warning(
                 "cleanup_cut_short",
+                run_id=self._learner.run_id,
                 receiver=coroutine.__qualname__,  # type: ignore[attr-defined]
                 cleanup=type(event).__name__,
                 cleanup_timeout=self._learner.cleanup_timeout,

@@ -787,6 +787,7 @@ async def test_an_async_cleanup_that_never_ends_is_cut_short_and_said(
         {
             "event": "cleanup_cut_short",
             "log_level": "warning",
+            "run_id": learner.run_id,
             "receiver": hang.__qualname__,
             "cleanup": cleanup.__name__,
             "cleanup_timeout": 0.02,

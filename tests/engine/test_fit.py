@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import pickle
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import FrozenInstanceError, dataclass
@@ -561,6 +564,17 @@ def test_the_history_of_a_result_is_not_touched_by_the_next_fit(learner: TrainLe
 
 
 # -------------------------------------------------------------------------------- custom events
+
+
+def test_a_result_goes_where_hosts_send_it(dls: DataLoaders, backend: dict[str, Any]) -> None:
+    """Into JSON, and into another process; with losses in it, too."""
+    learner = TrainLearner(nn.Linear(3, 1), dls)
+    with learner.observe(lambda event: None, AfterBatch, overflow="latest"):
+        result = learner.run(3, **backend)
+    assert result.dropped
+    assert pickle.loads(pickle.dumps(result)) == result
+    assert json.loads(json.dumps(dataclasses.asdict(result)))["dropped"] == result.dropped
+
 
 
 @dataclass(frozen=True, slots=True, eq=False)

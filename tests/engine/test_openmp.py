@@ -11,6 +11,7 @@ from eventrain.engine.openmp import _omp_pause, end_idle_threads
 
 SCRIPT = """
 import os
+import time
 import torch
 from eventrain.engine import DataLoaders, TrainLearner
 
@@ -18,6 +19,7 @@ def work():
     return torch.ones(1_000_000).exp().sum().item()
 
 def n_threads():
+    time.sleep(0.2)  # a thread that was joined is listed for a moment
     return len(os.listdir("/proc/self/task"))
 
 batches = [(torch.ones(2, 3), torch.zeros(2, 1))] * 2
