@@ -5,14 +5,19 @@ from .accelerate import AccelerateCB
 from .accumulation import GradientAccumulationCB
 from .channels_last import ChannelLastCB
 from .clipping import GradientClippingCB
+from .curve import LossCurveCB
 from .device import DeviceCB, def_device, to_cpu, to_device
 from .logs import StructlogCB
 from .lr_finder import LRFinderCB
 from .metrics import MetricsCB
 from .mixed import MixedTrainingCB
+from .otel import OpenTelemetryCB
 from .progress import ProgressCB
+from .prometheus import PrometheusCB
+from .records import RecordCB
 from .single import SingleBatchCB, SingleEpochCB
 from .summary import LayerSummary, SummaryCB
+from .tensorboard import TensorBoardCB
 from .train import TrainCB
 
 __all__ = [
@@ -24,13 +29,18 @@ __all__ = [
     "GradientClippingCB",
     "LRFinderCB",
     "LayerSummary",
+    "LossCurveCB",
     "MetricsCB",
     "MixedTrainingCB",
+    "OpenTelemetryCB",
     "ProgressCB",
+    "PrometheusCB",
+    "RecordCB",
     "SingleBatchCB",
     "SingleEpochCB",
     "StructlogCB",
     "SummaryCB",
+    "TensorBoardCB",
     "TrainCB",
     "def_device",
     "to_cpu",

@@ -125,10 +125,10 @@ class LRFinderCB(Callback):
         """
         if ax is None:
             try:
-                from matplotlib.figure import Figure
+                from .picture import Picture
             except ImportError as exc:
                 raise ImportError("plot() needs matplotlib: pip install 'eventrain[plot]'") from exc
-            ax = Figure(layout="constrained").subplots()
+            ax = Picture().panels[0]
         ax.plot(self.lrs, self.losses)
         if len(self.losses) >= 3:
             for name, lr in self.suggestions.items():

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from collections.abc import Iterable
+from numbers import Real
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -16,6 +18,9 @@ with warnings.catch_warnings():
     # whoever imports this could mend.
     warnings.simplefilter("ignore", FutureWarning)
     from torcheval.metrics import Metric
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 class MetricsCB(Callback):
@@ -104,6 +109,51 @@ class MetricsCB(Callback):
         phase = "train" if event.training else "eval"
         self.history.append({"epoch": event.epoch, "train": phase, **numbers})
 
+    def plot(self, ax: Axes | None = None, names: str | Iterable[str] | None = None) -> Axes:
+        """Draw the loss and the metrics by epoch, in training and in validation.
+
+        Epochs are counted from 1; those of a later fit follow. Metrics that are no single
+        number are left out.
+
+        Args:
+            ax: where to draw all of it; by default a figure of its own, with a panel for each
+                name, which a notebook shows where it is the result of a cell.
+            names: which to draw; by default the loss and every metric.
+
+        Returns:
+            `ax`, or the first panel of the new figure, `.figure`.
+
+        Raises:
+            ValueError: nothing is recorded yet, or no number under one of the names.
+            ImportError: matplotlib is not installed.
+        """
+        try:
+            from matplotlib.ticker import MaxNLocator
+
+            from .picture import Picture
+        except ImportError as exc:
+            raise ImportError("plot() needs matplotlib: pip install 'eventrain[plot]'") from exc
+        curves = _curves(self.history)
+        names = [names] if isinstance(names, str) else list(curves if names is None else names)
+        if not curves:
+            raise ValueError("there is nothing to plot yet: no epoch has ended with a loss")
+        if not names:
+            raise ValueError(f"names=[]: choose from {', '.join(curves)}")
+        for name in names:
+            if name not in curves:
+                raise ValueError(f"names: there is no number {name!r}, but {', '.join(curves)}")
+        panels = Picture(len(names)).panels if ax is None else [ax] * len(names)
+        together = ax is not None and len(names) > 1
+        for panel, name in zip(panels, names, strict=True):
+            for phase, points in curves[name].items():
+                style = "-o" if phase == "train" else "--s"
+                label = f"{phase} {name}" if together else phase
+                panel.plot(*zip(*points, strict=True), style, markersize=4, label=label)
+            panel.set(xlabel="epoch", ylabel=", ".join(names) if together else name)
+            panel.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+            panel.legend()
+        return panels[0]
+
     def state_dict(self) -> dict[str, Any]:
         """What was accumulated so far, in this epoch and before."""
         return {
@@ -128,3 +178,20 @@ def _copy(loss_sum: torch.Tensor | None) -> torch.Tensor | None:
 
 def _number(value: Any) -> Any:
     return value.tolist() if isinstance(value, torch.Tensor) else value
+
+
+def _curves(history: list[dict[str, Any]]) -> dict[str, dict[str, list[tuple[int, float]]]]:
+    """(epoch from 1, number) pairs by name and phase, the loss first. Fits follow one another."""
+    curves: dict[str, dict[str, list[tuple[int, float]]]] = {"loss": {}} if history else {}
+    before, last = 0, (-1, False)
+    for row in history:
+        now = row["epoch"], row["train"] == "eval"
+        if now <= last:  # epochs begin anew: another fit
+            before += last[0] + 1
+        last = now
+        for name, value in row.items():
+            if name in ("epoch", "train") or not isinstance(value, Real):
+                continue
+            points = curves.setdefault(name, {}).setdefault("valid" if now[1] else "train", [])
+            points.append((before + now[0] + 1, float(value)))
+    return curves

@@ -1,4 +1,4 @@
-"""A live display of the run in the terminal, drawn beside the training."""
+"""A live display of the run in the terminal or a notebook, drawn beside the training."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from numbers import Real
 from time import monotonic
 from typing import TYPE_CHECKING
 
-import torch
-
 from ..events import (
     AfterBatch,
     BeforeEpoch,
@@ -21,11 +19,14 @@ from ..events import (
     CleanupFit,
     Event,
 )
+from .host_number import HostNumber
 from .logs import printable
+from .notebook import CellOutput
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
 BATCH_INTERVAL = 0.1
 """Seconds between two batches that are shown."""
@@ -38,14 +39,16 @@ class ProgressCB(Callback):
 
     It observes: drawing happens on the host's event loop, about ten times a second, and never
     holds up the training. Where the output is no terminal (and no notebook) nothing is
-    printed. While it draws on standard output, what is printed there appears above it.
+    printed. While it draws on standard output, what is printed there appears above it; in a
+    notebook it is one output of the cell, updated in place, in which at last the table stands.
 
     The table has a row for every epoch, counted from 1, of the numbers that callbacks such as
     MetricsCB put into `learner.record`; below it stands how the fit ended, who ended it and why.
     An instance shows one fit at a time.
 
     Args:
-        console: the `rich.console.Console` to draw on; rich's own by default.
+        console: the `rich.console.Console` to draw on; rich's own by default, and for what a
+            notebook shows.
 
     Raises:
         ImportError: rich is not installed.
@@ -85,7 +88,7 @@ class ProgressCB(Callback):
         self.console = console or get_console()
         self._shown = False
         self._due = 0.0
-        self._loss: _Number | None = None
+        self._loss: HostNumber | None = None
         self._display: _Display | None = None
         self._take_down: Callable[[], object] | None = None
 
@@ -101,7 +104,7 @@ class ProgressCB(Callback):
                 return False
             self._due = now + BATCH_INTERVAL
             loss = event.loss
-            self._loss = None if loss is None or loss.numel() != 1 else _Number(loss)
+            self._loss = None if loss is None or loss.numel() != 1 else HostNumber(loss)
         return self._shown
 
     def observe(self, event: Event) -> None:
@@ -146,24 +149,6 @@ class ProgressCB(Callback):
                 display.report(event)  # where the bars were
 
 
-class _Number:
-    """The number in a tensor. It is copied to the host while the device goes on working, and
-    is read when it has arrived: neither the training nor the host's event loop waits for it."""
-
-    def __init__(self, tensor: torch.Tensor) -> None:
-        self._copy = tensor.to("cpu", non_blocking=True)
-        self._arrived: torch.Event | None = None
-        if tensor.device.type != "cpu":
-            self._arrived = torch.Event(tensor.device)
-            self._arrived.record(torch.accelerator.current_stream(tensor.device))
-
-    def get(self) -> float | None:
-        """The number, None if it has not arrived."""
-        if self._arrived is not None and not self._arrived.query():
-            return None
-        return float(self._copy.item())
-
-
 class _Display:
     """What is shown of one fit. Keeps no event: that would keep the learner, and so the
     callback, which takes it down when it is collected."""
@@ -194,13 +179,17 @@ class _Display:
             redirect_stdout=ours,
             redirect_stderr=ours,
         )
+        # In a notebook, where rich's Live needs widgets, and what is printed has its own place.
+        self._cell = CellOutput() if console.is_jupyter else None
 
     def start(self) -> None:
-        if self._console.is_interactive or self._console.is_jupyter:
+        if self._console.is_interactive:
             self._live.start()
 
     def stop(self) -> None:
         self._live.stop()
+        if self._cell is not None:
+            self._cell.clear()
 
     def begin_epoch(self, event: BeforeEpoch) -> None:
         epoch, began = self._first = self._first or (event.epoch, event.time)
@@ -235,15 +224,27 @@ class _Display:
     def report(self, event: CleanupFit) -> None:
         from rich.text import Text
 
-        if self._rows:
-            self._console.print(self._table())
         color = {"completed": "green", "cancelled": "yellow", "failed": "red"}[event.end.status]
-        self._console.print(Text(_ending(event), style=color))
+        table = [self._table()] if self._rows else []
+        self._print(*table, Text(_ending(event), style=color))
 
     def _draw(self) -> None:
         self._drawn = monotonic()
-        if self._live.is_started:
+        if self._cell is not None:
+            self._print(self._render())
+        elif self._live.is_started:
             self._live.refresh()
+
+    def _print(self, *what: Table | Text) -> None:
+        if self._cell is None:
+            self._console.print(*what)
+            return
+        from rich.table import Table
+
+        rows = Table.grid()
+        for row in what:
+            rows.add_row(row)
+        self._cell.show(rows)
 
     def _render(self) -> Table:
         from rich.progress_bar import ProgressBar

@@ -30,15 +30,23 @@ def get_model() -> nn.Module:
     )
 
 
-def digits() -> DataLoaders:
+def digits_in_memory() -> tuple[TensorDataset, TensorDataset]:
     """Scikit-learn's 1,797 real digits, 8x8, which come inside its wheel; 1,437 to train."""
     from sklearn.datasets import load_digits
 
     data = load_digits()
     images = torch.tensor(data.images, dtype=torch.float32)[:, None] / 8 - 1  # 0..16 to -1..1
     labels = torch.tensor(data.target)
-    train = TensorDataset(images[:1437], labels[:1437])
-    valid = TensorDataset(images[1437:], labels[1437:])
+    split = 1437
+    return (
+        TensorDataset(images[:split], labels[:split]),
+        TensorDataset(images[split:], labels[split:]),
+    )
+
+
+def digits() -> DataLoaders:
+    """The digits, in loaders."""
+    train, valid = digits_in_memory()
     return DataLoaders(DataLoader(train, BATCH_SIZE, shuffle=True), DataLoader(valid, BATCH_SIZE))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import io
+import sys
 import weakref
 from collections import defaultdict
 from collections.abc import Callable
@@ -445,3 +446,119 @@ def test_one_learner_after_another_may_use_the_same_metrics(
     result = second.run(1)
     assert second.metrics is metrics
     assert metrics.history == after_one + list(result.history) == after_one * 2
+
+
+# -------------------------------------------------------------------------------------- the plot
+
+
+def recorded(*phases: tuple[int, str], **numbers: Any) -> MetricsCB:
+    """With a row for each (epoch, phase): the loss is 10 in the first, 20 in the second, ..."""
+    metrics = MetricsCB()
+    for i, (epoch, phase) in enumerate(phases, start=1):
+        metrics.history.append({"epoch": epoch, "train": phase, **numbers, "loss": 10.0 * i})
+    return metrics
+
+
+def lines(ax: Any) -> dict[str, list[tuple[float, float]]]:
+    return {line.get_label(): [tuple(p) for p in line.get_xydata()] for line in ax.get_lines()}
+
+
+def test_plot_has_a_panel_for_each_number(digits: Digits, make_cnn: MakeModel) -> None:
+    metrics = MetricsCB(accuracy=MulticlassAccuracy(), confusion=MulticlassConfusionMatrix(10))
+    learner(digits, make_cnn, metrics).run(2)
+    first = metrics.plot()
+    panels = first.figure.axes
+    assert panels[0] is first
+    assert [ax.get_ylabel() for ax in panels] == ["loss", "accuracy"]
+    for ax in panels:
+        train, train2 = (row[ax.get_ylabel()] for row in metrics.history if row["train"] == "train")
+        valid, valid2 = (row[ax.get_ylabel()] for row in metrics.history if row["train"] == "eval")
+        assert lines(ax) == {"train": [(1, train), (2, train2)], "valid": [(1, valid), (2, valid2)]}
+        assert ax.get_xlabel() == "epoch"
+        assert [text.get_text() for text in ax.get_legend().get_texts()] == ["train", "valid"]
+
+
+def test_plot_has_lines_that_can_be_told_apart_without_colors_and_whole_epochs() -> None:
+    for n_epochs in (1, 2, 3, 100):
+        rows = [(epoch, phase) for epoch in range(n_epochs) for phase in ("train", "eval")]
+        ax = recorded(*rows).plot()
+        train, valid = ax.get_lines()
+        assert (train.get_linestyle(), train.get_marker()) == ("-", "o")
+        assert (valid.get_linestyle(), valid.get_marker()) == ("--", "s")
+        low, high = ax.get_xlim()
+        ticks = [tick for tick in ax.get_xticks() if low <= tick <= high]
+        assert len(ticks) >= min(n_epochs, 2)
+        assert all(tick == round(tick) for tick in ticks)
+
+
+def test_plot_shows_one_fit_after_the_other() -> None:
+    rows = [
+        *[(0, "train"), (0, "eval"), (1, "train"), (1, "eval")],  # a fit of two epochs
+        *[(0, "train"), (0, "eval")],  # of one
+        *[(0, "train"), (1, "train")],  # without validation
+        *[(0, "eval")],  # without training
+        *[(0, "eval")],  # once more
+    ]
+    assert lines(recorded(*rows).plot()) == {
+        "train": [(1, 10), (2, 30), (3, 50), (4, 70), (5, 80)],
+        "valid": [(1, 20), (2, 40), (3, 60), (6, 90), (7, 100)],
+    }
+
+
+def test_plot_goes_on_where_a_resumed_fit_did() -> None:
+    ax = recorded((0, "train"), (1, "train"), (2, "train"), (3, "train")).plot()
+    assert [x for x, _ in lines(ax)["train"]] == [1, 2, 3, 4]
+
+
+def test_plot_shows_the_names_that_are_asked_for() -> None:
+    metrics = recorded((0, "train"), accuracy=0.5, recall=0.25)
+    assert [ax.get_ylabel() for ax in metrics.plot().figure.axes] == ["loss", "accuracy", "recall"]
+    one = metrics.plot(names="recall")
+    assert lines(one) == {"train": [(1, 0.25)]}
+    assert one.figure.axes == [one]
+    two = metrics.plot(names=["recall", "loss"]).figure.axes
+    assert [ax.get_ylabel() for ax in two] == ["recall", "loss"]
+
+
+def test_plot_draws_on_the_axes_that_it_is_given() -> None:
+    from matplotlib.figure import Figure
+
+    metrics = recorded((0, "train"), (0, "eval"), accuracy=0.5)
+    left, right = Figure().subplots(1, 2)
+    assert metrics.plot(right) is right
+    assert lines(right) == {
+        "train loss": [(1, 10)],
+        "valid loss": [(1, 20)],
+        "train accuracy": [(1, 0.5)],
+        "valid accuracy": [(1, 0.5)],
+    }
+    assert right.get_ylabel() == "loss, accuracy"
+    assert lines(metrics.plot(left, "accuracy")) == {"train": [(1, 0.5)], "valid": [(1, 0.5)]}
+    assert left.get_ylabel() == "accuracy"
+
+
+def test_plot_of_what_is_not_there_is_refused() -> None:
+    with pytest.raises(ValueError, match="nothing to plot yet: no epoch has ended"):
+        MetricsCB(accuracy=MulticlassAccuracy()).plot()
+    metrics = recorded((0, "train"), accuracy=0.5, confusion=[[1, 0], [0, 1]])
+    with pytest.raises(ValueError, match=r"no number 'acuracy', but loss, accuracy$"):
+        metrics.plot(names="acuracy")
+    with pytest.raises(ValueError, match=r"no number 'confusion', but loss, accuracy$"):
+        metrics.plot(names=["loss", "confusion"])
+    with pytest.raises(ValueError, match=r"choose from loss, accuracy$"):
+        metrics.plot(names=[])
+
+
+def test_a_plot_is_a_picture_without_pyplot_and_its_global_figures(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)  # to import it is an error now
+    ax = recorded((0, "train"), accuracy=0.5).plot()
+    for shown in (ax, ax.figure):
+        assert shown._repr_png_().startswith(b"\x89PNG")  # what a notebook asks for
+
+
+def test_without_matplotlib_it_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.ticker", None)
+    with pytest.raises(ImportError, match=r"pip install 'eventrain\[plot\]'"):
+        recorded((0, "train")).plot()
