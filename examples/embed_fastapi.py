@@ -1,0 +1,59 @@
+"""Fits in a FastAPI app, the idea only: uvicorn examples.embed_fastapi:app"""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+
+import anyio
+from eventrain.callbacks import MetricsCB
+from eventrain.engine import Learner, MomentumLearner
+from eventrain.events import CleanupEpoch
+from fastapi import FastAPI, HTTPException, Response
+from pydantic import PositiveFloat, PositiveInt
+from pydantic_core import to_json
+from sse_starlette import EventSourceResponse
+from torch.nn import functional as F
+
+from .datasets import digits, get_model
+
+dls, fits = digits(), dict[int, Learner]()
+
+
+@asynccontextmanager
+async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+    async with anyio.create_task_group() as app.state.tasks:
+        yield
+        for learner in fits.values():
+            learner.stop(reason="shutdown")  # and the task group waits for it to end
+
+
+app = FastAPI(lifespan=lifespan)
+
+
+async def train(learner: Learner, epochs: int) -> None:
+    with suppress(Exception):  # it is in learner.result, and must not end the other fits
+        await learner.fit(epochs)
+
+
+@app.post("/fits", status_code=202)
+async def start(epochs: PositiveInt = 10, lr: PositiveFloat = 0.1) -> int:
+    if sum(learner.result is None for learner in fits.values()) >= 2:
+        raise HTTPException(429, "two fits are running: wait, or stop one")
+    learner = fits[len(fits)] = MomentumLearner(get_model(), dls, F.cross_entropy, lr, MetricsCB())
+    app.state.tasks.start_soon(train, learner, epochs)
+    return len(fits) - 1
+
+
+@app.post("/fits/{number}/stop")
+async def stop(number: int) -> bool:
+    return number in fits and fits[number].stop(reason="asked to")
+
+
+@app.get("/fits/{number}/events", response_model=None)
+async def events(number: int) -> Response:
+    async def epochs() -> AsyncIterator[str]:
+        async with fits[number].events(CleanupEpoch) as stream:
+            async for event in stream:
+                yield to_json([event.epoch, dict(event.metrics)], inf_nan_mode="null").decode()
+
+    over = number not in fits or fits[number].result is not None
+    return Response(status_code=204) if over else EventSourceResponse(epochs())

@@ -1,0 +1,122 @@
+"""Fits in a FastAPI app, as their example serves them: a process of its own, asked over HTTP."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+from httpx_sse import connect_sse
+
+ROOT = Path(__file__).parent.parent
+
+
+@contextmanager
+def serving() -> Iterator[tuple[subprocess.Popen[str], httpx.Client]]:
+    """A server on a free port, and a client of it; killed if it lives for too long."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "uvicorn", "examples.embed_fastapi:app", "--port", "0"],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    guard = threading.Timer(120, process.kill)
+    guard.start()
+    try:
+        with process:
+            assert process.stdout
+            log = ""
+            while not (url := re.search(r"http://127\.0\.0\.1:\d+", log)):
+                line = process.stdout.readline()
+                assert line, f"it ended: {log}"
+                log += line
+            with httpx.Client(base_url=url[0], trust_env=False, timeout=60) as client:
+                yield process, client
+    finally:
+        process.kill()
+        guard.cancel()
+
+
+@pytest.fixture(scope="module")
+def client() -> Iterator[httpx.Client]:
+    """A client of a server that these tests share."""
+    with serving() as (process, client):
+        yield client
+        process.terminate()
+        process.wait(60)
+
+
+def start(client: httpx.Client, **numbers: float) -> str:
+    answer = client.post("/fits", params=numbers)
+    assert answer.status_code == 202, answer.text
+    return f"/fits/{answer.json()}"
+
+
+def listen(client: httpx.Client, fit: str) -> Iterator[tuple[int, dict[str, float | None]]]:
+    """The epochs of a fit, and what was measured in them."""
+    with connect_sse(client, "GET", f"{fit}/events") as source:
+        for message in source.iter_sse():
+            epoch, metrics = message.json()
+            yield epoch, metrics
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("epochs", 0), ("epochs", "many"), ("lr", -1), ("lr", "nan")]
+)
+def test_a_bad_number_is_refused_by_name(client: httpx.Client, field: str, value: object) -> None:
+    answer = client.post("/fits", params={field: value})
+    assert answer.status_code == 422
+    (error,) = answer.json()["detail"]
+    assert error["loc"] == ["query", field]
+
+
+def test_of_a_fit_that_is_not_there_is_nothing_to_hear(client: httpx.Client) -> None:
+    assert client.get("/fits/99/events").status_code == 204
+    assert client.post("/fits/99/stop").json() is False
+
+
+def test_every_epoch_is_told_until_the_fit_is_complete(client: httpx.Client) -> None:
+    fit = start(client, epochs=10, lr=1e9)  # so high that the loss is no number any more
+    told = list(listen(client, fit))
+    epochs = [epoch for epoch in range(10) for _ in ("train", "valid")]
+    assert [epoch for epoch, _ in told] == epochs[-len(told) :]
+    assert told[-1] == (9, {"loss": None})
+    assert client.get(f"{fit}/events").status_code == 204
+
+
+def test_fits_are_limited_and_stopped_one_by_one(client: httpx.Client) -> None:
+    fits = [start(client, epochs=100_000) for _ in range(2)]
+    refused = client.post("/fits")
+    assert refused.status_code == 429
+    assert "two fits are running" in refused.text
+    for fit in fits:
+        told = listen(client, fit)
+        _, metrics = next(told)
+        assert metrics["loss"] is not None
+        assert metrics["loss"] > 0
+        assert client.post(f"{fit}/stop").json() is True
+        list(told)  # it ends
+        assert client.post(f"{fit}/stop").json() is False
+    start(client, epochs=1)
+
+
+def test_sigterm_ends_the_server_with_its_fits_and_its_streams() -> None:
+    with serving() as (process, client):
+        told = listen(client, start(client, epochs=100_000))
+        next(told)  # it is running, and somebody listens
+        process.send_signal(signal.SIGTERM)
+        with pytest.raises(httpx.RemoteProtocolError):  # cut off
+            list(told)
+        assert process.wait(60) in (0, -signal.SIGTERM)  # uvicorn raises it again at its end
+        assert process.stdout
+        assert "Application shutdown complete" in process.stdout.read()
