@@ -11,11 +11,23 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from tempfile import mkdtemp
 
 import torch
-from eventrain.callbacks import MetricsCB, StructlogCB
+from eventrain.callbacks import (
+    MetricsCB,
+    OpenTelemetryCB,
+    PrometheusCB,
+    StructlogCB,
+    TensorBoardCB,
+)
 from eventrain.engine import DataLoaders, TrainLearner
 from eventrain.events import AfterBatch, AfterLoss
+from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from prometheus_client import CollectorRegistry
 from torch import nn
 from torch.nn import functional as F
 from torcheval.metrics import Mean
@@ -35,7 +47,7 @@ def linear() -> tuple[nn.Module, Batches, int]:
 def cnn() -> tuple[nn.Module, Batches, int]:
     """The post's CNN on batches of 64 images of 28x28."""
     batch = torch.randn(64, 1, 28, 28), torch.randn(64, 10)
-    return get_model(), [batch] * 25, 25
+    return get_model(), [batch] * 100, 100
 
 
 def by_hand(model: nn.Module, batches: Batches) -> float:
@@ -86,6 +98,20 @@ def _subscribe(n: int) -> Callable[[TrainLearner], None]:
     return prepare
 
 
+def _observers(learner: TrainLearner) -> None:
+    """All that report a run, as a service would set them up."""
+    provider = TracerProvider()
+    provider.add_span_processor(BatchSpanProcessor(InMemorySpanExporter()))
+    learner.add_cbs(
+        [
+            StructlogCB(format="json", file=open("/dev/null", "w")),  # noqa: SIM115
+            OpenTelemetryCB(tracer_provider=provider, meter_provider=MeterProvider()),
+            PrometheusCB(CollectorRegistry()),
+            TensorBoardCB(mkdtemp()),
+        ]
+    )
+
+
 def _everywhere(learner: TrainLearner) -> None:
     for event_type in (AfterBatch, AfterLoss):
         learner.subscribe(event_type, lambda event: None)
@@ -103,6 +129,7 @@ CONTENDERS: dict[str, Callable[[nn.Module, Batches], float]] = {
     "eventrain, StructlogCB": engine(
         lambda learner: learner.add_cbs(StructlogCB(format="json", file=open("/dev/null", "w")))  # noqa: SIM115
     ),
+    "eventrain, logs, traces, Prometheus and TensorBoard": engine(_observers),
 }
 
 
@@ -111,15 +138,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="benchmarks.overhead", description=__doc__)
     parser.add_argument("--model", choices=["linear", "cnn"], default="linear")
     parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--only", nargs="*", default=list(CONTENDERS), help="names, or parts")
     args = parser.parse_args()
     torch.manual_seed(0)
     model, batches, n = {"linear": linear, "cnn": cnn}[args.model]()
     start = {k: v.clone() for k, v in model.state_dict().items()}
 
-    times: dict[str, list[float]] = {name: [] for name in CONTENDERS}
+    chosen = {
+        name: contender
+        for name, contender in CONTENDERS.items()
+        if name == "by hand" or any(part in name for part in args.only)
+    }
+    times: dict[str, list[float]] = {name: [] for name in chosen}
     reference: dict[str, torch.Tensor] = {}
     for _ in range(args.repeats):
-        for name, contender in CONTENDERS.items():
+        for name, contender in chosen.items():
             model.load_state_dict(start)
             times[name].append(contender(model, batches) / n * 1e6)
             reference = reference or {k: v.clone() for k, v in model.state_dict().items()}

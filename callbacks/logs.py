@@ -39,6 +39,7 @@ class StructlogCB(RecordCB):
     Raises:
         ValueError: `every` or `every_seconds` is negative, `format` is unknown, or there are
             both a format and a logger.
+        TypeError: `logger` is a name.
 
     Example:
         >>> import sys, torch
@@ -70,8 +71,10 @@ class StructlogCB(RecordCB):
         self._escaped = format is None
         if format is not None:
             self.logger = _logger(format, sys.stderr if file is None else file)
-        elif isinstance(logger, logging.Logger):
+        elif isinstance(logger, logging.Logger | logging.LoggerAdapter):
             self.logger = _wrap(logger, [_to_stdlib])
+        elif isinstance(logger, str):
+            raise TypeError(f"logger={logger!r}: give the logger, not its name")
         else:
             self.logger = logger or structlog.get_logger("eventrain")
 

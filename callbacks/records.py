@@ -171,7 +171,13 @@ def _of_end(end: ScopeEnd) -> dict[str, Any]:
     return {"status": end.status, "who": end.who, "reason": end.reason}
 
 
-def plain(value: Any, path: str = "", nonfinite: dict[str, str] | None = None) -> Any:
+MAX_DEPTH = 20
+"""Lists in lists, and mappings, that a record holds; what is deeper, or circular, is text."""
+
+
+def plain(
+    value: Any, path: str = "", nonfinite: dict[str, str] | None = None, depth: int = 0
+) -> Any:
     """`value` as JSON can hold it, with null for a float that is not finite.
 
     Args:
@@ -179,6 +185,7 @@ def plain(value: Any, path: str = "", nonfinite: dict[str, str] | None = None) -
             becomes its text.
         path: where it stands, such as "metrics.loss".
         nonfinite: takes, by path, what a number that became null was.
+        depth: in how many lists and mappings it stands.
 
     Example:
         >>> import torch
@@ -188,16 +195,27 @@ def plain(value: Any, path: str = "", nonfinite: dict[str, str] | None = None) -
     if (tolist := getattr(value, "tolist", None)) is not None:  # a tensor, a number of numpy's
         with suppress(Exception):  # a sparse tensor has none, nor one without data
             value = tolist()
-    if isinstance(value, Mapping):
-        items = {str(key): item for key, item in value.items()}  # 1 and "1" are one name in JSON
-        return {key: plain(item, f"{path}.{key}", nonfinite) for key, item in items.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item, path, nonfinite) for item in value]
+    if isinstance(value, Mapping) and depth < MAX_DEPTH:
+        items = {_text(key): item for key, item in value.items()}  # 1 and "1" are one in JSON
+        return {
+            key: plain(item, f"{path}.{key}", nonfinite, depth + 1) for key, item in items.items()
+        }
+    if isinstance(value, list | tuple) and depth < MAX_DEPTH:
+        return [plain(item, path, nonfinite, depth + 1) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         if nonfinite is not None:
             nonfinite[path] = str(value)
         return None
-    return value if isinstance(value, str | int | float | None) else str(value)
+    if isinstance(value, int) and value.bit_length() > 10_000:
+        return hex(value)  # in Python, too, so many decimal digits are refused
+    return value if isinstance(value, str | int | float | None) else _text(value)
+
+
+def _text(value: Any) -> str:
+    try:
+        return str(value)
+    except Exception:  # a fault of its own, which is not to end the logging
+        return object.__repr__(value)
 
 
 def numbers(record: Mapping[str, Any], part: str = "") -> dict[str, float]:

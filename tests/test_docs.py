@@ -65,8 +65,8 @@ def test_readme_code_runs_and_prints_what_it_says(capsys: pytest.CaptureFixture[
     namespace: dict[str, object] = {}
     printed = []
     for code in blocks("python"):
-        if code.startswith(("def one_fit", "async with")):
-            continue  # excerpts: held to their sources below
+        if code.startswith(("def one_fit", "async with", '"""Fits in a FastAPI app')):
+            continue  # parts of files: held to their sources below
         exec(compile(code, "README.md", "exec"), namespace)
         printed.append(numbers_masked(capsys.readouterr().out))
     first, explained = blocks("text")
@@ -89,6 +89,30 @@ def test_readme_shows_the_embedding_example_as_it_is() -> None:
     (shown,) = (code for code in blocks("python") if code.startswith("async with"))
     example = (ROOT / "examples" / "embedding.py").read_text()
     assert textwrap.indent(shown, "    ").strip() in example
+
+
+def test_readme_shows_the_fastapi_example_as_it_is() -> None:
+    (shown,) = (code for code in blocks("python") if code.startswith('"""Fits in a FastAPI app'))
+    assert shown == (ROOT / "examples" / "embed_fastapi.py").read_text()
+    assert len(shown.splitlines()) < 60
+
+
+def test_every_promise_to_the_host_is_held_by_a_test_that_exists() -> None:
+    tests = {
+        name
+        for file in (ROOT / "tests").rglob("test_*.py")
+        for name in re.findall(r"^(?:async )?def (test_\w+)", file.read_text(), re.MULTILINE)
+    }
+    rows = re.findall(r"^\| .* \| (`test_.*`) \|$", README, re.MULTILINE)
+    named = [name for row in rows for name in re.findall(r"`(test_\w+)`", row)]
+    assert len(rows) == 18
+    assert set(named) <= tests
+
+
+def test_files_that_the_docs_point_to_are_there() -> None:
+    for page in (ROOT / "README.md", ROOT / "docs" / "records.md"):
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
 def test_readme_loop_is_under_twenty_lines() -> None:

@@ -44,7 +44,8 @@ def test_quickstart_logs_every_epoch_as_json() -> None:
         (1, "train"),
         (1, "valid"),
     ]
-    assert all(record["loss"] > 0 and 0 <= record["accuracy"] <= 1 for record in epochs)
+    measured = [record["metrics"] for record in epochs]
+    assert all(m["loss"] > 0 and 0 <= m["accuracy"] <= 1 for m in measured)
     assert summary.startswith("completed: 2 epochs, 46 steps")
     assert done.stderr == ""
 

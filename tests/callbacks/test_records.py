@@ -440,6 +440,31 @@ def test_numbers_in_lists_and_mappings_are_looked_at_too() -> None:
     }
 
 
+def test_what_no_line_can_hold_is_told_as_text() -> None:
+    """G16: a circle, a number of many digits, a thing whose text is an error."""
+
+    class Mute:
+        def __str__(self) -> str:
+            raise RuntimeError("no text")
+
+    circle: list[Any] = [1.0]
+    circle.append(circle)
+    mapping: dict[Any, Any] = {}
+    mapping["again"] = mapping
+    values = {"circle": circle, "mapping": mapping, "many": -(10**5000), "mute": Mute()}
+    values["keys"] = {Mute(): 1}
+    learn = learner(1)
+    learn.subscribe(AfterEpoch, lambda event: learn.record.update(values))
+    found = recorded(learn, valid=False)
+    assert names(found) == ["fit_started", "epoch", "fit_ended"]
+    metrics = json.loads(json.dumps(found[1]["metrics"], allow_nan=False))
+    assert metrics["many"] == hex(-(10**5000))
+    assert "Mute object" in metrics["mute"]
+    assert ["Mute object" in key for key in metrics["keys"]] == [True]
+    assert metrics["circle"][1][1][0] == 1.0
+    assert isinstance(metrics["mapping"]["again"]["again"], dict)
+
+
 anything = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.binary(max_size=3),
     lambda inner: (

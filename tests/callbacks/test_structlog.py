@@ -291,6 +291,11 @@ def test_a_format_and_a_logger_are_refused() -> None:
         StructlogCB(format="json", logger=structlog.get_logger())
 
 
+def test_the_name_of_a_logger_is_refused() -> None:
+    with pytest.raises(TypeError, match="logger='train': give the logger, not its name"):
+        StructlogCB(logger="train")
+
+
 def test_an_unknown_format_is_refused() -> None:
     with pytest.raises(ValueError, match="format='xml': choose 'json' or 'console'"):
         StructlogCB(format="xml")  # type: ignore[arg-type]
@@ -343,6 +348,15 @@ def test_a_logger_of_the_standard_library_gets_lines_of_json(
     assert {(line["run_id"], line["request"]) for line in lines} == {(result.run_id, "r1")}
     assert all(line["budget"] is None for line in lines)
     assert [record.eventrain for record in handler.kept] == lines  # type: ignore[attr-defined]
+
+
+def test_an_adapter_of_a_logger_is_served_too(host: Host) -> None:
+    logger, handler = host
+    learn = learner(1, 1)
+    learn.run(1, cbs=StructlogCB(logger=logging.LoggerAdapter(logger, {"job": "j1"})))
+    assert [record.job for record in handler.kept] == ["j1"] * 4  # type: ignore[attr-defined]
+    lines = parse("".join(f"{record.getMessage()}\n" for record in handler.kept))
+    assert [line["event"] for line in lines] == ["fit_started", "epoch", "epoch", "fit_ended"]
 
 
 def test_its_levels_are_those_of_how_it_ended(host: Host) -> None:

@@ -1,0 +1,215 @@
+"""Many runs and many clients at once, half of them slow: python -m benchmarks.service.
+
+Serves `examples.service` in a process of its own, with a tick of 10 ms on its event loop, and
+asks it for the same runs one by one and then all at once, twice. Prints as JSON whether every run
+has the weights that it has alone, what its clients got, how late the tick was, and how many
+threads, tasks, file descriptors and bytes the service had after the first and the second time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+from contextlib import AsyncExitStack
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import anyio
+import anyio.abc
+import httpx
+import structlog
+import torch
+import uvicorn
+from fastapi import FastAPI
+from httpx_sse import aconnect_sse
+
+from examples.service.app import create_app
+from examples.service.data import loader
+from examples.service.settings import Settings
+
+TICK = 0.01
+"""Seconds."""
+
+
+async def serve(settings: Settings) -> None:
+    """The service, with a tick beside it and a way to ask for what it has."""
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger("error"))
+    app = create_app(settings, loader(Path("data")))
+    late: list[float] = []
+    add_probe(app, late)
+    config = uvicorn.Config(app, port=0, log_level="info", access_log=False)
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(tick, late)
+        await uvicorn.Server(config).serve()
+        tasks.cancel_scope.cancel()
+
+
+async def tick(late: list[float]) -> None:
+    """Note how late each tick is, in milliseconds."""
+    due = perf_counter()
+    while True:
+        due += TICK
+        await anyio.sleep(max(0.0, due - perf_counter()))
+        late.append((perf_counter() - due) * 1000)
+        due = max(due, perf_counter() - TICK)  # ticks that were missed are not made up for
+
+
+def add_probe(app: FastAPI, late: list[float]) -> None:
+    """A route that tells what the process has, and how late the ticks were since it was asked."""
+
+    @app.get("/probe")
+    async def probe() -> dict[str, Any]:
+        ticks, late[:] = sorted(late), []
+        at = {"median": ticks[len(ticks) // 2], "p99": ticks[len(ticks) * 99 // 100]}
+        at["max"] = ticks[-1]
+        return {
+            "ticks": len(ticks),
+            "tick_late_ms": {name: round(value, 2) for name, value in at.items()},
+            "tasks": len(asyncio.all_tasks()),
+            **resources(),
+        }
+
+
+def resources() -> dict[str, float]:
+    """What this process has."""
+    resident = int(Path("/proc/self/statm").read_text().split()[1])
+    return {
+        "threads": threading.active_count(),
+        "file_descriptors": len(os.listdir("/proc/self/fd")),
+        "resident_mb": round(resident * os.sysconf("SC_PAGE_SIZE") / 1e6, 1),
+    }
+
+
+class Load:
+    """The clients.
+
+    Args:
+        client: asks the service.
+        n_runs, n_clients, epochs: how many.
+    """
+
+    def __init__(self, client: httpx.AsyncClient, n_runs: int, n_clients: int, epochs: int):
+        self.client = client
+        self.n_runs = n_runs
+        self.n_clients = n_clients
+        self.epochs = epochs
+
+    async def start(self, seed: int) -> str:
+        """Start a run."""
+        answer = await self.client.post("/runs", json={"epochs": self.epochs, "seed": seed})
+        run_id: str = answer.raise_for_status().json()["id"]
+        return run_id
+
+    async def weights(self, run_id: str) -> bytes:
+        """What a run has learnt, when it has ended."""
+        while (await self.client.get(f"/runs/{run_id}")).json()["status"] == "running":
+            await anyio.sleep(0.05)
+        answer = await self.client.get(f"/runs/{run_id}/weights")
+        return answer.raise_for_status().content
+
+    async def probe(self) -> dict[str, Any]:
+        """What the service has, when all clients have gone."""
+        while any(run["clients"] for run in (await self.client.get("/runs")).json()):
+            await anyio.sleep(0.05)
+        answer: dict[str, Any] = (await self.client.get("/probe")).json()
+        return answer
+
+    async def alone(self) -> list[bytes]:
+        """Each run by itself."""
+        return [await self.weights(await self.start(seed)) for seed in range(self.n_runs)]
+
+    async def together(self) -> tuple[list[bytes], int]:
+        """All at once; also the number of clients that got every message to the last."""
+        whole: list[bool] = []
+        async with AsyncExitStack() as deaf, anyio.create_task_group() as tasks:
+            runs = [await self.start(seed) for seed in range(self.n_runs)]
+            for i in range(self.n_clients):
+                if i % 2:
+                    tasks.start_soon(self.listen, runs[i % self.n_runs], whole)
+                else:
+                    await deaf.enter_async_context(await self.connect(runs[i % self.n_runs]))
+            weights = [await self.weights(run_id) for run_id in runs]
+        return weights, sum(whole)
+
+    async def listen(self, run_id: str, whole: list[bool]) -> None:
+        """A client that reads as fast as it can."""
+        ids, last = [], ""
+        async with aconnect_sse(self.client, "GET", f"/runs/{run_id}/events") as source:
+            async for message in source.aiter_sse():
+                if message.data:
+                    ids.append(int(message.id))
+                    last = message.event
+        whole.append(ids == list(range(1, len(ids) + 1)) and last == "run_ended")
+
+    async def connect(self, run_id: str) -> anyio.abc.SocketStream:
+        """A client that asks, and does not read."""
+        url = self.client.base_url
+        stream = await anyio.connect_tcp(url.host, url.port or 80)
+        raw = stream.extra(anyio.abc.SocketAttribute.raw_socket)
+        raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
+        await stream.send(
+            f"GET /runs/{run_id}/events HTTP/1.1\r\nHost: {url.host}\r\n\r\n".encode()
+        )
+        return stream
+
+
+async def measure(url: str, n_runs: int, n_clients: int, epochs: int) -> dict[str, Any]:
+    """Runs alone, then together, twice."""
+    limits = httpx.Limits(max_connections=None)
+    transport = httpx.AsyncHTTPTransport(limits=limits, trust_env=False)
+    async with httpx.AsyncClient(base_url=url, transport=transport, timeout=300) as client:
+        load = Load(client, n_runs, n_clients, epochs)
+        alone = await load.alone()
+        at_rest = await load.probe()
+        first, _ = await load.together()
+        before = await load.probe()
+        second, whole = await load.together()
+        after = await load.probe()
+    return {
+        "runs": n_runs,
+        "clients": n_clients,
+        "weights_as_alone": sum(a == b == c for a, b, c in zip(alone, first, second, strict=True)),
+        "weights_differ_among_runs": len(set(alone)),
+        "fast_clients_that_got_all": whole,
+        "one_by_one": at_rest,
+        "first_time": before,
+        "second_time": after,
+    }
+
+
+def main() -> None:
+    """Start the service and the load."""
+    parser = argparse.ArgumentParser(prog="benchmarks.service", description=__doc__)
+    parser.add_argument("--runs", type=int, default=20)
+    parser.add_argument("--clients", type=int, default=50)
+    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.serve:
+        torch.set_num_threads(1)  # the runs share the cores
+        settings = Settings(max_concurrent=args.runs, max_kept=args.runs, max_clients=args.clients)
+        anyio.run(serve, settings)
+        return
+    command = [sys.executable, "-m", "benchmarks.service", "--serve", *sys.argv[1:]]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as service:
+        assert service.stderr is not None
+        url = next(line.split()[4] for line in service.stderr if "running on" in line)
+        reader = threading.Thread(target=service.stderr.read)  # or its pipe would fill
+        reader.start()
+        try:
+            figures = anyio.run(measure, url, args.runs, args.clients, args.epochs)
+        finally:
+            service.terminate()
+            reader.join()
+    print(json.dumps(figures, indent=2))
+
+
+if __name__ == "__main__":
+    main()
