@@ -15,6 +15,7 @@ import argparse
 import sys
 import threading
 from hashlib import sha256
+from typing import Any
 
 import anyio
 import structlog
@@ -26,12 +27,12 @@ from torch.nn import functional as F
 from torch.nn.utils import parameters_to_vector, skip_init
 from torch.utils.data import DataLoader, Dataset
 
-from .datasets import BATCH_SIZE, digits
+from .datasets import BATCH_SIZE, digits_in_memory
 
 N_FITS, N_EPOCHS, STOPPED, FAILING = 20, 3, 6, 13
 
 
-def make(number: int, data: Dataset) -> Learner:
+def make(number: int, data: Dataset[Any]) -> Learner:
     """A small network; all that is random in it comes from its own generator."""
     generator = torch.Generator().manual_seed(number)
     # A Linear made as usual draws its weights from the global generator.
@@ -68,7 +69,7 @@ async def watch(learner: Learner, stream: EventStream[CleanupEpoch]) -> None:
 
 async def compare() -> bool:
     """Run all of them together, then each alone, and tell; return whether all agree."""
-    data, before = digits().train.dataset, threading.active_count()
+    (data, _), before = digits_in_memory(), threading.active_count()
     together = [make(number, data) for number in range(N_FITS)]
     watched = together[STOPPED]
     async with watched.events(CleanupEpoch) as stream, anyio.create_task_group() as tasks:
@@ -86,6 +87,7 @@ async def compare() -> bool:
             same = "yes" if digest(learner) == digest(alone) else "no"
         agree &= same != "no"
         end = learner.result
+        assert end is not None
         why = f"{end.who}: {end.reason}" if end.who else ""
         print(f"{number:3}  {end.status:9}  {end.epochs:6}  {digest(learner)}  {same:8}  {why}")
     return agree

@@ -576,7 +576,6 @@ def test_a_result_goes_where_hosts_send_it(dls: DataLoaders, backend: dict[str, 
     assert json.loads(json.dumps(dataclasses.asdict(result)))["dropped"] == result.dropped
 
 
-
 @dataclass(frozen=True, slots=True, eq=False)
 class LossJumped(BatchEvent):
     """The loss has changed by a lot.

@@ -1,0 +1,109 @@
+"""Start the service: python -m examples.service [--port 8000] [--data FOLDER].
+
+It serves a page and an API on 127.0.0.1. On another address (--host) it needs a token, in the
+environment variable EVENTRAIN_TOKEN; put TLS in front of it there. SIGTERM and Ctrl-C stop the
+runs at their next event, and then the service, with exit code 0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import socket
+import sys
+from dataclasses import fields
+from pathlib import Path
+from types import FrameType
+
+import anyio
+import structlog
+import torch
+import uvicorn
+
+from .app import create_app
+from .data import loader
+from .guard import HEADERS
+from .logs import configure_logging
+from .runs import Runs
+from .settings import Settings
+
+LAST_SECONDS = 2
+"""Seconds for connections, and then for what else is open, when the runs have ended."""
+
+log = structlog.get_logger("eventrain.service")
+
+
+class Server(uvicorn.Server):
+    """Stops the runs first, while clients can still hear how they ended."""
+
+    def __init__(self, config: uvicorn.Config, settings: Settings) -> None:
+        super().__init__(config)
+        self.settings = settings
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        runs: Runs = self.config.app.state.runs  # type: ignore[union-attr]
+        log.info("shutting_down", runs=len(runs.active))
+        await runs.close(self.settings.deadline)
+        with anyio.move_on_after(2 * LAST_SECONDS):
+            await super().shutdown(sockets)
+        if runs.active:  # in a batch that does not end: their threads cannot be made to
+            log.error("runs_abandoned", run_ids=[run.id for run in runs.active])
+            os._exit(1)
+
+
+def leave(signum: int, frame: FrameType | None) -> None:
+    """uvicorn raises the signal that ended it once more, when all is done: a success."""
+    sys.exit(0)
+
+
+def main() -> None:
+    """Serve until a signal comes."""
+    parser = argparse.ArgumentParser(
+        prog="examples.service",
+        description=__doc__,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--port", type=int, default=8000, help="0 for any that is free")
+    parser.add_argument("--data", type=Path, default=Path("data"), help="has Fashion-MNIST")
+    parser.add_argument(
+        "--allow-host", action="append", dest="names", default=[], help="a name it is called by"
+    )
+    for limit in fields(Settings):
+        if limit.name not in ("token", "names"):
+            parser.add_argument(
+                f"--{limit.name.replace('_', '-')}",
+                type=type(limit.default),
+                default=limit.default,
+                help=limit.metadata["help"],
+            )
+    args = vars(parser.parse_args())
+    port, data = args.pop("port"), args.pop("data")
+    try:
+        names = tuple(args.pop("names"))
+        settings = Settings(token=os.environ.get("EVENTRAIN_TOKEN"), names=names, **args)
+    except ValueError as exc:
+        parser.error(str(exc))
+    configure_logging()
+    # The runs share the cores: threads of OpenMP beyond those would only wait for each other.
+    torch.set_num_threads(max(1, torch.get_num_threads() // settings.max_concurrent))
+    config = uvicorn.Config(
+        create_app(settings, loader(data)),
+        host=settings.host,
+        port=port,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        headers=list(HEADERS.items()),
+        ws="none",
+        limit_concurrency=settings.max_clients + 100,
+        timeout_graceful_shutdown=LAST_SECONDS,
+        h11_max_incomplete_event_size=settings.max_body,
+    )
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, leave)
+    Server(config, settings).run()
+
+
+if __name__ == "__main__":
+    main()

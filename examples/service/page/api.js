@@ -1,0 +1,27 @@
+// What the service answers, and what it refuses.
+
+import { capital } from "./texts.js";
+
+export class Refusal extends Error {
+  constructor(status, detail) {
+    super(typeof detail === "string" ? capital(detail) : "The service refused this");
+    this.status = status;
+    this.fields = Array.isArray(detail) ? detail : [];
+  }
+}
+
+/** GET a path, or POST to it where there is a body; the window hears where a token is wanted. */
+export async function api(path, body) {
+  const headers = { "content-type": "application/json" };
+  const options = body && { method: "POST", headers, body: JSON.stringify(body) };
+  let response;
+  try {
+    response = await fetch(path, options);
+  } catch {
+    throw new Refusal(0, "The service does not answer");
+  }
+  if (response.ok) return response.status === 204 ? null : response.json();
+  const answer = await response.json().catch(() => ({ detail: response.statusText }));
+  if (response.status === 401 && path !== "session") dispatchEvent(new Event("tokenwanted"));
+  throw new Refusal(response.status, answer.detail);
+}

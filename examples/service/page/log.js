@@ -1,0 +1,37 @@
+// The log of the run that is looked at.
+
+import { $, element } from "./dom.js";
+import { MAX_LINES } from "./run.js";
+import { clock } from "./texts.js";
+
+/** Add the lines that came, and go on showing the end, if it is what was shown. */
+export function drawLog(run) {
+  const box = $("log");
+  const fresh = run.lines.splice(0);
+  if (!fresh.length) return;
+  const atEnd = box.scrollHeight - box.scrollTop - box.clientHeight < 8;
+  box.append(...fresh.map(makeLine));
+  while (box.childElementCount > MAX_LINES) box.firstChild.remove();
+  if (atEnd) box.scrollTop = box.scrollHeight;
+}
+
+function makeLine({ timestamp, level, message, fields }) {
+  const line = element("p", `line ${level}`);
+  const time = element("time", "", `${clock(timestamp)}.${timestamp.match(/\.(\d{3})/)?.[1]}`);
+  const parts = [time, element("span", "level", level), element("b", "", message)];
+  line.append(...parts.flatMap((part) => [part, " "]), element("span", "fields", pairs(fields)));
+  return line;
+}
+
+/** key=value, with the keys of what is nested; logs count epochs and batches from 0. */
+function pairs(fields, prefix = "") {
+  return Object.entries(fields)
+    .filter(([key]) => key !== "schema_version")
+    .map(([key, value]) =>
+      value && typeof value === "object"
+        ? pairs(value, `${prefix}${key}.`)
+        : `${prefix}${key}=${typeof value === "number" ? Number(value.toPrecision(5)) : value}`,
+    )
+    .filter(Boolean)
+    .join(" ");
+}

@@ -1,0 +1,137 @@
+"""What can be asked for."""
+
+from __future__ import annotations
+
+from pathlib import Path as FilePath
+from typing import Annotated, Literal
+
+from fastapi import APIRouter, Depends, Header, HTTPException, Path, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import FileResponse
+from pydantic import BaseModel, ConfigDict, Field
+from sse_starlette import EventSourceResponse
+
+from .guard import SESSION_SECONDS, cookie_name
+from .runs import NewRun, Run, Runs, RunState
+from .stream import EventStream
+
+PAGE = FilePath(__file__).parent / "page"
+
+router = APIRouter()
+
+
+class Stop(BaseModel):
+    """What to stop, and why."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    scope: Literal["fit", "epoch", "batch"] = "fit"
+    reason: Annotated[str, Field(min_length=1, max_length=200)] = "stopped by a client"
+
+
+class Token(BaseModel):
+    """The token that the service was started with."""
+
+    token: Annotated[str, Field(max_length=1000)]
+
+
+async def all_runs(request: Request) -> Runs:
+    """The runs of the service."""
+    runs: Runs = request.app.state.runs
+    return runs
+
+
+AllRuns = Annotated[Runs, Depends(all_runs)]
+
+
+async def one_run(runs: AllRuns, run_id: Annotated[str, Path(pattern="^[0-9a-f]{16}$")]) -> Run:
+    """The run of an address."""
+    if run := runs.get(run_id):
+        return run
+    raise HTTPException(404, f"no run {run_id}: it never was, or is forgotten by now")
+
+
+OneRun = Annotated[Run, Depends(one_run)]
+
+
+@router.get("/", include_in_schema=False)
+async def page() -> FileResponse:
+    """The page."""
+    return FileResponse(PAGE / "index.html", headers={"cache-control": "no-cache"})
+
+
+@router.post("/runs", status_code=201)
+async def start(new: NewRun, runs: AllRuns, response: Response) -> RunState:
+    """Start a run, and answer at once."""
+    try:
+        data = await runs.data(new.dataset)
+    except FileNotFoundError as exc:
+        detail = {"loc": ("body", "dataset"), "msg": str(exc), "type": "missing_data"}
+        raise RequestValidationError([detail]) from exc
+    if runs.closing:
+        raise HTTPException(503, "the service is shutting down")
+    if runs.full:
+        raise HTTPException(
+            429, f"{len(runs.active)} runs are running: try later", {"retry-after": "10"}
+        )
+    run = runs.start(new, data)
+    response.headers["location"] = f"/runs/{run.id}"
+    return run.state()
+
+
+@router.get("/runs", response_model_exclude={"__all__": {"history"}})
+async def list_runs(runs: AllRuns) -> list[RunState]:
+    """The runs that are known, newest first; without their histories."""
+    return [run.state() for run in runs]
+
+
+@router.get("/runs/{run_id}")
+async def show(run: OneRun) -> RunState:
+    """What a run has done so far, and how it ended."""
+    return run.state()
+
+
+@router.post("/runs/{run_id}/stop", status_code=202)
+async def stop(run: OneRun, what: Stop) -> RunState:
+    """Ask a run to leave its fit, epoch or batch at its next event."""
+    if not run.learner.stop(what.scope, reason=what.reason):
+        raise HTTPException(409, f"run {run.id} is not running")
+    return run.state()
+
+
+@router.get("/runs/{run_id}/weights")
+async def weights(run: OneRun) -> Response:
+    """The model's `state_dict`, when the run has ended: for `torch.load(weights_only=True)`."""
+    if run.weights is None:
+        raise HTTPException(409, f"run {run.id} is running")
+    as_file = {"content-disposition": f'attachment; filename="{run.id}.pt"'}
+    return Response(run.weights, media_type="application/octet-stream", headers=as_file)
+
+
+@router.get("/runs/{run_id}/events", response_class=EventSourceResponse)
+async def events(
+    request: Request, run: OneRun, last_event_id: Annotated[int, Header(ge=0)] = 0
+) -> Response:
+    """The run's events as they come, server-sent; `Last-Event-ID` resumes."""
+    if last_event_id > run.journal.last:
+        raise HTTPException(409, f"there is no event {last_event_id} yet")
+    if run.journal.ended and last_event_id == run.journal.last:
+        return Response(status_code=204)  # tells an EventSource not to come back
+    state = request.app.state
+    return EventStream(run, last_event_id, state.settings, state.open_streams)
+
+
+@router.post("/session", status_code=204)
+async def log_in(given: Token, request: Request, response: Response) -> None:
+    """Exchange the token for a cookie."""
+    cookie = request.app.state.sessions.open(given.token)
+    if cookie is None:
+        raise HTTPException(401, "this is not the token")
+    response.set_cookie(
+        cookie_name(request.scope),
+        cookie,
+        max_age=SESSION_SECONDS,
+        httponly=True,
+        samesite="strict",
+        secure=request.url.scheme == "https",
+    )

@@ -1,0 +1,65 @@
+"""A service that runs in a process of its own, on loopback."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+
+@dataclass
+class Service:
+    """A running service: its process, where its log goes, and a client of it."""
+
+    process: subprocess.Popen[bytes]
+    log: Path
+    url: str
+    client: httpx.Client
+
+    def start(self, **request: Any) -> str:
+        """Start a run; return its id."""
+        answer = self.client.post("/runs", json=request)
+        assert answer.status_code == 201, answer.text
+        run_id: str = answer.json()["id"]
+        assert answer.headers["location"] == f"/runs/{run_id}"
+        return run_id
+
+    def state(self, run_id: str) -> dict[str, Any]:
+        state: dict[str, Any] = self.client.get(f"/runs/{run_id}").raise_for_status().json()
+        return state
+
+    def wait(self, run_id: str) -> dict[str, Any]:
+        """The state of a run when it has ended."""
+        deadline = time.monotonic() + 120
+        while (state := self.state(run_id))["status"] == "running":
+            assert time.monotonic() < deadline, state
+            time.sleep(0.05)
+        return state
+
+    def connect(self) -> socket.socket:
+        """A bare connection, with a small buffer for what it does not read."""
+        host, port = self.url.removeprefix("http://").split(":")
+        connection = socket.socket()
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
+        connection.connect((host, int(port)))
+        return connection
+
+    def terminate(self) -> int:
+        """Send SIGTERM; return the exit code."""
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(60)
+
+    def lines(self) -> list[dict[str, Any]]:
+        """What it logged."""
+        return [json.loads(line) for line in self.log.read_text().splitlines()]
+
+
+Serve = Callable[..., Service]
