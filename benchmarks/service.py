@@ -1,9 +1,9 @@
 """Many runs and many clients at once, half of them slow: python -m benchmarks.service.
 
 Serves `examples.service` in a process of its own, with a tick of 10 ms on its event loop, and
-asks it for the same runs one by one and then all at once, twice. Prints as JSON whether every run
-has the weights that it has alone, what its clients got, how late the tick was, and how many
-threads, tasks, file descriptors and bytes the service had after the first and the second time.
+asks it for the same runs one by one and then all at once, again and again. Prints as JSON whether
+every run has the weights that it has alone, what its clients got, how late the tick was, and what
+the service had each time when all had gone: threads, tasks, file descriptors, memory.
 """
 
 from __future__ import annotations
@@ -160,28 +160,23 @@ class Load:
         return stream
 
 
-async def measure(url: str, n_runs: int, n_clients: int, epochs: int) -> dict[str, Any]:
-    """Runs alone, then together, twice."""
-    limits = httpx.Limits(max_connections=None)
-    transport = httpx.AsyncHTTPTransport(limits=limits, trust_env=False)
+async def measure(url: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Runs alone, and then together."""
+    transport = httpx.AsyncHTTPTransport(limits=httpx.Limits(max_connections=None), trust_env=False)
     async with httpx.AsyncClient(base_url=url, transport=transport, timeout=300) as client:
-        load = Load(client, n_runs, n_clients, epochs)
+        load = Load(client, args.runs, args.clients, args.epochs)
         alone = await load.alone()
-        at_rest = await load.probe()
-        first, _ = await load.together()
-        before = await load.probe()
-        second, whole = await load.together()
-        after = await load.probe()
-    return {
-        "runs": n_runs,
-        "clients": n_clients,
-        "weights_as_alone": sum(a == b == c for a, b, c in zip(alone, first, second, strict=True)),
-        "weights_differ_among_runs": len(set(alone)),
-        "fast_clients_that_got_all": whole,
-        "one_by_one": at_rest,
-        "first_time": before,
-        "second_time": after,
-    }
+        figures: dict[str, Any] = {
+            "different_runs": len(set(alone)),
+            "one_by_one": await load.probe(),
+            "together": [],
+        }
+        for _ in range(args.rounds):
+            weights, whole = await load.together()
+            as_alone = sum(a == b for a, b in zip(weights, alone, strict=True))
+            told = {"weights_as_alone": as_alone, "fast_clients_that_got_all": whole}
+            figures["together"].append({**told, **await load.probe()})
+        return figures
 
 
 def main() -> None:
@@ -190,6 +185,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=20)
     parser.add_argument("--clients", type=int, default=50)
     parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.serve:
@@ -204,7 +200,7 @@ def main() -> None:
         reader = threading.Thread(target=service.stderr.read)  # or its pipe would fill
         reader.start()
         try:
-            figures = anyio.run(measure, url, args.runs, args.clients, args.epochs)
+            figures = anyio.run(measure, url, args)
         finally:
             service.terminate()
             reader.join()
