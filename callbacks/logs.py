@@ -6,6 +6,8 @@ import json
 import logging
 import math
 import sys
+from collections.abc import Awaitable, Mapping
+from functools import partial
 from typing import Any, Literal, TextIO
 
 import structlog
@@ -22,24 +24,25 @@ class StructlogCB(RecordCB):
 
     It observes: lines are written on the host's event loop, in batches, and never hold up the
     training. Each is a record as `docs/record.schema.json` has it, and has the context
-    variables bound where `fit` was called too. A number that is not finite is null, and its key
-    stands under "nonfinite" with what it was. What your own receivers log during the fit, in
-    the training thread, has its `run_id`.
+    variables bound where `fit` was called too, as structlog's own loggers have unless they are
+    configured not to. A number that is not finite is null, and its key stands under "nonfinite"
+    with what it was. What your own receivers log during the fit, in the training thread, has
+    its `run_id`.
 
     Args:
-        every: a line for every n-th training batch; 0 for none.
+        every: a line for every n-th training batch of the fit; 0 for none.
         every_seconds: and not before this many seconds after the last batch that had one.
         format: "json" for machines, "console" for people; None leaves it to `logger`.
         file: where "json" and "console" write to; standard error by default.
-        logger: the structlog logger to use, by default the host's own, as configured; or a
-            `logging.Logger`, which gets the line as JSON and the record as `extra`, under
-            "eventrain". Control characters in texts are escaped for either, as it is not known
-            who will read them.
+        logger: the structlog logger to use, by default the host's own, as configured; its
+            methods may be async. Or a `logging.Logger`, or an adapter of one, which gets the
+            line as JSON, and the record as `extra`, under "eventrain". Control characters in
+            texts are escaped for all of these, as it is not known who will read them.
 
     Raises:
-        ValueError: `every` or `every_seconds` is negative, `format` is unknown, or there are
-            both a format and a logger.
-        TypeError: `logger` is a name.
+        ValueError: `every` or `every_seconds` is negative, `format` is unknown, there are both
+            a format and a logger, or a file and no format.
+        TypeError: `logger` is none.
 
     Example:
         >>> import sys, torch
@@ -68,26 +71,36 @@ class StructlogCB(RecordCB):
         super().__init__(every, every_seconds)
         if format is not None and logger is not None:
             raise ValueError("give a logger, which has its own format, or a format; not both")
+        if file is not None and format is None:
+            raise ValueError("a file needs a format: 'json' or 'console'")
         self._escaped = format is None
         if format is not None:
             self.logger = _logger(format, sys.stderr if file is None else file)
         elif isinstance(logger, logging.Logger | logging.LoggerAdapter):
-            self.logger = _wrap(logger, [_to_stdlib])
-        elif isinstance(logger, str):
-            raise TypeError(f"logger={logger!r}: give the logger, not its name")
+            extra: Mapping[str, object] = {}
+            if isinstance(logger, logging.LoggerAdapter):  # it would put its own in place of ours
+                logger, extra = logger.logger, logger.extra or {}
+            self.logger = _wrap(logger, [partial(_to_stdlib, extra=extra)])
+        elif logger is None:
+            self.logger = structlog.get_logger("eventrain")
+        elif all(callable(getattr(logger, level, None)) for level in _LEVELS.values()):
+            self.logger = logger
         else:
-            self.logger = logger or structlog.get_logger("eventrain")
+            raise TypeError(
+                f"logger={logger!r}: give a logger, of structlog or of the standard library"
+            )
 
     def before_fit(self, event: BeforeFit) -> None:
         # In the training thread's own copy of the context: nothing is left behind in the host's.
         structlog.contextvars.bind_contextvars(run_id=event.run_id)
 
-    def write(self, record: dict[str, Any]) -> None:
+    def write(self, record: dict[str, Any]) -> Awaitable[Any] | None:
         """Write one line."""
         if self._escaped:
             record = _printable(record)
-        level = _LEVELS[record.get("status", "completed")]
-        getattr(self.logger, level)(record.pop("event"), **record)
+        log = getattr(self.logger, _LEVELS[record.get("status", "completed")])
+        written: Awaitable[Any] | None = log(record.pop("event"), **record)
+        return written  # of a logger whose methods are async
 
 
 def _logger(format: str, file: TextIO) -> Any:  # noqa: A002 - as above
@@ -124,9 +137,11 @@ def _to_json(logger: Any, method: str, record: EventDict) -> str:
     return json.dumps(plain(record), allow_nan=False)
 
 
-def _to_stdlib(logger: Any, method: str, record: EventDict) -> tuple[Any, Any]:
+def _to_stdlib(
+    logger: Any, method: str, record: EventDict, *, extra: Mapping[str, object]
+) -> tuple[Any, Any]:
     record = plain(record)
-    return (json.dumps(record, allow_nan=False),), {"extra": {"eventrain": record}}
+    return (json.dumps(record, allow_nan=False),), {"extra": {**extra, "eventrain": record}}
 
 
 def _harmless(logger: Any, method: str, record: EventDict) -> EventDict:

@@ -8,10 +8,11 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from threading import Lock
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 from ..events import AfterBatch, BeforeEpoch, BeforeFit, CleanupEpoch, CleanupFit, Event
 from .records import RecordCB, numbers
+from .sampling import phase
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
@@ -98,13 +99,13 @@ class PrometheusCB(RecordCB):
         super().__init__(every, every_seconds)
         self.labels = _checked({} if labels is None else labels)
         self._collectors = _collectors_of(registry, tuple(sorted(self.labels)))
-        self._running = False
-        self._counted = 0
-        for phase in _PHASES:
-            self._of("samples", phase=phase)
-            self._of("duration", phase=phase)
+        self._running: WeakSet[Any] = WeakSet()  # the learners that fit
+        self._counted: WeakKeyDictionary[Any, int] = WeakKeyDictionary()  # of their epochs
+        for name in _PHASES:
+            self._of("samples", phase=name)
+            self._of("duration", phase=name)
             for status in _STATUSES:
-                self._of("epochs", phase=phase, status=status)
+                self._of("epochs", phase=name, status=status)
         for status in _STATUSES:
             self._of("fits", status=status)
         self._of("running")
@@ -114,13 +115,13 @@ class PrometheusCB(RecordCB):
     # certain that the end is heard, also when the observer has failed or was cut short.
 
     def before_fit(self, event: BeforeFit) -> None:
-        if not self._running:  # still so if it was detached in the middle of its last fit
-            self._running = True
+        if event.learner not in self._running:  # detached in the middle of its last fit, it is
+            self._running.add(event.learner)
             self._of("running").inc()
 
     def cleanup_fit(self, event: CleanupFit) -> None:
-        if self._running:
-            self._running = False
+        if event.learner in self._running:
+            self._running.remove(event.learner)
             self._of("running").dec()
         self._of("fits", status=event.end.status).inc()
 
@@ -128,11 +129,11 @@ class PrometheusCB(RecordCB):
         """Count an event."""
         super().observe(event)
         if isinstance(event, BeforeEpoch):
-            self._counted = 0
+            self._counted[event.learner] = 0
         elif isinstance(event, AfterBatch | CleanupEpoch):
-            phase = "train" if event.training else "valid"
-            self._of("samples", phase=phase).inc(max(0, event.n_samples - self._counted))
-            self._counted = event.n_samples
+            new = event.n_samples - self._counted.get(event.learner, 0)
+            self._of("samples", phase=phase(event)).inc(max(0, new))
+            self._counted[event.learner] = event.n_samples
 
     def write(self, record: dict[str, Any]) -> None:
         """Take over the numbers of a record."""
@@ -142,16 +143,16 @@ class PrometheusCB(RecordCB):
                 if key in shown:
                     self._of(shown[key], phase=record["phase"]).set(value)
         elif record["event"] == "epoch":
-            phase, status = record["phase"], record["status"]
-            self._of("epochs", phase=phase, status=status).inc()
-            if status == "completed":
+            which = {"phase": record["phase"]}
+            self._of("epochs", **which, status=record["status"]).inc()
+            if record["status"] == "completed":
                 seconds = max(0, record["seconds"])  # clocks are set back now and then
-                self._of("duration", phase=phase).observe(seconds)
+                self._of("duration", **which).observe(seconds)
             for name, value in numbers(record, "metrics").items():
                 if name == "loss":
-                    self._of("loss", phase=phase).set(value)
+                    self._of("loss", **which).set(value)
                 elif self._collectors.admit(name):
-                    self._of("metric", phase=phase, metric=name).set(value)
+                    self._of("metric", **which, metric=name).set(value)
                 else:
                     self._of("left_out").inc()
 

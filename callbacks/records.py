@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Awaitable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from time import monotonic
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from ..events import (
     AfterBatch,
@@ -23,6 +24,8 @@ from ..events import (
     Event,
     ScopeEnd,
 )
+from .host_number import HostNumber
+from .sampling import Sampler, check_sampling, loss_on_its_way, phase
 
 SCHEMA_VERSION = 1
 """Goes up when a key is renamed, removed, or means something else; not when one is added."""
@@ -33,10 +36,10 @@ class RecordCB(Callback, ABC):
 
     It observes: `write` is called on the host's event loop and never holds up the training. A
     record is a plain dict that JSON can hold, as `docs/record.schema.json` says: "event" is
-    "fit_started", "batch", "epoch" or "fit_ended". An instance watches one fit at a time.
+    "fit_started", "batch", "epoch" or "fit_ended". One instance may watch several fits at once.
 
     Args:
-        every: a record for every n-th training batch; 0 for none.
+        every: a record for every n-th training batch of the fit; 0 for none.
         every_seconds: and not before this many seconds after the last batch that had one.
 
     Raises:
@@ -63,106 +66,100 @@ class RecordCB(Callback, ABC):
     buffer = 100_000  # what begins and ends is not to be lost, however long the host is busy
 
     def __init__(self, every: int = 100, every_seconds: float = 0) -> None:
-        if isinstance(every, bool) or not isinstance(every, int) or every < 0:
-            raise ValueError(f"every={every!r}: give a number of batches, 0 for no batch records")
-        is_number = isinstance(every_seconds, int | float) and not isinstance(every_seconds, bool)
-        if not is_number or not 0 <= every_seconds < math.inf:
-            raise ValueError(f"every_seconds={every_seconds!r}: give seconds, 0 for no such limit")
+        check_sampling(every, every_seconds)
         self.every = every
         self.every_seconds = every_seconds
-        self._due = -math.inf
-        self._began: dict[type[Event], float] = {}
-        self._last: tuple[float, int] = (0.0, 0)
+        self._runs: WeakKeyDictionary[Any, _Run] = WeakKeyDictionary()  # of each learner
 
     @abstractmethod
-    def write(self, record: dict[str, Any]) -> None:
-        """Tell others of one record."""
+    def write(self, record: dict[str, Any]) -> Awaitable[Any] | None:
+        """Tell others of one record. May be an `async def`."""
 
     def wants(self, event: Event) -> bool:
         """All but the batches between those that get a record."""
-        if isinstance(event, BeforeFit):
-            self._due = -math.inf
+        run = self._runs.get(event.learner)
+        # Made here, before the event loop sees the event: the two threads share it.
+        if run is None or run.id != event.run_id:
+            run = _Run(event.run_id, Sampler(self.every, self.every_seconds))
+            self._runs[event.learner] = run
         if not isinstance(event, AfterBatch):
             return True
-        if not self.every or not event.training or (event.iter + 1) % self.every:
+        if not event.training or not run.sampler.takes_next():
             return False
-        if self.every_seconds:
-            now = monotonic()
-            if now < self._due:
-                return False
-            self._due = now + self.every_seconds
+        run.losses[event.epoch, event.iter] = loss_on_its_way(event)
         return True
 
-    def observe(self, event: Event) -> None:
+    def observe(self, event: Event) -> Awaitable[Any] | None:
         """Write the record of an event."""
+        run = self._runs[event.learner]
         match event:
             case BeforeFit():
-                self._began[BeforeFit] = event.time
-                self._write(event, "fit_started", {"n_epochs": event.n_epochs})
+                run.began = event.time
+                return self._write(event, "fit_started", {"n_epochs": event.n_epochs})
             case BeforeEpoch():
-                self._began[BeforeEpoch] = event.time
-                self._last = event.time, 0
+                run.epoch_began = event.time
+                run.last = event.time, 0
             case AfterBatch():
-                self._write(event, "batch", self._of_batch(event))
+                return self._write(event, "batch", _of_batch(event, run))
             case CleanupEpoch():
-                self._write(event, "epoch", self._of_epoch(event))
+                seconds = event.time - (run.epoch_began or event.time)
+                run.epoch_began = None
+                return self._write(event, "epoch", _of_epoch(event, seconds))
             case CleanupFit():
-                seconds = self._since(BeforeFit, event)
-                self._write(event, "fit_ended", {**_of_end(event.end), "seconds": seconds})
+                del self._runs[event.learner]
+                seconds = event.time - (run.began or event.time)
+                ending = {**_of_end(event.end), "seconds": seconds}
+                return self._write(event, "fit_ended", ending)
+        return None
 
-    def _of_batch(self, event: AfterBatch) -> dict[str, Any]:
-        time, n_samples = self._last
-        self._last = event.time, event.n_samples
-        return {
-            "phase": _phase(event.training),
-            "epoch": event.epoch,
-            "iter": event.iter,
-            "n_iter": event.n_iter,
-            # The event loop waits for the device here, for the batches that were asked for.
-            "loss": None if event.loss is None else event.loss.float().mean().item(),
-            "lr": None if event.lr is None else float(event.lr),
-            "samples_per_second": _rate(event.n_samples - n_samples, event.time - time),
-        }
-
-    def _of_epoch(self, event: CleanupEpoch) -> dict[str, Any]:
-        seconds = self._since(BeforeEpoch, event)
-        return {
-            "phase": _phase(event.training),
-            "epoch": event.epoch,
-            **_of_end(event.end),
-            "metrics": event.metrics,
-            "seconds": seconds,
-            "samples": event.n_samples,
-            "samples_per_second": _rate(event.n_samples, seconds),
-        }
-
-    def _since(self, beginning: type[Event], event: Event) -> float:
-        # What is stopped before it begins ends without the event of its beginning.
-        return event.time - self._began.pop(beginning, event.time)
-
-    def _write(self, event: Event, name: str, fields: dict[str, Any]) -> None:
+    def _write(self, event: Event, name: str, fields: dict[str, Any]) -> Awaitable[Any] | None:
         nonfinite: dict[str, str] = {}
         fields = {key: plain(value, key, nonfinite) for key, value in fields.items()}
         if nonfinite:
             fields["nonfinite"] = nonfinite
         when = datetime.fromtimestamp(event.time, UTC).isoformat(timespec="milliseconds")
-        self.write(
-            {
-                "event": name,
-                "schema_version": SCHEMA_VERSION,
-                "timestamp": when,
-                "run_id": event.run_id,
-                **fields,
-            }
-        )
+        first = {"event": name, "schema_version": SCHEMA_VERSION, "timestamp": when}
+        return self.write({**first, "run_id": event.run_id, **fields})
 
 
-def _phase(training: bool) -> str:
-    return "train" if training else "valid"
+@dataclass(slots=True)
+class _Run:
+    """What is kept of a run that is watched: an instance may watch several at once."""
+
+    id: str
+    sampler: Sampler
+    losses: dict[tuple[int, int], HostNumber | None] = field(default_factory=dict)
+    began: float | None = None
+    epoch_began: float | None = None
+    last: tuple[float, int] = (0.0, 0)
 
 
-def _rate(samples: int, seconds: float) -> float | None:
-    return samples / seconds if seconds > 0 else None
+def _of_batch(event: AfterBatch, run: _Run) -> dict[str, Any]:
+    time, n_samples = run.last
+    run.last = event.time, event.n_samples
+    # Where the loss has not arrived yet, the event loop waits for it here.
+    loss = run.losses.pop((event.epoch, event.iter))
+    return {
+        "phase": phase(event),
+        "epoch": event.epoch,
+        "iter": event.iter,
+        "n_iter": event.n_iter,
+        "loss": None if loss is None else loss.get(wait=True),
+        "lr": None if event.lr is None else float(event.lr),
+        "samples_per_second": _rate(event.n_samples - n_samples, event.time - time),
+    }
+
+
+def _of_epoch(event: CleanupEpoch, seconds: float) -> dict[str, Any]:
+    return {
+        "phase": phase(event),
+        "epoch": event.epoch,
+        **_of_end(event.end),
+        "metrics": event.metrics,
+        "seconds": seconds,
+        "samples": event.n_samples,
+        "samples_per_second": _rate(event.n_samples, seconds),
+    }
 
 
 def _of_end(end: ScopeEnd) -> dict[str, Any]:
@@ -171,8 +168,14 @@ def _of_end(end: ScopeEnd) -> dict[str, Any]:
     return {"status": end.status, "who": end.who, "reason": end.reason}
 
 
+def _rate(samples: int, seconds: float) -> float | None:
+    return samples / seconds if seconds > 0 else None
+
+
 MAX_DEPTH = 20
 """Lists in lists, and mappings, that a record holds; what is deeper, or circular, is text."""
+MAX_ITEMS = 1000
+"""Numbers in one list or tensor that a record holds; of a larger one it says how large it is."""
 
 
 def plain(
@@ -182,7 +185,7 @@ def plain(
 
     Args:
         value: numbers, texts, tensors, arrays, lists and mappings of them; anything else
-            becomes its text.
+            becomes its text, and what is too large a text that says so.
         path: where it stands, such as "metrics.loss".
         nonfinite: takes, by path, what a number that became null was.
         depth: in how many lists and mappings it stands.
@@ -193,8 +196,12 @@ def plain(
         {'loss': None, 'per_class': [1.0, 0.5]}
     """
     if (tolist := getattr(value, "tolist", None)) is not None:  # a tensor, a number of numpy's
+        if math.prod(getattr(value, "shape", ())) > MAX_ITEMS:
+            return f"{type(value).__name__} of {tuple(value.shape)}"
         with suppress(Exception):  # a sparse tensor has none, nor one without data
             value = tolist()
+    if isinstance(value, list | tuple | Mapping) and _is_large(value):
+        return f"{type(value).__name__} of {len(value)}"
     if isinstance(value, Mapping) and depth < MAX_DEPTH:
         items = {_text(key): item for key, item in value.items()}  # 1 and "1" are one in JSON
         return {
@@ -209,6 +216,17 @@ def plain(
     if isinstance(value, int) and value.bit_length() > 10_000:
         return hex(value)  # in Python, too, so many decimal digits are refused
     return value if isinstance(value, str | int | float | None) else _text(value)
+
+
+def _is_large(value: Any) -> bool:
+    """Whether a list, or those in it, have more items than a record holds."""
+    n, lists = 0, [value]
+    while lists and n <= MAX_ITEMS:
+        items = lists.pop()
+        n += len(items)
+        if not isinstance(items, Mapping):  # the values of a mapping are judged one by one
+            lists += [item for item in items[:MAX_ITEMS] if isinstance(item, list | tuple)]
+    return n > MAX_ITEMS
 
 
 def _text(value: Any) -> str:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import anyio
 import anyio.to_thread
 
-from ..events import AfterBatch, BeforeFit, CleanupFit, Event
+from ..events import AfterBatch, CleanupFit, Event
 from .records import RecordCB, numbers
 
 if TYPE_CHECKING:
@@ -77,44 +77,42 @@ class TensorBoardCB(RecordCB):
         super().__init__(every, every_seconds)
         self.log_dir = _checked(log_dir)
         _summary_writer()
-        self._writer: SummaryWriter | None = None
-        self._run_id: str | None = None
-        self._close_writer: Callable[[], object] | None = None
-        self._first: dict[int, int] = {}  # the step of an epoch's first batch
-        self._next = 0
+        self._fits: weakref.WeakKeyDictionary[Any, _Fit] = weakref.WeakKeyDictionary()
         self._step = 0
+        self._writer: Any = None
 
     def wants(self, event: Event) -> bool:
         """All but the batches between those that get a record; these are counted here."""
-        if isinstance(event, BeforeFit):
-            self._first.clear()
-            self._next = 0
-        elif isinstance(event, AfterBatch) and event.training:
-            first = self._first.get(event.epoch)
-            if first is None:
-                first = max(self._next, event.epoch * (event.n_iter or 0))
-                self._first[event.epoch] = first
-            self._next = first + event.iter + 1
+        fit = self._fits.get(event.learner)
+        # Made here, before the event loop sees the event: the two threads share it.
+        if fit is None or fit.run_id != event.run_id:
+            if fit is not None:
+                fit.close()  # its end was not heard of
+            fit = self._fits[event.learner] = _Fit(event.run_id)
+        if isinstance(event, AfterBatch) and event.training:
+            fit.count(event)
         return super().wants(event)
 
-    async def observe(self, event: Event) -> None:  # type: ignore[override]  # it may be async
+    async def observe(self, event: Event) -> None:
         """Write an event."""
+        fit = self._fits[event.learner]
         try:
-            if event.run_id != self._run_id:
-                await _in_thread(partial(self._open, event.run_id))
+            if fit.writer is None:
+                await _in_thread(partial(fit.open, os.path.join(self.log_dir, _folder(fit.run_id))))
             if isinstance(event, AfterBatch):
-                self._step = self._first[event.epoch] + event.iter
+                self._step = fit.first[event.epoch] + event.iter
+            self._writer = fit.writer
             super().observe(event)
             if isinstance(event, CleanupFit):
-                await _in_thread(self.close)
+                await _in_thread(fit.close)
+                self._fits.pop(event.learner, None)
         except BaseException:
             with suppress(Exception):  # the first error is the one to tell
-                self.close()
+                fit.close()
             raise
 
     def write(self, record: dict[str, Any]) -> None:
         """Queue the numbers of a record for the files."""
-        assert self._writer is not None  # `observe` has opened it
         if record["event"] == "batch":
             step, found = self._step, numbers(record)
             keys = ("loss", "lr", "samples_per_second")
@@ -130,22 +128,42 @@ class TensorBoardCB(RecordCB):
             self._writer.add_scalar(tag, value, step, walltime)
 
     def close(self) -> None:
-        """Bring all to the disk, close the file and end the writer's thread.
+        """Bring all to the disk, close the files and end the writers' threads.
 
-        The end of the fit does; so does an observer that fails, the next fit, and the end of
-        this object. Again is harmless.
+        The end of each fit does so for it; so does an observer that fails, the learner's next
+        fit, and the end of this object or of the learner. Again is harmless.
         """
-        self._writer = self._run_id = None
-        if self._close_writer is not None:
-            self._close_writer()
+        for fit in list(self._fits.values()):
+            fit.close()
 
-    def _open(self, run_id: str) -> None:
-        self.close()  # one whose fit ended without our hearing of it
-        folder = os.path.join(self.log_dir, _folder(run_id))
+
+class _Fit:
+    """The files of one fit, and the steps of its batches."""
+
+    def __init__(self, run_id: str) -> None:
+        self.run_id = run_id
+        self.first: dict[int, int] = {}  # the step of an epoch's first batch
+        self.writer: SummaryWriter | None = None
+        self._next = 0
+        self._close: Callable[[], object] | None = None
+
+    def count(self, event: AfterBatch) -> None:
+        """Count a training batch."""
+        first = self.first.get(event.epoch)
+        if first is None:
+            first = max(self._next, event.epoch * (event.n_iter or 0))
+            self.first[event.epoch] = first
+        self._next = first + event.iter + 1
+
+    def open(self, folder: str) -> None:
         # The queue has no bound: a full one would hold up the host's event loop.
-        writer = _summary_writer()(folder, max_queue=0, flush_secs=FLUSH_SECONDS)
-        self._close_writer = weakref.finalize(self, writer.close)
-        self._writer, self._run_id = writer, run_id
+        self.writer = _summary_writer()(folder, max_queue=0, flush_secs=FLUSH_SECONDS)
+        self._close = weakref.finalize(self, self.writer.close)
+
+    def close(self) -> None:
+        self.writer = None
+        if self._close is not None:
+            self._close()
 
 
 async def _in_thread(function: Callable[[], None]) -> None:

@@ -17,13 +17,14 @@ import numpy as np
 import pytest
 import structlog
 import torch
-from eventrain.callbacks import LRFinderCB, MetricsCB, RecordCB, records
+from eventrain.callbacks import LRFinderCB, MetricsCB, RecordCB, sampling
 from eventrain.engine import DataLoaders, TrainLearner
 from eventrain.engine.runtime import Runtime
 from eventrain.events import (
     AfterBatch,
     AfterEpoch,
     BeforeBatch,
+    BeforeEpoch,
     BeforeFit,
     CancelEpochException,
     CancelFitException,
@@ -130,7 +131,7 @@ def test_every_record_says_what_the_events_said(backend: dict[str, Any]) -> None
                 name, fields = "fit_started", {"n_epochs": 2}
             case "BeforeEpoch", _:
                 began, last = event.time, (event.time, 0)
-            case "AfterBatch", AfterBatch(training=True, iter=1 | 3):
+            case "AfterBatch", AfterBatch(training=True) if (event.epoch * 5 + event.iter) % 2:
                 name = "batch"
                 fields = {
                     "phase": "train",
@@ -139,7 +140,7 @@ def test_every_record_says_what_the_events_said(backend: dict[str, Any]) -> None
                     "n_iter": 5,
                     "loss": event.loss.item(),
                     "lr": 0.1,
-                    "samples_per_second": 8 / (event.time - last[0]),
+                    "samples_per_second": (event.n_samples - last[1]) / (event.time - last[0]),
                 }
                 last = (event.time, event.n_samples)
             case "CleanupEpoch", CleanupEpoch(training=training):
@@ -165,7 +166,8 @@ def test_every_record_says_what_the_events_said(backend: dict[str, Any]) -> None
     assert [list(record) for record in found] == [list(record) for record in expected]
     assert names(found) == [
         "fit_started",
-        *["batch", "batch", "epoch", "epoch"] * 2,
+        *["batch", "batch", "epoch", "epoch"],
+        *["batch", "batch", "batch", "epoch", "epoch"],
         "fit_ended",
     ]
     assert dict(result.dropped) == {}
@@ -345,7 +347,7 @@ def test_every_seconds_counts_from_the_last_batch_that_had_a_record(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """On a clock on which a training batch takes three seconds."""
-    monkeypatch.setattr(records, "monotonic", lambda: clock.iter * 3.0)
+    monkeypatch.setattr(sampling, "monotonic", lambda: clock.iter * 3.0)
     clock = learner(9)
     assert iters(recorded(clock, every=1, every_seconds=7)) == [0, 3, 6]
     assert iters(recorded(clock, every=1, every_seconds=6)) == [0, 2, 4, 6, 8]
@@ -461,8 +463,80 @@ def test_what_no_line_can_hold_is_told_as_text() -> None:
     assert metrics["many"] == hex(-(10**5000))
     assert "Mute object" in metrics["mute"]
     assert ["Mute object" in key for key in metrics["keys"]] == [True]
-    assert metrics["circle"][1][1][0] == 1.0
+    assert metrics["circle"] == "list of 2"
     assert isinstance(metrics["mapping"]["again"]["again"], dict)
+
+
+def test_what_is_large_is_told_by_its_size() -> None:
+    """The event loop is not held up by it, nor the log filled."""
+    values = {
+        "matrix": torch.zeros(1000, 1000),
+        "nested": [[0.0] * 1000] * 1000,
+        "long": [0.0] * 1001,
+        "names": {n: 0.0 for n in range(1001)},
+        "fine": [0.0] * 1000,
+        "small": torch.zeros(10, 10),
+    }
+    learn = learner(1)
+    learn.subscribe(AfterEpoch, lambda event: learn.record.update(values))
+    metrics = recorded(learn, valid=False)[1]["metrics"]
+    assert metrics == {
+        "matrix": "Tensor of (1000, 1000)",
+        "nested": "list of 1000",
+        "long": "list of 1001",
+        "names": "dict of 1001",
+        "fine": [0.0] * 1000,
+        "small": [[0.0] * 10] * 10,
+    }
+
+
+def test_a_reason_that_is_no_text_becomes_one() -> None:
+    learn = learner(1)
+
+    @learn.on(AfterEpoch)
+    def leave(event: AfterEpoch) -> None:
+        raise CancelFitException(0.25)  # type: ignore[arg-type]
+
+    *_, ended = recorded(learn)
+    assert learn.result is not None
+    assert (ended["reason"], learn.result.reason) == ("0.25", "0.25")
+
+
+async def test_one_instance_may_watch_several_fits_at_once(anyio_backend_name: str) -> None:
+    """Each record is right for its own run."""
+    keep = KeepCB(every=2)
+    learners = [learner(n, 1, keep) for n in (3, 6)]
+    met = [anyio.Event(), anyio.Event()]
+    for learn, mine, other in zip(learners, met, reversed(met), strict=True):
+
+        async def meet(
+            event: BeforeEpoch, mine: anyio.Event = mine, other: anyio.Event = other
+        ) -> None:
+            mine.set()
+            await other.wait()
+
+        learn.subscribe(BeforeEpoch, meet, where=lambda event: event.training)
+    with anyio.fail_after(20):
+        async with anyio.create_task_group() as tasks:
+            for learn in learners:
+                tasks.start_soon(learn.fit)
+    for learn, n in zip(learners, (3, 6), strict=True):
+        found = [as_json(r) for r in keep.records if r["run_id"] == learn.run_id]
+        assert iters(found) == list(range(1, n, 2))
+        assert [r["samples"] for r in found if r["event"] == "epoch"] == [4 * n, 4]
+        assert learn.result is not None
+        assert 0 < found[-1]["seconds"] <= learn.result.seconds
+
+
+async def test_write_may_be_async() -> None:
+    class SlowCB(RecordCB):
+        async def write(self, record: Record) -> None:
+            await anyio.sleep(0)
+            seen.append(record["event"])
+
+    seen: list[str] = []
+    await learner(1).fit(1, cbs=SlowCB())
+    assert seen == ["fit_started", "epoch", "epoch", "fit_ended"]
 
 
 anything = st.recursive(

@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import math
+import re
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -89,7 +90,8 @@ def test_every_line_is_a_record_and_its_level(backend: dict[str, Any]) -> None:
     lines = logged(learn, every=2, n_epochs=2, **backend)
     assert [(line["event"], line["level"]) for line in lines] == [
         ("fit_started", "info"),
-        *[(name, "info") for name in ("batch", "batch", "epoch", "epoch")] * 2,
+        *[(name, "info") for name in ("batch", "batch", "epoch", "epoch")],
+        *[(name, "info") for name in ("batch", "batch", "batch", "epoch", "epoch")],
         ("fit_ended", "info"),
     ]
     for line in lines:
@@ -291,9 +293,28 @@ def test_a_format_and_a_logger_are_refused() -> None:
         StructlogCB(format="json", logger=structlog.get_logger())
 
 
-def test_the_name_of_a_logger_is_refused() -> None:
-    with pytest.raises(TypeError, match="logger='train': give the logger, not its name"):
-        StructlogCB(logger="train")
+@pytest.mark.parametrize("logger", ["train", 5, print])
+def test_what_is_no_logger_is_refused(logger: Any) -> None:
+    with pytest.raises(TypeError, match=f"logger={re.escape(repr(logger))}: give a logger"):
+        StructlogCB(logger=logger)
+
+
+def test_a_file_without_a_format_is_refused() -> None:
+    with pytest.raises(ValueError, match="a file needs a format: 'json' or 'console'"):
+        StructlogCB(file=io.StringIO())
+
+
+async def test_a_logger_with_async_methods_is_awaited() -> None:
+    class Slow:
+        async def info(self, event: str, **record: Any) -> None:
+            await anyio.sleep(0)
+            seen.append(event)
+
+        warning = error = info
+
+    seen: list[str] = []
+    await learner(1, 1).fit(1, cbs=StructlogCB(logger=Slow()))
+    assert seen == ["fit_started", "epoch", "epoch", "fit_ended"]
 
 
 def test_an_unknown_format_is_refused() -> None:
@@ -356,6 +377,7 @@ def test_an_adapter_of_a_logger_is_served_too(host: Host) -> None:
     learn.run(1, cbs=StructlogCB(logger=logging.LoggerAdapter(logger, {"job": "j1"})))
     assert [record.job for record in handler.kept] == ["j1"] * 4  # type: ignore[attr-defined]
     lines = parse("".join(f"{record.getMessage()}\n" for record in handler.kept))
+    assert [record.eventrain for record in handler.kept] == lines  # type: ignore[attr-defined]
     assert [line["event"] for line in lines] == ["fit_started", "epoch", "epoch", "fit_ended"]
 
 
