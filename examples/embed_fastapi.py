@@ -22,8 +22,7 @@ dls, fits = digits(), dict[int, Learner]()
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     async with anyio.create_task_group() as app.state.tasks:
         yield
-        for learner in fits.values():
-            learner.stop(reason="shutdown")  # and the task group waits for it to end
+        app.state.tasks.cancel_scope.cancel()  # each fit ends at its next event
 
 
 app = FastAPI(lifespan=lifespan)
@@ -36,7 +35,7 @@ async def train(learner: Learner, epochs: int) -> None:
 
 @app.post("/fits", status_code=202)
 async def start(epochs: PositiveInt = 10, lr: PositiveFloat = 0.1) -> int:
-    if sum(learner.result is None for learner in fits.values()) >= 2:
+    if sum(learner.fitting for learner in fits.values()) >= 2:
         raise HTTPException(429, "two fits are running: wait, or stop one")
     learner = fits[len(fits)] = MomentumLearner(get_model(), dls, F.cross_entropy, lr, MetricsCB())
     app.state.tasks.start_soon(train, learner, epochs)
@@ -50,10 +49,11 @@ async def stop(number: int) -> bool:
 
 @app.get("/fits/{number}/events", response_model=None)
 async def events(number: int) -> Response:
-    async def epochs() -> AsyncIterator[str]:
-        async with fits[number].events(CleanupEpoch) as stream:
-            async for event in stream:
-                yield to_json([event.epoch, dict(event.metrics)], inf_nan_mode="null").decode()
+    async def epochs(learner: Learner) -> AsyncIterator[str]:
+        async with learner.events(CleanupEpoch) as stream:
+            if learner.fitting:  # otherwise it has ended just now
+                async for event in stream:
+                    yield to_json([event.epoch, dict(event.metrics)], inf_nan_mode="null").decode()
 
-    over = number not in fits or fits[number].result is not None
-    return Response(status_code=204) if over else EventSourceResponse(epochs())
+    over = number not in fits or not fits[number].fitting
+    return Response(status_code=204) if over else EventSourceResponse(epochs(fits[number]))

@@ -1,8 +1,9 @@
 """Start the service: python -m examples.service [--port 8000] [--data FOLDER].
 
 It serves a page and an API on 127.0.0.1. On another address (--host) it needs a token, in the
-environment variable EVENTRAIN_TOKEN; put TLS in front of it there. SIGTERM and Ctrl-C stop the
-runs at their next event, and then the service, with exit code 0.
+environment variable EVENTRAIN_TOKEN; put TLS in front of it there, with a proxy that keeps the Host
+and whose address is in FORWARDED_ALLOW_IPS. SIGTERM and Ctrl-C stop the runs at their next event,
+and then the service, with exit code 0.
 """
 
 from __future__ import annotations
@@ -14,7 +15,10 @@ import socket
 import sys
 from dataclasses import fields
 from pathlib import Path
+from time import monotonic
 from types import FrameType
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import anyio
 import structlog
@@ -22,7 +26,7 @@ import torch
 import uvicorn
 
 from .app import create_app
-from .data import loader
+from .data import load
 from .guard import HEADERS
 from .logs import configure_logging
 from .runs import Runs
@@ -35,11 +39,31 @@ log = structlog.get_logger("eventrain.service")
 
 
 class Server(uvicorn.Server):
-    """Stops the runs first, while clients can still hear how they ended."""
+    """Stops the runs before the rest, while clients can still hear how they ended; and lets go
+    of connections that ask nothing, or that do not take what they asked for."""
 
     def __init__(self, config: uvicorn.Config, settings: Settings) -> None:
         super().__init__(config)
         self.settings = settings
+        self._since: WeakKeyDictionary[Any, float] = WeakKeyDictionary()
+
+    async def on_tick(self, counter: int) -> bool:
+        now = monotonic()
+        for connection in tuple(self.server_state.connections):
+            patience = self._patience(connection)
+            if patience is None:
+                self._since.pop(connection, None)
+            elif now - self._since.setdefault(connection, now) > patience:
+                connection.transport.abort()
+        return await super().on_tick(counter)
+
+    def _patience(self, connection: Any) -> float | None:
+        """Seconds that a connection may stay as it is; None for any number."""
+        if connection.transport.is_closing():  # with something to send that is not taken
+            return LAST_SECONDS
+        if connection.cycle is None or connection.cycle.more_body:  # no request, or part of one
+            return self.settings.idle_timeout
+        return None
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         runs: Runs = self.config.app.state.runs  # type: ignore[union-attr]
@@ -65,9 +89,16 @@ def main() -> None:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--port", type=int, default=8000, help="0 for any that is free")
-    parser.add_argument("--data", type=Path, default=Path("data"), help="has Fashion-MNIST")
     parser.add_argument(
-        "--allow-host", action="append", dest="names", default=[], help="a name it is called by"
+        "--data", type=Path, default=Path("data"), help="the folder to find Fashion-MNIST in"
+    )
+    parser.add_argument(
+        "--allow-host",
+        action="append",
+        dest="names",
+        default=[],
+        metavar="NAME",
+        help="a name that it is called by, besides those of loopback; may be given again",
     )
     for limit in fields(Settings):
         if limit.name not in ("token", "names"):
@@ -88,13 +119,14 @@ def main() -> None:
     # The runs share the cores: threads of OpenMP beyond those would only wait for each other.
     torch.set_num_threads(max(1, torch.get_num_threads() // settings.max_concurrent))
     config = uvicorn.Config(
-        create_app(settings, loader(data)),
+        create_app(settings, load(data)),
         host=settings.host,
         port=port,
         log_config=None,
         access_log=False,
         server_header=False,
         headers=list(HEADERS.items()),
+        http="h11",
         ws="none",
         limit_concurrency=settings.max_clients + 100,
         timeout_graceful_shutdown=LAST_SECONDS,

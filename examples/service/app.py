@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -19,18 +19,18 @@ from .runs import Data, Runs
 from .settings import Settings
 
 
-def create_app(settings: Settings, load: Callable[[str], Data]) -> FastAPI:
+def create_app(settings: Settings, data: Mapping[str, Data]) -> FastAPI:
     """Make the application.
 
     Args:
         settings: how it is set up.
-        load: returns the data of a name, or raises FileNotFoundError; called in a thread.
+        data: what runs may train on, by name.
     """
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with anyio.create_task_group() as tasks:
-            app.state.runs = Runs(tasks, load, settings)
+            app.state.runs = Runs(tasks, data, settings)
             yield
             await app.state.runs.close(settings.deadline)
             tasks.cancel_scope.cancel()

@@ -7,7 +7,6 @@ import threading
 from collections import deque
 from collections.abc import AsyncIterator
 from contextvars import ContextVar
-from itertools import islice
 from typing import Any, NamedTuple
 
 import anyio
@@ -67,13 +66,14 @@ class Journal:
         Where some are held no longer, their number comes in their place.
         """
         while True:
-            first = self.last - len(self._messages) + 1
-            if last + 1 < first:
-                yield first - 1 - last
-                last = first - 1
+            start = last - (self.last - len(self._messages))  # where the next one is held
+            if start < 0:
+                yield -start
+                last -= start
             elif last < self.last:
-                # A slice, not the deque: it changes while a client takes its time.
-                for message in list(islice(self._messages, last + 1 - first, last + 65 - first)):
+                stop = min(start + 64, len(self._messages))
+                # Copied, some at a time: they change while a client takes its time.
+                for message in [self._messages[i] for i in range(start, stop)]:
                     yield message
                     last = message.id
             elif self.ended:

@@ -24,7 +24,7 @@ def configure_logging() -> None:
         structlog.processors.format_exc_info,
     ]
     structlog.configure(
-        processors=[*first, tell_clients, renderer],
+        processors=[_needless, *first, tell_clients, renderer],
         logger_factory=structlog.WriteLoggerFactory(sys.stderr),
     )
     handler = logging.StreamHandler(sys.stderr)
@@ -35,6 +35,13 @@ def configure_logging() -> None:
         )
     )
     logging.basicConfig(level=logging.INFO, handlers=[handler])
+
+
+def _needless(logger: object, method: str, line: EventDict) -> EventDict:
+    """No warning of what does not concern us: each run has random generators of its own."""
+    if line["event"] == "concurrent_fits_share_rng":
+        raise structlog.DropEvent
+    return line
 
 
 def tell_clients(logger: object, method: str, line: EventDict) -> EventDict:

@@ -12,12 +12,28 @@ from pydantic import BaseModel, ConfigDict, Field
 from sse_starlette import EventSourceResponse
 
 from .guard import SESSION_SECONDS, cookie_name
-from .runs import NewRun, Run, Runs, RunState
+from .runs import NewRun, Run, Runs, RunState, RunSummary
 from .stream import EventStream
 
 PAGE = FilePath(__file__).parent / "page"
 
-router = APIRouter()
+
+class Refused(BaseModel):
+    """Why not."""
+
+    detail: str
+
+
+router = APIRouter(
+    responses={
+        401: {"model": Refused, "description": "The token is missing or wrong"},
+        403: {"model": Refused, "description": "The request comes from another site"},
+        404: {"model": Refused, "description": "There is no such run"},
+        409: {"model": Refused, "description": "The run is not in a state for this"},
+        429: {"model": Refused, "description": "There are as many as may be: try later"},
+        503: {"model": Refused, "description": "The service is shutting down"},
+    }
+)
 
 
 class Stop(BaseModel):
@@ -63,26 +79,25 @@ async def page() -> FileResponse:
 @router.post("/runs", status_code=201)
 async def start(new: NewRun, runs: AllRuns, response: Response) -> RunState:
     """Start a run, and answer at once."""
-    try:
-        data = await runs.data(new.dataset)
-    except FileNotFoundError as exc:
-        detail = {"loc": ("body", "dataset"), "msg": str(exc), "type": "missing_data"}
-        raise RequestValidationError([detail]) from exc
+    if new.dataset not in runs.data:
+        there = f"not on this server, which has {', '.join(runs.data)}; see its --data"
+        detail = {"loc": ("body", "dataset"), "msg": there, "type": "missing_data"}
+        raise RequestValidationError([detail])
     if runs.closing:
         raise HTTPException(503, "the service is shutting down")
     if runs.full:
         raise HTTPException(
             429, f"{len(runs.active)} runs are running: try later", {"retry-after": "10"}
         )
-    run = runs.start(new, data)
+    run = await runs.start(new)
     response.headers["location"] = f"/runs/{run.id}"
     return run.state()
 
 
-@router.get("/runs", response_model_exclude={"__all__": {"history"}})
-async def list_runs(runs: AllRuns) -> list[RunState]:
-    """The runs that are known, newest first; without their histories."""
-    return [run.state() for run in runs]
+@router.get("/runs")
+async def list_runs(runs: AllRuns) -> list[RunSummary]:
+    """The runs that are known, newest first."""
+    return [run.summary() for run in runs]
 
 
 @router.get("/runs/{run_id}")
@@ -94,7 +109,7 @@ async def show(run: OneRun) -> RunState:
 @router.post("/runs/{run_id}/stop", status_code=202)
 async def stop(run: OneRun, what: Stop) -> RunState:
     """Ask a run to leave its fit, epoch or batch at its next event."""
-    if not run.learner.stop(what.scope, reason=what.reason):
+    if not run.stop(what.scope, what.reason):
         raise HTTPException(409, f"run {run.id} is not running")
     return run.state()
 
@@ -103,7 +118,7 @@ async def stop(run: OneRun, what: Stop) -> RunState:
 async def weights(run: OneRun) -> Response:
     """The model's `state_dict`, when the run has ended: for `torch.load(weights_only=True)`."""
     if run.weights is None:
-        raise HTTPException(409, f"run {run.id} is running")
+        raise HTTPException(409, f"run {run.id} has no weights {'' if run.ended else 'yet'}")
     as_file = {"content-disposition": f'attachment; filename="{run.id}.pt"'}
     return Response(run.weights, media_type="application/octet-stream", headers=as_file)
 

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import io
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from functools import partial
 from typing import Annotated, Any, Literal
 
 import anyio
 import anyio.abc
+import anyio.lowlevel
 import structlog
 import torch
-from eventrain.callbacks import MetricsCB, StructlogCB
+from anyio.abc import TaskStatus
+from eventrain.callbacks import DeviceCB, MetricsCB, StructlogCB, to_cpu
 from eventrain.callbacks.records import SCHEMA_VERSION, plain
 from eventrain.engine import DataLoaders, MomentumLearner
 from pydantic import BaseModel, ConfigDict, Field
@@ -43,8 +45,8 @@ class NewRun(BaseModel):
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
 
 
-class RunState(BaseModel):
-    """What a run has done so far, and how it ended."""
+class RunSummary(BaseModel):
+    """How far a run has come, and how it ended."""
 
     id: str
     status: Literal["running", "completed", "cancelled", "failed"]
@@ -58,9 +60,14 @@ class RunState(BaseModel):
     iter: int
     n_iter: int | None
     steps: int | None
-    history: list[dict[str, Any]]
     dropped: dict[str, int]
     clients: int
+
+
+class RunState(RunSummary):
+    """And what it has measured: a row an epoch and phase ("train" or "eval")."""
+
+    history: list[dict[str, Any]]
 
 
 class Run:
@@ -70,6 +77,7 @@ class Run:
         id: 16 hexadecimal digits; the run's id in events, logs and addresses.
         journal: what its clients are told.
         clients: how many are listening.
+        ended: when it ended, None before.
         over: set when it has ended.
         weights: the model's `state_dict`, as `torch.save` writes it; None while it trains.
     """
@@ -83,13 +91,13 @@ class Run:
         self.ended: datetime | None = None
         self.over = anyio.Event()
         self.weights: bytes | None = None
-        self._error: str | None = None
-        self.learner = self._make_learner(data, settings.interval)
+        self._learner: MomentumLearner | None = self._make_learner(data, settings.interval)
+        self._last: dict[str, Any] = {}
 
     def _make_learner(self, data: Data, interval: float) -> MomentumLearner:
         """With generators of its own: runs at the same time do not change each other."""
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.request.seed)
+            torch.default_generator.manual_seed(self.request.seed)
             model = get_model()
         generator = torch.Generator().manual_seed(self.request.seed)
         loader = partial(DataLoader, batch_size=self.request.batch_size, generator=generator)
@@ -100,76 +108,98 @@ class Run:
             F.cross_entropy,
             self.request.lr,
             cbs=[
+                DeviceCB(),
                 MetricsCB(accuracy=MulticlassAccuracy()),
                 JournalCB(self.journal, interval),
                 StructlogCB(every=0),
             ],
         )
 
-    async def train(self) -> None:
+    async def train(self, *, task_status: TaskStatus[None]) -> None:
         """Fit, and tell how it ended; an error is the run's, not the service's."""
+        assert self._learner is not None
         current_journal.set(self.journal)
         with structlog.contextvars.bound_contextvars(run_id=self.id):
             try:
-                await self.learner.fit(self.request.epochs, run_id=self.id)
+                task_status.started()  # from its next turn on, the run can be stopped
+                await self._learner.fit(self.request.epochs, run_id=self.id)
             except Exception as exc:
-                self._error = f"{type(exc).__name__}: {exc}"
+                self._last = {"status": "failed", "reason": f"{type(exc).__name__}: {exc}"}
                 log.error("run_failed", exc_info=exc)
             finally:
-                self._finish()
+                self._finish(self._learner)
 
-    def _finish(self) -> None:
+    def stop(self, scope: Literal["fit", "epoch", "batch"], reason: str) -> bool:
+        """Ask it to leave a scope; whether it will hear of it."""
+        return self._learner is not None and self._learner.stop(scope, reason=reason)
+
+    def _finish(self, learner: MomentumLearner) -> None:
+        """Keep the weights and the last state, and let go of the rest."""
+        try:
+            file = io.BytesIO()
+            torch.save(to_cpu(learner.model.state_dict()), file)
+            self.weights = file.getvalue()
+        except Exception as exc:  # of a device that has failed, say
+            log.error("weights_lost", exc_info=exc)
         self.ended = datetime.now(UTC)
-        file = io.BytesIO()
-        torch.save(self.learner.model.state_dict(), file)
-        self.weights = file.getvalue()
-        state = self.state()
+        if result := learner.result:
+            ending = {"status": result.status, "who": result.who, "reason": result.reason}
+            self._last = {**_progress(learner), **ending, "steps": result.steps}
+            self._last["dropped"] = dict(result.dropped)
+        else:  # it could not begin
+            self._last = {**_progress(learner), "status": "cancelled", **self._last}
+        self._last["history"] = _history(learner)
+        self._learner = None
+        told = ("status", "who", "reason", "steps", "dropped")
         self.journal.append(
             {
                 "event": "run_ended",
                 "schema_version": SCHEMA_VERSION,
                 "timestamp": self.ended.isoformat(timespec="milliseconds"),
                 "run_id": self.id,
-                "status": state.status,
-                "who": state.who,
-                "reason": state.reason,
-                "steps": state.steps,
-                "dropped": state.dropped,
+                **self.summary().model_dump(include=set(told)),
             }
         )
         self.journal.end()
         self.over.set()
 
-    def state(self) -> RunState:
+    def summary(self) -> RunSummary:
         """Where it is now."""
-        learner, result = self.learner, self.learner.result
-        status, who, reason = "running", None, None
-        history: Any = learner.history
-        dropped: Mapping[str, int] = {s.name: s.dropped for s in learner.audience if s.dropped}
-        if self.ended and result:
-            status, who, reason = result.status, result.who, result.reason
-            history, dropped = result.history, result.dropped
-        elif self.ended:  # it could not begin
-            status, reason = "failed", self._error
-        return RunState.model_validate(
-            {
-                "id": self.id,
-                "status": status,
-                "who": who,
-                "reason": reason,
-                "request": self.request,
-                "created": self.created,
-                "ended": self.ended,
-                "epoch": learner.epoch,
-                "phase": ("train" if learner.training else "valid") if learner.history else None,
-                "iter": learner.iter,
-                "n_iter": learner.n_iter,
-                "steps": result.steps if self.ended and result else None,
-                "history": [plain(row) for row in history if len(row) > 2],
-                "dropped": dict(dropped),
-                "clients": self.clients,
-            }
-        )
+        return RunSummary.model_validate(self._now())
+
+    def state(self) -> RunState:
+        """Where it is now, and all that was measured."""
+        history = {"history": _history(self._learner)} if self._learner else {}
+        return RunState.model_validate({**self._now(), **history})
+
+    def _now(self) -> dict[str, Any]:
+        return {
+            "id": self.id,
+            "request": self.request,
+            "created": self.created,
+            "ended": self.ended,
+            "clients": self.clients,
+            **(_progress(self._learner) if self._learner else self._last),
+        }
+
+
+def _progress(learner: MomentumLearner) -> dict[str, Any]:
+    """What can be seen of a fit while it runs."""
+    return {
+        "status": "running",
+        "who": None,
+        "reason": None,
+        "epoch": learner.epoch,
+        "phase": ("train" if learner.training else "valid") if learner.history else None,
+        "iter": learner.iter,
+        "n_iter": learner.n_iter,
+        "steps": None,
+        "dropped": {stream.name: stream.dropped for stream in learner.audience if stream.dropped},
+    }
+
+
+def _history(learner: MomentumLearner) -> list[dict[str, Any]]:
+    return [plain(row) for row in list(learner.history) if len(row) > 2]
 
 
 class Runs:
@@ -177,22 +207,20 @@ class Runs:
 
     Args:
         tasks: where they run.
-        load: returns the data of a name; called in a thread, once a name.
+        data: what they may train on, by name.
         settings: how many at once, and how many are remembered.
     """
 
     def __init__(
-        self, tasks: anyio.abc.TaskGroup, load: Callable[[str], Data], settings: Settings
+        self, tasks: anyio.abc.TaskGroup, data: Mapping[str, Data], settings: Settings
     ) -> None:
+        self.data = data
+        self.closing = False
         self._tasks = tasks
-        self._load = load
-        self._data: dict[str, Data] = {}
-        self._loading = anyio.Lock()
         self._settings = settings
         self._runs: dict[str, Run] = {}
-        self.closing = False
 
-    def __iter__(self) -> Any:
+    def __iter__(self) -> Iterator[Run]:
         return reversed(self._runs.values())
 
     def get(self, run_id: str) -> Run | None:
@@ -208,25 +236,14 @@ class Runs:
         """Whether another run would be too many."""
         return len(self.active) >= self._settings.max_concurrent
 
-    async def data(self, name: str) -> Data:
-        """The data called `name`, loaded when it is first asked for.
-
-        Raises:
-            FileNotFoundError: it is not there.
-        """
-        async with self._loading:
-            if name not in self._data:
-                self._data[name] = await anyio.to_thread.run_sync(self._load, name)
-        return self._data[name]
-
-    def start(self, request: NewRun, data: Data) -> Run:
+    async def start(self, request: NewRun) -> Run:
         """Start a run, and forget the oldest that have ended."""
-        run = Run(request, data, self._settings)
+        run = Run(request, self.data[request.dataset], self._settings)
         self._runs[run.id] = run
         ended = [run.id for run in self._runs.values() if run.ended]
         for run_id in ended[: max(0, len(self._runs) - self._settings.max_kept)]:
             del self._runs[run_id]
-        self._tasks.start_soon(run.train, name=f"run {run.id}")
+        await self._tasks.start(run.train, name=f"run {run.id}")
         return run
 
     async def close(self, deadline: float) -> None:
@@ -235,8 +252,9 @@ class Runs:
         Those that have not after `deadline` seconds are left to whoever cancels their tasks.
         """
         self.closing = True
+        await anyio.lowlevel.checkpoint()  # one that was just started can be stopped by then
         for run in self.active:
-            run.learner.stop(reason="the service is shutting down")
+            run.stop("fit", "the service is shutting down")
         with anyio.move_on_after(deadline):
             for run in self.active:
                 await run.over.wait()

@@ -36,6 +36,9 @@ class Settings:
     interval: float = _limit(0.1, "seconds between two batches that clients are told of")
     heartbeat: float = _limit(15.0, "seconds between two signs of life on a quiet stream")
     send_timeout: float = _limit(30.0, "seconds after which a client that reads nothing is let go")
+    idle_timeout: float = _limit(
+        30.0, "seconds after which a connection that asks nothing is closed"
+    )
     deadline: float = _limit(10.0, "seconds that the runs have to stop in, at the end")
 
     def __post_init__(self) -> None:
@@ -51,11 +54,14 @@ class Settings:
                     " without scheme, port, or *"
                 )
         for limit in fields(self):
-            value = getattr(self, limit.name)
-            if isinstance(value, int) and value < 1:
+            value, kind = getattr(self, limit.name), type(limit.default)
+            if kind is int and value < 1:
                 raise ValueError(f"{limit.name}={value}: give 1 or more")
-            if isinstance(value, float) and not 0 <= value < math.inf:
+            if kind is float and not 0 <= value < math.inf:
                 raise ValueError(f"{limit.name}={value}: give seconds, 0 or more")
+        for name in ("heartbeat", "send_timeout", "idle_timeout"):
+            if not getattr(self, name):
+                raise ValueError(f"{name}=0: give seconds, more than 0")
         if self.token is None and not _is_loopback(self.host):
             raise ValueError(
                 f"--host {self.host} can be reached by others: set a token"
