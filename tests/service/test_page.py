@@ -57,10 +57,10 @@ def visit(browser: Any) -> Iterator[Open]:
     def open_page(url: str, **options: Any) -> Page:
         contexts.append(context := browser.new_context(**options))
         context.set_default_timeout(60_000)
+        context.on("weberror", lambda web: wrong.append(str(web.error)))
+        context.on("console", lambda line: wrong.append(line.text) if _is_wrong(line) else None)
+        context.on("request", lambda r: None if _is_own(r.url) else wrong.append(r.url))
         page = context.new_page()
-        page.on("pageerror", lambda error: wrong.append(str(error)))
-        page.on("console", lambda line: wrong.append(line.text) if _is_wrong(line) else None)
-        page.on("request", lambda r: None if _is_own(r.url) else wrong.append(r.url))
         page.goto(url)
         return page
 
@@ -114,6 +114,25 @@ def await_rows(page: Page, n: int) -> None:
     """Wait until that many epochs are in the table of the loss."""
     script = "n => document.querySelectorAll('#loss tbody tr').length >= n"
     page.wait_for_function(script, arg=n)
+
+
+def await_state(page: Page, state: Callable[[], Any], accept: Callable[[Any], bool]) -> None:
+    """Wait until the service tells what is accepted, and let the page go on meanwhile."""
+    for _ in range(1200):
+        if accept(found := state()):
+            return
+        page.wait_for_timeout(50)
+    raise AssertionError(f"it stays at {found}")
+
+
+def await_clients(page: Page, service: Service, run_id: str, n: int) -> None:
+    """Wait until that many streams of a run are open."""
+    await_state(page, lambda: service.state(run_id)["clients"], lambda found: found == n)
+
+
+def await_epochs(page: Page, service: Service, run_id: str, n: int) -> None:
+    """Wait until the service has done that many epochs, each with its two phases."""
+    await_state(page, lambda: len(service.state(run_id)["history"]), lambda rows: rows >= 2 * n)
 
 
 def pixels(page: Page, figure: str) -> str:
@@ -313,6 +332,75 @@ def test_a_second_tab_and_a_reload_show_the_same_history(
         assert numbers(table(tab, "loss")) == history(service.state(running), "loss")
 
 
+LOOK = """seen => {
+  const values = { hidden: !seen, visibilityState: seen ? "visible" : "hidden" };
+  for (const [name, value] of Object.entries(values)) {
+    Object.defineProperty(document, name, { value, configurable: true });
+  }
+  document.dispatchEvent(new Event("visibilitychange"));
+}"""
+"""Changes to a tab, or away from it: without a window, each tab is taken for a visible one."""
+
+
+def test_eight_tabs_of_a_running_run_leave_connections_to_stop_it(
+    service: Service, visit: Open, running: str
+) -> None:
+    """A browser has six connections to a host, whatever the number of its tabs."""
+    tabs = [visit(f"{service.url}/#{running}")]
+    while True:
+        status(tabs[-1], "running")
+        sync_api.expect(tabs[-1].locator("#link")).to_have_text("live")
+        if len(tabs) == 8:
+            break
+        tabs[-1].evaluate(LOOK, False)
+        tabs.append(tabs[-1].context.new_page())
+        tabs[-1].goto(f"{service.url}/#{running}")
+    await_clients(tabs[-1], service, running, 1)
+    tabs[-1].click("#stop")
+    status(tabs[-1], "cancelled")
+    state = service.wait(running)
+    for tab in tabs[:-1]:
+        assert tab.text_content("#status") == "running"
+        tab.evaluate(LOOK, True)
+        status(tab, "cancelled")
+        assert numbers(table(tab, "loss")) == history(state, "loss")
+
+
+def test_a_tab_that_was_hidden_goes_on_where_it_was(
+    service: Service, visit: Open, running: str
+) -> None:
+    page = visit(f"{service.url}/#{running}")
+    table(page, "loss")
+    await_rows(page, 1)
+    page.evaluate(LOOK, False)
+    await_clients(page, service, running, 0)
+    n = len(table(page, "loss"))
+    await_epochs(page, service, running, n + 2)
+    assert len(table(page, "loss")) == n
+    page.evaluate(LOOK, True)
+    await_rows(page, n + 2)
+    await_clients(page, service, running, 1)
+    page.click("#stop")
+    status(page, "cancelled")
+    assert numbers(table(page, "loss")) == history(service.wait(running), "loss")
+    lines = page.locator("#log .line").all_text_contents()
+    assert len(lines) == len(set(lines))
+    assert page.locator("#gap").is_hidden()
+
+
+def test_a_tab_opened_in_the_background_connects_when_it_is_looked_at(
+    service: Service, visit: Open, running: str
+) -> None:
+    page = visit("data:text/html,").context.new_page()
+    page.add_init_script(f"({LOOK})(false)")
+    page.goto(f"{service.url}/#{running}")
+    page.wait_for_selector(f"#runs a[aria-current][href='#{running}']")
+    assert service.state(running)["clients"] == 0
+    page.evaluate(LOOK, True)
+    status(page, "running")
+    await_clients(page, service, running, 1)
+
+
 def test_runs_are_listed_newest_first_and_have_addresses(
     service: Service, visit: Open, ended: str
 ) -> None:
@@ -405,8 +493,7 @@ def test_a_lost_connection_is_told_and_goes_on_where_it_was(
     line.cut()
     sync_api.expect(page.locator("#link")).to_have_text("reconnecting…")
     n = len(table(page, "loss"))
-    while len(service.state(running)["history"]) < 2 * (n + 2):
-        page.wait_for_timeout(50)
+    await_epochs(page, service, running, n + 2)
     assert len(table(page, "loss")) == n
     line.whole = True
     sync_api.expect(page.locator("#link")).to_have_text("live", timeout=60_000)
@@ -590,3 +677,20 @@ def test_points_without_end_take_a_bounded_place(service: Service, visit: Open) 
     assert regular[0] == 0
     assert regular[-1] > 97_000
     assert newest == 99_999
+
+
+def test_a_log_line_of_a_full_second_has_its_milliseconds_too(
+    service: Service, visit: Open
+) -> None:
+    page = visit(service.url, timezone_id="UTC")
+    times = page.evaluate(
+        """async () => {
+          const { drawLog } = await import("/page/log.js");
+          const line = { level: "info", message: "here", fields: {} };
+          const times = ["2026-01-02T03:04:05Z", "2026-01-02T03:04:05.067890Z"];
+          document.getElementById("log").replaceChildren();
+          drawLog({ lines: times.map((timestamp) => ({ ...line, timestamp })) });
+          return [...document.querySelectorAll("#log time")].map((node) => node.textContent);
+        }"""
+    )
+    assert times == ["03:04:05.000", "03:04:05.067"]

@@ -1,4 +1,6 @@
-// Follows the events of a run, until it has ended or is no longer looked at.
+// Follows the events of a run while the page is looked at, until the run has ended.
+//
+// A hidden page holds no connection: a browser has six to a service, for all of its tabs.
 
 import { api } from "./api.js";
 
@@ -17,8 +19,15 @@ export class Follower {
     this.connect();
   }
 
+  /** Connect anew, or not at all while the page is hidden. */
   connect() {
     if (this.closed) return;
+    this.#disconnect();
+    if (document.hidden) {
+      this.link = "connecting";
+      this.changed();
+      return;
+    }
     this.source = new EventSource(`runs/${this.run.id}/events`);
     this.source.onopen = () => {
       this.link = "live";
@@ -31,7 +40,12 @@ export class Follower {
 
   close() {
     this.closed = true;
-    this.source.close();
+    this.#disconnect();
+  }
+
+  #disconnect() {
+    this.source?.close();
+    clearTimeout(this.retry);
   }
 
   /** Take each message once, whichever stream it comes on; their numbers have no holes. */
@@ -61,7 +75,7 @@ export class Follower {
     this.link = "reconnecting";
     if (this.source.readyState === EventSource.CLOSED) {
       this.refresh();
-      setTimeout(() => this.connect(), RETRY);
+      this.retry = setTimeout(() => this.connect(), RETRY);
     }
     this.changed();
   }

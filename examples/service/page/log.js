@@ -17,7 +17,8 @@ export function drawLog(run) {
 
 function makeLine({ timestamp, level, message, fields }) {
   const line = element("p", `line ${level}`);
-  const time = element("time", "", `${clock(timestamp)}.${timestamp.match(/\.(\d{3})/)?.[1]}`);
+  const fraction = timestamp.match(/\.\d{3}/)?.[0] ?? ".000"; // a full second comes without
+  const time = element("time", "", `${clock(timestamp)}${fraction}`);
   const parts = [time, element("span", "level", level), element("b", "", message)];
   line.append(...parts.flatMap((part) => [part, " "]), element("span", "fields", pairs(fields)));
   return line;

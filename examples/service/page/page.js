@@ -86,7 +86,10 @@ matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
 
 const look = () => document.hidden || $("app").hidden || list();
 setInterval(look, RELOAD);
-document.addEventListener("visibilitychange", look);
+document.addEventListener("visibilitychange", () => {
+  follower?.connect();
+  look();
+});
 
 $("new-run").open = !narrow.matches;
 begin();
