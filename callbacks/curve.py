@@ -78,7 +78,8 @@ class LossCurveCB(Callback):
                 "LossCurveCB needs matplotlib: pip install 'eventrain[plot]'"
             ) from exc
         self._given = ax
-        self._losses = _Losses("")
+        self._losses = _Losses()
+        self._watched: tuple[Any, str] | None = None  # learner and run_id
         self._drawing: _Drawing | None = None
         self._due = 0.0
 
@@ -96,15 +97,17 @@ class LossCurveCB(Callback):
 
     def wants(self, event: Event) -> bool:
         """Collect the losses; draw if it is time to, and nothing waits to be drawn."""
-        if isinstance(event, BeforeFit) and event.learner.train:
-            self._losses = _Losses(event.run_id)
-            self._due = 0.0
-        losses = self._losses
-        if event.run_id != losses.run_id:
+        fit = event.learner, event.run_id
+        if isinstance(event, BeforeFit):
+            if event.learner.train:
+                self._watched, self._losses, self._due = fit, _Losses(), 0.0
+            elif self._watched is not None and self._watched[0] is event.learner:
+                self._watched = None
             return False
+        if fit != self._watched:
+            return False
+        losses = self._losses
         match event:
-            case BeforeFit():
-                return False
             case AfterBatch():
                 losses.add(event)
             case CleanupEpoch():
@@ -119,23 +122,24 @@ class LossCurveCB(Callback):
 
     def observe(self, event: Event) -> None:
         """Draw."""
-        losses = self._losses
-        if event.run_id != losses.run_id:
+        if (event.learner, event.run_id) != self._watched:
             return
+        losses = self._losses
         if self._drawing is None or self._drawing.losses is not losses:
             if self._given is not None and self._drawing is not None:
                 self._drawing.remove()
             self._drawing = _Drawing(losses, self._given)
         self._drawing.draw()
         self._due = monotonic() + REDRAW_INTERVAL
+        if isinstance(event, CleanupFit):
+            self._watched = None
 
 
 class _Losses:
     """The losses of one fit. They are collected in the training thread, which never waits for
     the device but at the end, and drawn in the host's."""
 
-    def __init__(self, run_id: str) -> None:
-        self.run_id = run_id
+    def __init__(self) -> None:
         self.train = _Line()
         self.valid = _Line()
         self._batch = 0

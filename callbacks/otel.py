@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Mapping
+from collections import deque
 from contextlib import suppress
-from numbers import Real
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..events import (
@@ -20,22 +18,21 @@ from ..events import (
     Event,
     ScopeEnd,
 )
+from .host_number import HostNumber
+from .otel_meters import Meters, numbers_of, text_of
+from .sampling import Sampler, check_sampling, loss_on_its_way, phase
 
 if TYPE_CHECKING:
     from opentelemetry.context import Context
-    from opentelemetry.metrics import Meter, MeterProvider
+    from opentelemetry.metrics import MeterProvider
     from opentelemetry.trace import Span, Tracer, TracerProvider
-
-EPOCH_BUCKETS = (0.1, 0.5, 1, 5, 15, 60, 300, 900, 3600, 14400, 86400)
-BATCH_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10, 60)
-"""Bounds of the histograms' buckets, in seconds; a view of the host's may set others."""
 
 _FIT, _EPOCH, _BATCH = range(3)
 
 
 class OpenTelemetryCB(Callback):
-    """Makes a span for the fit, for each epoch in it, and for every n-th training batch in that;
-    and counts, times and reports the numbers of the epochs as metrics.
+    """Makes a span for the fit, for each epoch in it, and for every n-th training batch; and
+    counts, times and reports the numbers of the epochs as metrics.
 
     It observes: everything happens on the host's event loop, in batches, with the times that the
     events carry. The fit's span is a child of the span that is current where `fit` is called. It
@@ -51,9 +48,10 @@ class OpenTelemetryCB(Callback):
 
     What failed has the status ERROR, with the error as its description and its class as
     `error.type`. Being cancelled is no error: it is an event `eventrain.cancelled`, with who and
-    why, and leaves the status unset, as completing does. A span whose end was not heard of, as
-    the event was dropped, ends with the one around it, the fit's own when the next fit begins or
-    by `close()`; its `eventrain.status` is "unknown".
+    why, and leaves the status unset, as completing does. A fit that was stopped before it began
+    has a span of no length. A span whose end was not heard of, as the event was dropped, ends
+    with the one around it, the fit's own when the next fit begins or by `close()`; its
+    `eventrain.status` is "unknown".
 
     | instrument | unit | by `eventrain.` |
     |---|---|---|
@@ -62,8 +60,9 @@ class OpenTelemetryCB(Callback):
     | eventrain.samples | {sample} | phase |
     | eventrain.epoch.duration | s | phase, status |
     | eventrain.batch.duration, of the batches that have a span | s | phase, status |
-    | eventrain.metric.NAME, of the last epoch | | phase |
-    | eventrain.nonfinite, numbers that were left out of those | {value} | phase |
+    | eventrain.metric, those of the last epoch | | metric.name, phase |
+    | eventrain.metrics.left_out of it: there are 50 other names already | {value} | phase |
+    | eventrain.nonfinite, numbers left out as they are not finite | {value} | phase |
 
     Numbers are scalars, as doubles. One that is not finite, over which exporters lose whole
     batches of spans, is left out, and stands as text in `eventrain.nonfinite.NAME` of its span.
@@ -73,13 +72,14 @@ class OpenTelemetryCB(Callback):
     one fit at a time, from its beginning: give each of two learners its own.
 
     Args:
-        every: a span for every n-th training batch; 0 for none.
+        every: a span for every n-th training batch of the fit; 0 for none.
         tracer_provider: where spans go, by default the global one.
         meter_provider: where metrics go, by default the global one.
+        every_seconds: and not before this many seconds after the last batch that has a span.
 
     Raises:
         ImportError: opentelemetry-api is not installed.
-        ValueError: `every` is negative or no number.
+        ValueError: `every` or `every_seconds` is negative or no number.
 
     Example:
         >>> import torch
@@ -121,9 +121,10 @@ class OpenTelemetryCB(Callback):
         every: int = 100,
         tracer_provider: TracerProvider | None = None,
         meter_provider: MeterProvider | None = None,
+        *,
+        every_seconds: float = 0,
     ) -> None:
-        if isinstance(every, bool) or not isinstance(every, int) or every < 0:
-            raise ValueError(f"every={every!r}: give a number of batches, 0 for no batch spans")
+        check_sampling(every, every_seconds)
         try:
             from opentelemetry import metrics, trace
         except ImportError as exc:
@@ -131,67 +132,116 @@ class OpenTelemetryCB(Callback):
                 "OpenTelemetryCB needs opentelemetry-api: pip install 'eventrain[otel]'"
             ) from exc
         self.every = every
+        self.every_seconds = every_seconds
         if not every:
             self.observes = tuple(t for t in self.observes if t is not BeforeBatch)
         self._spans = _Spans(trace.get_tracer("eventrain", tracer_provider=tracer_provider))
-        self._meters = _Meters(metrics.get_meter("eventrain", meter_provider=meter_provider))
-        self._run_id = ""
+        self._meters = Meters(metrics.get_meter("eventrain", meter_provider=meter_provider))
+        self._fit: _Fit | None = None
 
     def wants(self, event: Event) -> bool:
-        """All but most of the batches, which are only counted."""
+        """What is of the fit that is watched, but most of the batches, which are only counted."""
         if isinstance(event, CleanupBatch):
             self._meters.done[event.training, event.end.status] += 1
-        elif not isinstance(event, BeforeBatch):
-            return True
-        return bool(self.every) and event.training and (event.iter + 1) % self.every == 0
+        # An end alone is that of a fit which was stopped before it began, if it had no epoch.
+        alone = isinstance(event, CleanupFit) and not event.learner.history
+        if isinstance(event, BeforeFit) or (alone and self._fit_of(event) is None):
+            sampler = Sampler(self.every, self.every_seconds)
+            losses = deque[_Loss](maxlen=self.buffer + 1)  # the one more is being observed
+            self._fit = _Fit(event.learner, event.run_id, sampler, losses)
+        fit = self._fit_of(event)
+        return fit is not None and fit.wants(event)
 
     def observe(self, event: Event) -> None:
         """Begin or end a span, and record what is known by then."""
         try:
-            if isinstance(event, BeforeFit):
-                self.close()  # those of a fit whose end we did not hear of
-                self._run_id = event.run_id
-            if event.run_id == self._run_id:
-                self._record(event)
+            fit = self._fit_of(event)
+            if fit is not None:
+                self._record(event, fit)
         except BaseException:
             self.close()
             raise
 
     def close(self) -> None:
-        """End the spans that are still open.
+        """End the spans that are still open, and do not watch the rest of the fit.
 
-        The end of the fit does; so does an observer that failed, and the next fit. Again is
-        harmless.
+        The end of the fit does; so does an observer that failed. Again is harmless.
         """
-        while self._spans.open:
-            with suppress(Exception):  # of each, what a processor of the host's may raise
-                self._spans.leave(_FIT)
+        self._fit = None
+        self._spans.close()
 
-    def _record(self, event: Event) -> None:
+    def _fit_of(self, event: Event) -> _Fit | None:
+        """The one that is watched, if the event is of that."""
+        fit = self._fit
+        its = fit is not None and fit.learner is event.learner and fit.run_id == event.run_id
+        return fit if its else None
+
+    def _record(self, event: Any, fit: _Fit) -> None:
         spans, meters = self._spans, self._meters
+        if not fit.begun:  # also where its BeforeFit was not emitted, or dropped
+            fit.begun = True
+            spans.close()  # those of a fit whose end we did not hear of
+            meters.n_samples = 0
+            spans.begin(_FIT, "fit", event, {"eventrain.n_epochs": event.n_epochs})
         match event:
-            case BeforeFit():
-                spans.begin(_FIT, "fit", event, {"eventrain.n_epochs": event.n_epochs})
             case BeforeEpoch():
                 known = {} if event.n_iter is None else {"eventrain.n_iter": event.n_iter}
-                spans.begin(_EPOCH, f"{_phase(event)} epoch", event, {**_place(event), **known})
+                spans.begin(_EPOCH, f"{phase(event)} epoch", event, {**_place(event), **known})
             case BeforeBatch():
                 place = {**_place(event), "eventrain.iter": event.iter}
-                spans.begin(_BATCH, f"{_phase(event)} batch", event, place)
+                spans.begin(_BATCH, f"{phase(event)} batch", event, place)
             case CleanupBatch():
-                # The event loop waits for the device here, for the batches that were asked for.
-                loss = None if event.loss is None else event.loss.float().mean().item()
-                found = _numbers("eventrain.", {"lr": event.lr, "loss": loss})
+                found = numbers_of("eventrain.", {"lr": event.lr, "loss": fit.loss_of(event)})
                 found["eventrain.n_samples"] = event.n_samples
                 meters.end_batch(event, spans.end(_BATCH, event, event.end, found))
             case CleanupEpoch():
-                found = _numbers("eventrain.metric.", event.metrics)
+                found = numbers_of("eventrain.metric.", event.metrics)
                 meters.set_gauges(event, found)
                 found["eventrain.n_samples"] = event.n_samples
                 meters.end_epoch(event, spans.end(_EPOCH, event, event.end, found))
             case CleanupFit():
                 spans.end(_FIT, event, event.end, {})
                 meters.end_fit(event)
+                self.close()
+
+
+_Loss = tuple[tuple[int, int], HostNumber]
+"""That of a batch, by epoch and iter, on its way to the host."""
+
+
+@dataclass(slots=True)
+class _Fit:
+    """The fit that is watched. Its batches are chosen in the training thread, which also starts
+    their losses on their way: the event loop only waits for them."""
+
+    learner: Any
+    run_id: str
+    sampler: Sampler
+    losses: deque[_Loss]
+    begun: bool = False
+    has_span: bool = False  # this batch
+
+    def wants(self, event: Event) -> bool:
+        if isinstance(event, BeforeBatch):
+            self.has_span = event.training and self.sampler.takes_next()
+            return self.has_span
+        if not isinstance(event, CleanupBatch):
+            return True
+        chosen, self.has_span = self.has_span, False
+        if chosen:
+            with suppress(RuntimeError):  # of a device that failed, say
+                if (loss := loss_on_its_way(event)) is not None:
+                    self.losses.append(((event.epoch, event.iter), loss))
+        return chosen
+
+    def loss_of(self, event: CleanupBatch) -> float | None:
+        place = event.epoch, event.iter
+        while self.losses and self.losses[0][0] <= place:  # of those before, the event was dropped
+            at, loss = self.losses.popleft()
+            if at == place:
+                with suppress(RuntimeError):
+                    return loss.get(wait=True)
+        return None
 
 
 class _Spans:
@@ -224,18 +274,23 @@ class _Spans:
         span, began = self.open.pop(depth)
         now = max(began, event.time)  # the clock may have been set back
         said = {"eventrain.who": end.who, "eventrain.reason": end.reason}
-        ending = {key: _text(text) for key, text in said.items() if text is not None}
+        ending = {key: text_of(text) for key, text in said.items() if text is not None}
         span.set_attributes({**attributes, **ending, "eventrain.status": end.status})
         if end.status == "cancelled":
             span.add_event("eventrain.cancelled", ending, _nanoseconds(now))
         elif end.status == "failed":
             from opentelemetry.trace import Status, StatusCode
 
-            error = _text(end.reason or "")
+            error = text_of(end.reason or "")
             span.set_attribute("error.type", error.partition(":")[0] or "_OTHER")
             span.set_status(Status(StatusCode.ERROR, error))
         span.end(_nanoseconds(now))
         return now - began
+
+    def close(self) -> None:
+        while self.open:
+            with suppress(Exception):  # of each, what a processor of the host's may raise
+                self.leave(_FIT)
 
     def leave(self, depth: int) -> None:
         """End the spans from `depth` inwards: we did not hear how they ended."""
@@ -254,113 +309,9 @@ class _Spans:
         return set_span_in_context(self.open[max(self.open)][0])
 
 
-class _Meters:
-    """The instruments, and what they were told so far."""
-
-    def __init__(self, meter: Meter) -> None:
-        self._meter = meter
-        self._fits = meter.create_counter("eventrain.fits", "{fit}", "Fits that ended")
-        self._batches = meter.create_counter("eventrain.batches", "{batch}", "Batches that ended")
-        self._samples = meter.create_counter("eventrain.samples", "{sample}", "Samples read")
-        self._nonfinite = meter.create_counter(
-            "eventrain.nonfinite", "{value}", "Numbers of epochs that were NaN or infinite"
-        )
-        self._epochs = meter.create_histogram(
-            "eventrain.epoch.duration",
-            "s",
-            "Duration of epochs",
-            explicit_bucket_boundaries_advisory=EPOCH_BUCKETS,
-        )
-        self._sampled = meter.create_histogram(
-            "eventrain.batch.duration",
-            "s",
-            "Duration of the batches that have a span",
-            explicit_bucket_boundaries_advisory=BATCH_BUCKETS,
-        )
-        self._gauges: dict[str, Any] = {}
-        statuses = ("completed", "cancelled", "failed")
-        # Batches that ended, over all fits: counted in the training thread, told here.
-        self.done = {(training, status): 0 for training in (True, False) for status in statuses}
-        self._told = dict(self.done)
-        self._n_samples = 0  # of this epoch
-
-    def end_batch(self, event: CleanupBatch, seconds: float | None) -> None:
-        self._count(event)
-        if seconds is not None:
-            self._sampled.record(seconds, _kind(event.training, event.end.status))
-
-    def end_epoch(self, event: CleanupEpoch, seconds: float | None) -> None:
-        self._count(event)
-        self._n_samples = 0
-        if seconds is not None:
-            self._epochs.record(seconds, _kind(event.training, event.end.status))
-
-    def set_gauges(self, event: CleanupEpoch, numbers: dict[str, Any]) -> None:
-        phase = {"eventrain.phase": _phase(event)}
-        for name, number in numbers.items():
-            if isinstance(number, str):
-                self._nonfinite.add(1, phase)
-                continue
-            # The SDK refuses other characters, and longer names, and lowers the case.
-            name = re.sub(r"[^a-z0-9_./-]", "_", name.lower())[:255]
-            if name not in self._gauges:
-                self._gauges[name] = self._meter.create_gauge(name, "", "That of the last epoch")
-            self._gauges[name].set(number, phase)
-
-    def end_fit(self, event: CleanupFit) -> None:
-        self._count_batches()
-        self._fits.add(1, {"eventrain.status": event.end.status})
-
-    def _count(self, event: CleanupBatch | CleanupEpoch) -> None:
-        self._count_batches()
-        new, self._n_samples = event.n_samples - self._n_samples, event.n_samples
-        if new > 0:
-            self._samples.add(new, {"eventrain.phase": _phase(event)})
-
-    def _count_batches(self) -> None:
-        for (training, status), n in self.done.items():
-            new = n - self._told[training, status]
-            if new:
-                self._told[training, status] = n
-                self._batches.add(new, _kind(training, status))
-
-
-def _phase(event: BeforeEpoch | BeforeBatch | CleanupBatch | CleanupEpoch) -> str:
-    return "train" if event.training else "valid"
-
-
 def _place(event: BeforeEpoch | BeforeBatch) -> dict[str, Any]:
-    return {"eventrain.epoch": event.epoch, "eventrain.phase": _phase(event)}
-
-
-def _kind(training: bool, status: str) -> dict[str, str]:
-    return {"eventrain.phase": "train" if training else "valid", "eventrain.status": status}
+    return {"eventrain.epoch": event.epoch, "eventrain.phase": phase(event)}
 
 
 def _nanoseconds(seconds: float) -> int:
     return int(seconds * 1e9)
-
-
-def _text(value: object) -> str:
-    """`value` as text that can be encoded: over half a surrogate pair exporters lose a batch."""
-    return str(value).encode("utf-8", "backslashreplace").decode()
-
-
-def _numbers(prefix: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """The scalars of `values` as attributes; those that are not finite as text, apart."""
-    numbers: dict[str, Any] = {}
-    for name, value in values.items():
-        if getattr(value, "ndim", None) == 0 and callable(tolist := getattr(value, "tolist", None)):
-            value = tolist()  # a tensor, for which the event loop waits, or a number of numpy's
-        is_number = isinstance(value, Real) and not isinstance(value, bool)
-        if not is_number:
-            continue
-        try:
-            number = float(value)
-        except OverflowError:  # an int beyond all floats
-            number = math.inf if value > 0 else -math.inf
-        if math.isfinite(number):
-            numbers[prefix + _text(name)] = number
-        else:
-            numbers["eventrain.nonfinite." + _text(name)] = str(number)
-    return numbers

@@ -304,6 +304,47 @@ async def test_validating_leaves_the_curve_as_it_is(learner: TrainLearner) -> No
     assert drawn(cb) == shown == {"train": cb.train, "valid": cb.valid}
 
 
+async def test_a_run_id_that_is_used_again_does_not_mix_two_fits(learner: TrainLearner) -> None:
+    cb = LossCurveCB()
+    learner.add_cbs(cb)
+    await learner.fit(1, run_id="again")
+    figure, shown = cb.figure, drawn(cb)
+    await learner.fit(1, train=False, run_id="again")
+    assert drawn(cb) == shown == {"train": cb.train, "valid": cb.valid}
+    await learner.fit(2, run_id="again")
+    assert cb.figure is not figure
+    assert (len(cb.train), len(cb.valid)) == (6, 2)
+
+
+async def test_a_fit_it_came_late_to_is_not_taken_for_another_of_its_run_id(
+    learner: TrainLearner, make_batches: MakeBatches
+) -> None:
+    cb = LossCurveCB()
+    await learner.fit(1, cbs=cb, run_id="again")
+    shown = drawn(cb)
+    late = TrainLearner(nn.Linear(3, 1), DataLoaders(make_batches(5)))
+    late.subscribe(BeforeBatch, lambda event: late.add_cbs(cb), once=True)
+    await late.fit(1, valid=False, run_id="again")
+    assert drawn(cb) == shown == {"train": cb.train, "valid": cb.valid}
+
+
+async def test_a_validation_of_another_learner_meanwhile_leaves_it_watching(
+    learner: TrainLearner, make_batches: MakeBatches
+) -> None:
+    cb = LossCurveCB()
+    losses = losses_of(learner)
+    other = TrainLearner(nn.Linear(3, 1), DataLoaders(None, make_batches(5)), cbs=cb)
+
+    @learner.on(BeforeBatch, once=True)
+    async def meanwhile(event: BeforeBatch) -> None:
+        await other.fit(1, train=False, run_id="same")
+
+    with anyio.fail_after(30):
+        await learner.fit(1, valid=False, cbs=cb, run_id="same")
+    assert drawn(cb) == {"train": list(enumerate(losses, start=1))}
+    assert len(losses) == 3
+
+
 async def test_of_two_fits_at_once_it_shows_the_later(
     learner: TrainLearner, make_batches: MakeBatches
 ) -> None:

@@ -7,6 +7,7 @@ import itertools
 import math
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,12 +16,14 @@ import numpy as np
 import pytest
 import structlog
 import torch
-from eventrain.callbacks import MetricsCB, OpenTelemetryCB
+from eventrain.callbacks import MetricsCB, OpenTelemetryCB, otel, sampling
+from eventrain.callbacks.host_number import HostNumber
 from eventrain.engine import DataLoaders, TrainLearner
 from eventrain.events import (
     AfterBatch,
     AfterEpoch,
     AfterFit,
+    BatchEvent,
     BeforeBatch,
     BeforeEpoch,
     BeforeFit,
@@ -56,8 +59,16 @@ class Telemetry:
         self.reader = InMemoryMetricReader()
         self.meters = MeterProvider([self.reader], shutdown_on_exit=False)
 
-    def callback(self, every: int = 100, cls: type[OpenTelemetryCB] = OpenTelemetryCB) -> Any:
-        return cls(every, tracer_provider=self.tracers, meter_provider=self.meters)
+    def callback(
+        self, every: int = 100, cls: type[OpenTelemetryCB] = OpenTelemetryCB, **kwargs: Any
+    ) -> Any:
+        return cls(every, tracer_provider=self.tracers, meter_provider=self.meters, **kwargs)
+
+    @property
+    def batches(self) -> list[tuple[int, int]]:
+        """Those that have a span: (epoch, iter)."""
+        batches = [span.attributes for span in self.spans if "batch" in span.name]
+        return [(found[f"{E}epoch"], found[f"{E}iter"]) for found in batches]
 
     @property
     def spans(self) -> list[ReadableSpan]:
@@ -123,6 +134,14 @@ def learner(train: int = 3, valid: int = 2, *cbs: Any, **kwargs: Any) -> TrainLe
     )
 
 
+class StoppedLearner(TrainLearner):
+    """Is stopped before its fit has begun."""
+
+    def one_fit(self) -> None:
+        self.stop(reason="not today")
+        super().one_fit()
+
+
 def nanoseconds(event: Event) -> int:
     return int(event.time * 1e9)
 
@@ -133,7 +152,7 @@ def nanoseconds(event: Event) -> int:
 def test_every_scope_is_a_span_in_its_parent_with_the_times_of_its_events(
     backend: dict[str, Any], host: Telemetry
 ) -> None:
-    learn = learner(3, 2, MetricsCB(), host.callback(every=2))
+    learn = learner(3, 2, MetricsCB(), host.callback(every=3))
     with record_events(learn) as events:
         result = learn.run(2, **backend)
     epoch = [["train epoch", ["train batch"]], ["valid epoch"]]
@@ -149,11 +168,11 @@ def test_every_scope_is_a_span_in_its_parent_with_the_times_of_its_events(
                 where = {"phase": "train" if event.training else "valid", "epoch": event.epoch}
                 size = {"n_iter": 3 if event.training else 2}
                 opened[CleanupEpoch] = [nanoseconds(event), {**where, **size}]
-            case BeforeBatch(training=True, iter=1):
-                opened[CleanupBatch] = [nanoseconds(event), {**where, "iter": 1}]
-            case CleanupBatch(training=True, iter=1):
+            case BeforeBatch(training=True, iter=2):
+                opened[CleanupBatch] = [nanoseconds(event), {**where, "iter": 2}]
+            case CleanupBatch(training=True, iter=2):
                 assert event.loss is not None
-                found = {"n_samples": 8, "lr": 0.1, "loss": event.loss.item()}
+                found = {"n_samples": 12, "lr": 0.1, "loss": event.loss.item()}
                 expected.append(("train batch", event, found))
             case CleanupEpoch():
                 n_samples = 12 if event.training else 8
@@ -194,6 +213,128 @@ def test_every_is_every_how_many_training_batches(
     assert host.numbers("eventrain.batch.duration") == (
         {("train", "completed"): len(iters)} if iters else {}
     )
+
+
+@pytest.mark.parametrize(
+    ("every", "expected"),
+    [(2, [(0, 1), (1, 0), (1, 2)]), (3, [(0, 2), (1, 2)]), (4, [(1, 0)]), (6, [(1, 2)]), (7, [])],
+)
+def test_every_counts_over_all_epochs_of_a_fit(
+    every: int, expected: list[tuple[int, int]], host: Telemetry
+) -> None:
+    learn = learner(3, 2, host.callback(every))
+    learn.run(2)
+    assert host.batches == expected
+    learn.run(2)
+    assert host.batches == expected * 2
+
+
+def test_every_seconds_leaves_out_those_that_come_too_soon(host: Telemetry) -> None:
+    learn = learner(5, 1, host.callback(2, every_seconds=3600))
+    for n_fits in (1, 2):
+        learn.run(2)
+        assert host.batches == [(0, 1)] * n_fits
+    assert all(span.attributes[f"{E}status"] == "completed" for span in host.spans)
+    assert host.numbers("eventrain.batch.duration") == {("train", "completed"): 2}
+
+
+def test_a_batch_that_was_stopped_before_it_began_takes_nothing_of_the_one_before_it(
+    host: Telemetry,
+) -> None:
+    """Of the second there is only its CleanupBatch."""
+
+    class Stopping(TrainLearner):
+        def one_batch(self) -> None:
+            if (self.epoch, self.iter) == (0, 1):
+                self.stop("epoch", "seen enough")
+            super().one_batch()
+
+    handed_over = []
+
+    class Told(OpenTelemetryCB):
+        def observe(self, event: Event) -> None:
+            super().observe(event)
+            if isinstance(event, CleanupBatch):
+                handed_over.append((event.epoch, event.iter))
+
+    learn = Stopping(line_model(), learner(4, 1).dls, cbs=host.callback(1, Told))
+    learn.run(2, valid=False)
+    assert handed_over == host.batches == [(0, 0), (1, 0), (1, 1), (1, 2), (1, 3)]
+    assert host.numbers("eventrain.batches") == {
+        ("train", "completed"): 5,
+        ("train", "cancelled"): 1,
+    }
+
+
+def test_the_losses_start_on_their_way_in_the_training_thread(
+    host: Telemetry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that the event loop only waits for them, and gives the device nothing to do."""
+    threads = set()
+
+    def starts(event: BatchEvent) -> HostNumber | None:
+        threads.add(threading.get_ident())
+        return sampling.loss_on_its_way(event)
+
+    monkeypatch.setattr(otel, "loss_on_its_way", starts)
+    learn, in_training = learner(4, 1), set()
+    learn.subscribe(AfterBatch, lambda event: in_training.add(threading.get_ident()))
+    events: list[CleanupBatch] = []
+    learn.on(CleanupBatch)(events.append)
+    learn.run(1, valid=False, cbs=(callback := host.callback(every=2)))
+    assert threads == in_training != {threading.get_ident()}
+    losses = [span.attributes[f"{E}loss"] for span in host.spans if "batch" in span.name]
+    assert losses == [event.loss.item() for event in events][1::2]
+    assert callback._fit is None
+
+
+def test_a_host_that_hears_too_late_has_the_losses_of_the_batches_it_hears_of(
+    host: Telemetry,
+) -> None:
+    """And what waits for it is bounded, as the buffer is."""
+    learn, free, waiting = learner(50, 1), threading.Event(), []
+
+    class Busy(OpenTelemetryCB):
+        buffer = 10
+
+        def observe(self, event: Event) -> None:
+            if isinstance(event, BeforeFit):
+                assert free.wait(60)
+            super().observe(event)
+
+    callback = host.callback(1, Busy)
+
+    @learn.on(AfterEpoch)
+    def go_on(event: AfterEpoch) -> None:
+        waiting.append(len(callback._fit.losses))
+        free.set()
+
+    events: list[CleanupBatch] = []
+    learn.on(CleanupBatch)(events.append)
+    with capture_logs():
+        result = learn.run(1, valid=False, cbs=callback)
+    assert result.dropped
+    assert waiting[0] <= 11
+    losses = {event.iter: event.loss.item() for event in events}
+    sampled = [span for span in host.spans if span.attributes.get(f"{E}loss") is not None]
+    assert len(sampled) >= 3
+    for span in sampled:
+        assert span.attributes[f"{E}loss"] == losses[span.attributes[f"{E}iter"]]
+
+
+def test_a_loss_without_a_number_ends_nothing(host: Telemetry) -> None:
+    learn = learner(2, 1)
+    learn.model = line_model().to("meta")
+    learn.subscribe(BeforeBatch, lambda event: to_meta(learn))
+    result = learn.run(1, valid=False, cbs=host.callback(every=1))
+    assert result.status == "completed"
+    assert host.batches == [(0, 0), (0, 1)]
+    assert [span.attributes[f"{E}status"] for span in host.spans] == ["completed"] * 4
+    assert not any(f"{E}loss" in span.attributes for span in host.spans)
+
+
+def to_meta(learn: TrainLearner) -> None:
+    learn.batch = tuple(tensor.to("meta") for tensor in learn.batch)
 
 
 def test_without_batch_spans_no_batch_is_observed(host: Telemetry) -> None:
@@ -386,6 +527,26 @@ def test_what_failed_after_its_epochs_leaves_those_completed(host: Telemetry) ->
     assert host.numbers("eventrain.fits") == {("failed",): 1}
 
 
+def test_a_fit_that_was_stopped_before_it_began_has_a_span_of_no_length(
+    backend: dict[str, Any], host: Telemetry
+) -> None:
+    learn = StoppedLearner(line_model(), learner().dls, cbs=host.callback())
+    with record_events(learn) as events:
+        learn.run(3, **backend)
+    (end,) = events
+    (fit,) = host.spans
+    assert (fit.name, fit.start_time, fit.end_time) == ("fit", nanoseconds(end), nanoseconds(end))
+    assert {key.removeprefix(E): value for key, value in fit.attributes.items()} == {
+        "run_id": learn.run_id,
+        "n_epochs": 3,
+        "status": "cancelled",
+        "who": "Learner.stop",
+        "reason": "not today",
+    }
+    assert [event.name for event in fit.events] == ["eventrain.cancelled"]
+    assert host.numbers("eventrain.fits") == {("cancelled",): 1}
+
+
 async def test_the_spans_end_when_the_host_cancels_the_fit(host: Telemetry) -> None:
     learn = learner()
     with anyio.fail_after(60), anyio.CancelScope() as scope:
@@ -471,9 +632,69 @@ def test_a_fit_it_came_late_to_has_no_spans(host: Telemetry) -> None:
 
     learn.run(1)
     assert host.spans == []
+    assert "eventrain.fits" not in host.points()
     learn.run(1)
     batches = [["train batch"], ["train batch"]]
     assert host.tree == [["fit", ["train epoch", *batches], ["valid epoch"]]]
+    assert host.numbers("eventrain.fits") == {("completed",): 1}
+
+
+@pytest.mark.parametrize("when", [AfterEpoch, AfterFit])
+def test_a_run_id_that_is_used_again_does_not_mix_two_fits(
+    when: type[Event], host: Telemetry
+) -> None:
+    """It has heard of the first from its beginning, and comes late to the second."""
+    callback = host.callback(every=1)
+    learner(1, 1).run(1, cbs=callback, run_id="again")
+    first = host.tree
+    assert first == [["fit", ["train epoch", ["train batch"]], ["valid epoch"]]]
+    late = learner(2, 1)
+    late.subscribe(when, lambda event: late.add_cbs(callback), once=True)
+    late.run(1, run_id="again")
+    assert host.tree == first
+    assert host.numbers("eventrain.fits") == {("completed",): 1}
+
+
+async def test_of_two_fits_at_once_with_one_run_id_it_watches_the_later(host: Telemetry) -> None:
+    seen = anyio.Event()
+
+    class Told(OpenTelemetryCB):
+        def observe(self, event: Event) -> None:
+            super().observe(event)
+            if isinstance(event, CleanupBatch):
+                seen.set()
+
+    callback = host.callback(3, Told)
+    first, second = learner(4, 1, callback), learner(2, 1, callback)
+
+    @first.on(BeforeBatch, where=lambda event: event.iter == 3)
+    async def meanwhile(event: BeforeBatch) -> None:
+        await seen.wait()
+        await second.fit(1, run_id="same")
+
+    with anyio.fail_after(60):
+        await first.fit(1, run_id="same")
+    whole = ["fit", ["train epoch"], ["valid epoch"]]
+    assert host.tree == [["fit", ["train epoch", ["train batch"]]], whole]
+    assert [span.attributes[f"{E}status"] for span in host.spans if span.name == "fit"] == [
+        "unknown",
+        "completed",
+    ]
+    assert host.numbers("eventrain.fits") == {("completed",): 1}
+    # Twelve of the first, up to its third batch; all of the later.
+    assert host.numbers("eventrain.samples") == {("train",): 12 + 8, ("valid",): 4}
+
+
+def test_a_fit_whose_beginning_was_lost_begins_with_the_first_that_is_heard(
+    host: Telemetry,
+) -> None:
+    learn = learner(1, 1)
+    with record_events(learn) as events:
+        learn.run(1, cbs=host.callback(1, deaf_to(BeforeFit)))
+    assert host.tree == [["fit", ["train epoch", ["train batch"]], ["valid epoch"]]]
+    first = next(event for event in events if isinstance(event, BeforeEpoch))
+    assert host.spans[0].start_time == nanoseconds(first)
+    assert host.numbers("eventrain.fits") == {("completed",): 1}
 
 
 def test_a_processor_of_the_hosts_that_fails_ends_the_spans_and_not_the_fit(
@@ -546,7 +767,7 @@ def test_the_counts_are_those_of_the_results(backend: dict[str, Any], host: Tele
         ("valid", "completed"): 3,
         ("train", "cancelled"): 1,
     }
-    assert host.numbers("eventrain.batch.duration") == {("train", "completed"): 3}
+    assert host.numbers("eventrain.batch.duration") == {("train", "completed"): 3 + 1}
 
 
 class CancelBatchAtIter:
@@ -609,12 +830,12 @@ def test_units_and_names_are_those_of_the_conventions(host: Telemetry) -> None:
         "eventrain.samples": "{sample}",
         "eventrain.epoch.duration": "s",
         "eventrain.batch.duration": "s",
-        "eventrain.metric.loss": "",
+        "eventrain.metric": "",
         "eventrain.nonfinite": "{value}",
     }
     for metric in scope.metrics:
         for point in metric.data.data_points:
-            assert set(point.attributes) <= {f"{E}phase", f"{E}status"}
+            assert set(point.attributes) <= {f"{E}phase", f"{E}status", f"{E}metric.name"}
 
 
 def test_gauges_hold_the_numbers_of_the_last_epoch(host: Telemetry) -> None:
@@ -626,11 +847,37 @@ def test_gauges_hold_the_numbers_of_the_last_epoch(host: Telemetry) -> None:
 
     result = learn.run(3, cbs=host.callback())
     *_, train, valid = result.history
-    assert host.numbers("eventrain.metric.loss") == {
-        ("train",): train["loss"],
-        ("valid",): valid["loss"],
+    assert host.numbers("eventrain.metric") == {
+        ("loss", "train"): train["loss"],
+        ("loss", "valid"): valid["loss"],
+        ("Top-5 accuracy %", "train"): 2.0,
+        ("Top-5 accuracy %", "valid"): 2.0,
     }
-    assert host.numbers("eventrain.metric.top-5_accuracy__") == {("train",): 2.0, ("valid",): 2.0}
+    assert "eventrain.metrics.left_out" not in host.points()
+
+
+def test_of_too_many_names_the_first_are_shown_and_the_rest_counted(host: Telemetry) -> None:
+    learn = learner(1, 1)
+
+    @learn.on(AfterEpoch)
+    def record(event: AfterEpoch) -> None:
+        first = 0 if event.training else 20
+        learn.record.update({f"class {i}": i for i in range(first, first + 40)})
+
+    learn.run(2, cbs=host.callback())
+    shown = host.numbers("eventrain.metric")
+    assert shown == {
+        **{(f"class {i}", "train"): i for i in range(40)},
+        **{(f"class {i}", "valid"): i for i in range(20, 50)},
+    }
+    data = host.reader.get_metrics_data()
+    (scope,) = data.resource_metrics[0].scope_metrics
+    assert host.numbers("eventrain.metrics.left_out") == {("valid",): 20}
+    assert {metric.name: metric.unit for metric in scope.metrics}["eventrain.metrics.left_out"] == (
+        "{value}"
+    )
+    epoch = next(span for span in host.spans if span.name == "valid epoch")
+    assert epoch.attributes[f"{E}metric.class 59"] == 59
 
 
 # --------------------------------------------------------------------------- whatever the values
@@ -666,9 +913,9 @@ def test_only_finite_scalars_are_numbers(host: Telemetry) -> None:
     }
     assert all(type(epoch.attributes[f"{E}metric.{name}"]) is float for name in numbers)
     assert epoch.attributes[f"{E}n_samples"] == 4
-    points = host.points()
-    gauges = {name: p[("train",)].value for name, p in points.items() if "metric." in name}
-    assert gauges == {f"{E}metric.{name}": number for name, number in numbers.items()}
+    assert host.numbers("eventrain.metric") == {
+        (name, "train"): number for name, number in numbers.items()
+    }
     assert host.numbers("eventrain.nonfinite") == {("train",): 3}
 
 
@@ -699,8 +946,9 @@ def test_any_text_can_be_exported(text: str, host: Telemetry) -> None:
         assert span.attributes[f"{E}status"] == "cancelled"
         for key, value in span.attributes.items():
             assert f"{key}={value}".encode()
-    (point,) = next(p for name, p in host.points().items() if "metric." in name).values()
-    assert point.value == 0.5
+    ((name, phase),) = host.numbers("eventrain.metric")
+    assert name == text.encode(errors="backslashreplace").decode()
+    assert phase == "train"
 
 
 # -------------------------------------------------------------------------------------- the rest
@@ -788,6 +1036,12 @@ def test_importing_it_does_not_import_opentelemetry() -> None:
 def test_a_number_that_is_no_count_is_refused(every: Any) -> None:
     with pytest.raises(ValueError, match=f"every={every!r}: give a number of batches"):
         OpenTelemetryCB(every)
+
+
+@pytest.mark.parametrize("every_seconds", [-1, True, math.inf, "1", None])
+def test_a_number_that_is_no_seconds_is_refused(every_seconds: Any) -> None:
+    with pytest.raises(ValueError, match=f"every_seconds={every_seconds!r}: give seconds"):
+        OpenTelemetryCB(every_seconds=every_seconds)
 
 
 def test_nothing_is_logged_for_a_fit_that_is_watched(host: Telemetry) -> None:
