@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import anyio
+import anyio.lowlevel
 import numpy as np
 import pytest
 import structlog
@@ -473,7 +474,7 @@ def test_what_is_large_is_told_by_its_size() -> None:
         "matrix": torch.zeros(1000, 1000),
         "nested": [[0.0] * 1000] * 1000,
         "long": [0.0] * 1001,
-        "names": {n: 0.0 for n in range(1001)},
+        "names": dict.fromkeys(range(1001), 0.0),
         "fine": [0.0] * 1000,
         "small": torch.zeros(10, 10),
     }
@@ -531,7 +532,7 @@ async def test_one_instance_may_watch_several_fits_at_once(anyio_backend_name: s
 async def test_write_may_be_async() -> None:
     class SlowCB(RecordCB):
         async def write(self, record: Record) -> None:
-            await anyio.sleep(0)
+            await anyio.lowlevel.checkpoint()
             seen.append(record["event"])
 
     seen: list[str] = []

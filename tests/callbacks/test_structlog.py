@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import anyio
+import anyio.lowlevel
 import pytest
 import structlog
 import torch
@@ -307,7 +308,7 @@ def test_a_file_without_a_format_is_refused() -> None:
 async def test_a_logger_with_async_methods_is_awaited() -> None:
     class Slow:
         async def info(self, event: str, **record: Any) -> None:
-            await anyio.sleep(0)
+            await anyio.lowlevel.checkpoint()
             seen.append(event)
 
         warning = error = info
