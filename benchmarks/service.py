@@ -3,7 +3,8 @@
 Serves `examples.service` in a process of its own, with a tick of 10 ms on its event loop, and
 asks it for the same runs one by one and then all at once, again and again. Prints as JSON whether
 every run has the weights that it has alone, what its clients got, how late the tick was, and what
-the service had each time when all had gone: threads, tasks, file descriptors, memory.
+the service had each time when all had gone: threads, tasks, file descriptors, memory. Slow clients
+never read: their streams are larger than all that is buffered on the way to them.
 """
 
 from __future__ import annotations
@@ -16,13 +17,12 @@ import socket
 import subprocess
 import sys
 import threading
-from contextlib import AsyncExitStack
+from contextlib import ExitStack
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import anyio
-import anyio.abc
 import httpx
 import structlog
 import torch
@@ -30,24 +30,32 @@ import uvicorn
 from fastapi import FastAPI
 from httpx_sse import aconnect_sse
 
+from examples.datasets import digits_in_memory
 from examples.service.app import create_app
-from examples.service.data import loader
 from examples.service.settings import Settings
 
 TICK = 0.01
 """Seconds."""
+BATCH_SIZE = 16
+SEND_BUFFER = 16_384
+"""Bytes. On loopback, the kernel would take megabytes for a client that does not read."""
 
 
 async def serve(settings: Settings) -> None:
     """The service, with a tick beside it and a way to ask for what it has."""
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger("error"))
-    app = create_app(settings, loader(Path("data")))
+    app = create_app(settings, {"digits": digits_in_memory()})
     late: list[float] = []
     add_probe(app, late)
-    config = uvicorn.Config(app, port=0, log_level="info", access_log=False)
+    config = uvicorn.Config(
+        app, log_level="warning", access_log=False, http="h11", timeout_graceful_shutdown=5
+    )
+    listener = socket.create_server(("127.0.0.1", 0))
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
+    print("http://{}:{}".format(*listener.getsockname()), flush=True)
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(tick, late)
-        await uvicorn.Server(config).serve()
+        await uvicorn.Server(config).serve([listener])
         tasks.cancel_scope.cancel()
 
 
@@ -103,7 +111,8 @@ class Load:
 
     async def start(self, seed: int) -> str:
         """Start a run."""
-        answer = await self.client.post("/runs", json={"epochs": self.epochs, "seed": seed})
+        request = {"epochs": self.epochs, "batch_size": BATCH_SIZE, "seed": seed}
+        answer = await self.client.post("/runs", json=request)
         run_id: str = answer.raise_for_status().json()["id"]
         return run_id
 
@@ -114,55 +123,69 @@ class Load:
         answer = await self.client.get(f"/runs/{run_id}/weights")
         return answer.raise_for_status().content
 
+    async def connected(self, n: int) -> int:
+        """How many clients follow runs: when no more than `n` do, or after 30 seconds."""
+        deadline = perf_counter() + 30
+        while True:
+            left: int = sum(run["clients"] for run in (await self.client.get("/runs")).json())
+            if left <= n or perf_counter() > deadline:
+                return left
+            await anyio.sleep(0.05)
+
     async def probe(self) -> dict[str, Any]:
         """What the service has, when all clients have gone."""
-        while any(run["clients"] for run in (await self.client.get("/runs")).json()):
-            await anyio.sleep(0.05)
-        answer: dict[str, Any] = (await self.client.get("/probe")).json()
-        return answer
+        left = await self.connected(0)
+        return {"clients_left": left, **(await self.client.get("/probe")).json()}
 
     async def alone(self) -> list[bytes]:
         """Each run by itself."""
         return [await self.weights(await self.start(seed)) for seed in range(self.n_runs)]
 
-    async def together(self) -> tuple[list[bytes], int]:
-        """All at once; also the number of clients that got every message to the last."""
-        whole: list[bool] = []
-        async with AsyncExitStack() as deaf, anyio.create_task_group() as tasks:
-            runs = [await self.start(seed) for seed in range(self.n_runs)]
-            for i in range(self.n_clients):
-                if i % 2:
-                    tasks.start_soon(self.listen, runs[i % self.n_runs], whole)
-                else:
-                    await deaf.enter_async_context(await self.connect(runs[i % self.n_runs]))
-            weights = [await self.weights(run_id) for run_id in runs]
-        return weights, sum(whole)
+    async def together(self) -> tuple[list[bytes], dict[str, int]]:
+        """All at once; also what was told to the clients, every other of which is slow."""
+        fast: list[int] = []
+        with ExitStack() as slow:
+            async with anyio.create_task_group() as tasks:
+                runs = [await self.start(seed) for seed in range(self.n_runs)]
+                for i in range(self.n_clients):
+                    if i % 2:
+                        tasks.start_soon(self.listen, runs[i % self.n_runs], fast)
+                    else:
+                        slow.enter_context(self.slow_client(runs[i % self.n_runs]))
+                weights = [await self.weights(run_id) for run_id in runs]
+            held_up = await self.connected((self.n_clients + 1) // 2)
+        return weights, {
+            "fast_clients_that_got_all": len(fast),
+            "slow_clients_held_up_to_the_end": held_up,
+            "bytes_of_one_stream": min(fast, default=0),
+        }
 
-    async def listen(self, run_id: str, whole: list[bool]) -> None:
-        """A client that reads as fast as it can."""
+    async def listen(self, run_id: str, whole: list[int]) -> None:
+        """A client that reads as fast as it can; notes the bytes if it got every message."""
         ids, last = [], ""
         async with aconnect_sse(self.client, "GET", f"/runs/{run_id}/events") as source:
             async for message in source.aiter_sse():
                 if message.data:
                     ids.append(int(message.id))
                     last = message.event
-        whole.append(ids == list(range(1, len(ids) + 1)) and last == "run_ended")
+        if ids == list(range(1, len(ids) + 1)) and last == "run_ended":
+            whole.append(source.response.num_bytes_downloaded)
 
-    async def connect(self, run_id: str) -> anyio.abc.SocketStream:
+    def slow_client(self, run_id: str) -> socket.socket:
         """A client that asks, and does not read."""
         url = self.client.base_url
-        stream = await anyio.connect_tcp(url.host, url.port or 80)
-        raw = stream.extra(anyio.abc.SocketAttribute.raw_socket)
-        raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
-        await stream.send(
-            f"GET /runs/{run_id}/events HTTP/1.1\r\nHost: {url.host}\r\n\r\n".encode()
-        )
-        return stream
+        connection = socket.socket()
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
+        connection.connect((url.host, url.port))
+        request = f"GET /runs/{run_id}/events HTTP/1.1\r\nHost: {url.host}\r\n\r\n"
+        connection.sendall(request.encode())
+        return connection
 
 
 async def measure(url: str, args: argparse.Namespace) -> dict[str, Any]:
     """Runs alone, and then together."""
-    transport = httpx.AsyncHTTPTransport(limits=httpx.Limits(max_connections=None), trust_env=False)
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=1)
+    transport = httpx.AsyncHTTPTransport(limits=limits, trust_env=False)
     async with httpx.AsyncClient(base_url=url, transport=transport, timeout=300) as client:
         load = Load(client, args.runs, args.clients, args.epochs)
         alone = await load.alone()
@@ -172,10 +195,9 @@ async def measure(url: str, args: argparse.Namespace) -> dict[str, Any]:
             "together": [],
         }
         for _ in range(args.rounds):
-            weights, whole = await load.together()
+            weights, told = await load.together()
             as_alone = sum(a == b for a, b in zip(weights, alone, strict=True))
-            told = {"weights_as_alone": as_alone, "fast_clients_that_got_all": whole}
-            figures["together"].append({**told, **await load.probe()})
+            figures["together"].append({"weights_as_alone": as_alone, **told, **await load.probe()})
         return figures
 
 
@@ -190,20 +212,27 @@ def main() -> None:
     args = parser.parse_args()
     if args.serve:
         torch.set_num_threads(1)  # the runs share the cores
-        settings = Settings(max_concurrent=args.runs, max_kept=args.runs, max_clients=args.clients)
+        settings = Settings(
+            max_concurrent=args.runs,
+            max_kept=args.runs,
+            max_clients=args.clients,
+            journal_size=100_000,
+            interval=0.0,  # every batch is told
+            send_timeout=3600.0,  # nobody is let go
+        )
         anyio.run(serve, settings)
         return
     command = [sys.executable, "-m", "benchmarks.service", "--serve", *sys.argv[1:]]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as service:
-        assert service.stderr is not None
-        url = next(line.split()[4] for line in service.stderr if "running on" in line)
-        reader = threading.Thread(target=service.stderr.read)  # or its pipe would fill
-        reader.start()
+    # Its standard error is ours: there it says what goes wrong.
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as service:
+        assert service.stdout is not None
+        url = service.stdout.readline().strip()
+        if not url:
+            sys.exit(f"the service ended with exit code {service.wait()}, for what is said above")
         try:
             figures = anyio.run(measure, url, args)
         finally:
             service.terminate()
-            reader.join()
     print(json.dumps(figures, indent=2))
 
 

@@ -103,9 +103,17 @@ def make_cnn() -> Callable[[], nn.Module]:
 
 
 @pytest.fixture(scope="session")
-def fashion_mnist() -> Path:
-    """The folder of real Fashion-MNIST images, in torchvision's layout."""
-    for folder in (Path(os.environ.get("EVENTRAIN_DATA", "data")), Path("../shared/data")):
-        if (folder / "FashionMNIST/raw/train-images-idx3-ubyte").exists():
-            return folder
-    pytest.skip("no Fashion-MNIST in ./data; torchvision can download it there")
+def data_folder() -> Path | None:
+    """The folder of real Fashion-MNIST images, in torchvision's layout; None if it is nowhere."""
+    for folder in (os.environ.get("EVENTRAIN_DATA", "data"), "data", "../shared/data"):
+        if Path(folder, "FashionMNIST/raw/train-images-idx3-ubyte").exists():
+            return Path(folder).resolve()
+    return None
+
+
+@pytest.fixture(scope="session")
+def fashion_mnist(data_folder: Path | None) -> Path:
+    """The folder of real Fashion-MNIST images; the test is skipped without it."""
+    if data_folder is None:
+        pytest.skip("no Fashion-MNIST in ./data; torchvision can download it there")
+    return data_folder

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import re
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,7 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.service.running import Serve, Service
+from tests.service.running import Serve, Service, address
 
 ROOT = Path(__file__).parents[2]
 
@@ -33,21 +31,17 @@ def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serve]:
                 )
             stack.callback(process.wait, 60)
             stack.callback(process.kill)
-            deadline = time.monotonic() + 60
-            while not (found := re.search(r"running on (http://\S+:\d+)", log.read_text())):
-                assert process.poll() is None, log.read_text()
-                assert time.monotonic() < deadline, log.read_text()
-                time.sleep(0.05)
+            url = address(log, process)
             # It may say so a moment before it listens.
             transport = httpx.HTTPTransport(retries=5, trust_env=False)
-            client = httpx.Client(base_url=found[1], transport=transport, timeout=60)
+            client = httpx.Client(base_url=url, transport=transport, timeout=60)
             stack.enter_context(client)
-            return Service(process, log, found[1], client)
+            return Service(process, log, url, client)
 
         yield start
 
 
 @pytest.fixture(scope="module")
-def service(serve: Serve) -> Service:
+def service(serve: Serve, data_folder: Path | None) -> Service:
     """One for all tests of a module."""
-    return serve("--max-concurrent", 20, "--data", "../shared/data")
+    return serve("--max-concurrent", 20, *(["--data", data_folder] if data_folder else []))

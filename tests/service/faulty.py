@@ -65,5 +65,5 @@ def load(name: str) -> Any:
 
 if __name__ == "__main__":
     service.Server = Server  # type: ignore[misc]
-    service.loader = lambda folder: load
+    service.load = lambda folder: {name: load(name) for name in ("digits", "fashion-mnist")}
     service.main()

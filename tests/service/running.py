@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import signal
 import socket
 import subprocess
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,6 +55,17 @@ class Service:
         connection.connect((host, int(port)))
         return connection
 
+    def deaf(self, run_id: str) -> socket.socket:
+        """A client that asks for a run's events, and does not read them."""
+        connection = self.connect()
+        request = f"GET /runs/{run_id}/events HTTP/1.1\r\nHost: localhost\r\n\r\n"
+        connection.sendall(request.encode())
+        return connection
+
+    def files(self) -> int:
+        """How many files and connections it has open."""
+        return len(os.listdir(f"/proc/{self.process.pid}/fd"))
+
     def terminate(self) -> int:
         """Send SIGTERM; return the exit code."""
         self.process.send_signal(signal.SIGTERM)
@@ -63,3 +77,23 @@ class Service:
 
 
 Serve = Callable[..., Service]
+
+
+def address(log: Path, process: subprocess.Popen[bytes]) -> str:
+    """Where a server says, in its log, that it runs."""
+    deadline = time.monotonic() + 60
+    while not (found := re.search(r"running on (http://\S+:\d+)", log.read_text())):
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.05)
+    return found[1]
+
+
+def rest(connection: socket.socket) -> bytes:
+    """What comes until the other side closes the connection, or resets it."""
+    connection.settimeout(60)
+    got = bytearray()
+    with suppress(ConnectionResetError):
+        while part := connection.recv(65_536):
+            got += part
+    return bytes(got)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import json
+from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,6 +12,7 @@ import pytest
 import torch
 from eventrain.callbacks import MetricsCB
 from eventrain.engine import DataLoaders, MomentumLearner
+from httpx_sse import connect_sse
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from torcheval.metrics import MulticlassAccuracy
@@ -28,11 +31,9 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_a_run_answers_at_once_and_trains_what_a_fit_trains(service: Service) -> None:
+def test_a_run_trains_what_a_fit_trains(service: Service) -> None:
     """To the bit: the same weights and the same history as the learner in a script."""
     run_id = service.start(epochs=2, lr=0.05, seed=7)
-    assert service.state(run_id)["status"] == "running"
-    assert service.client.get(f"/runs/{run_id}/weights").status_code == 409
     state = service.wait(run_id)
 
     torch.manual_seed(7)
@@ -61,6 +62,15 @@ def test_a_run_answers_at_once_and_trains_what_a_fit_trains(service: Service) ->
     weights = torch.load(io.BytesIO(answer.content), weights_only=True)
     assert weights.keys() == model.state_dict().keys()
     assert all(torch.equal(weights[name], value) for name, value in model.state_dict().items())
+
+
+def test_a_run_that_runs_says_so_and_has_no_weights_yet(service: Service) -> None:
+    run_id = service.start(epochs=1000)
+    assert service.state(run_id)["status"] == "running"
+    assert service.client.get(f"/runs/{run_id}/weights").status_code == 409
+    service.client.post(f"/runs/{run_id}/stop", json={})
+    assert service.wait(run_id)["status"] == "cancelled"
+    assert service.client.get(f"/runs/{run_id}/weights").status_code == 200
 
 
 def test_runs_on_fashion_mnist_found_in_the_folder(service: Service, fashion_mnist: Any) -> None:
@@ -104,21 +114,50 @@ def test_data_that_is_not_there_is_named(serve: Serve) -> None:
     assert "/nowhere" not in answer.text
 
 
-@pytest.mark.parametrize("scope", ["fit", "epoch", "batch"])
-def test_stop_leaves_the_scope_it_names(service: Service, scope: str) -> None:
-    run_id = service.start(epochs=1000 if scope == "fit" else 8)
-    body = {"scope": scope, "reason": f"enough of this {scope}"}
-    answer = service.client.post(f"/runs/{run_id}/stop", json=body)
-    assert answer.status_code == 202
-    state = service.wait(run_id)
-    if scope == "fit":
-        assert state["status"] == "cancelled"
-        assert (state["who"], state["reason"]) == ("Learner.stop", "enough of this fit")
+@pytest.fixture(scope="module")
+def slow(serve: Serve) -> Service:
+    """One whose epochs take most of a second, in eight batches of one image."""
+    options = ("--max-concurrent", 3, "--interval", 0)
+    return serve(*options, module="tests.service.faulty", SECONDS="0.08")
+
+
+@pytest.mark.parametrize(
+    ("scope", "ends"),
+    [
+        ("fit", ["cancelled"] * 2),
+        ("epoch", ["cancelled"] + ["completed"] * 4),
+        ("batch", ["completed"] * 5),
+    ],
+)
+def test_stop_leaves_the_scope_it_names(slow: Service, scope: str, ends: list[str]) -> None:
+    """And no other: the fit, its first training epoch, or one batch of that."""
+    run_id = slow.start(dataset="fashion-mnist", epochs=2, batch_size=1)
+    stop = {"scope": scope, "reason": f"enough of this {scope}"}
+    records: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    with connect_sse(slow.client, "GET", f"/runs/{run_id}/events") as source:
+        for message in source.iter_sse():
+            if message.data:
+                records[message.event].append(json.loads(message.data))
+            if message.event == "batch" and len(records["batch"]) == 1:
+                answer = slow.client.post(f"/runs/{run_id}/stop", json=stop)
+                assert answer.status_code == 202
+
+    ended = records["epoch"] + records["fit_ended"]
+    assert [each["status"] for each in ended] == ends
+    left = [each for each in ended if each["status"] == "cancelled"]
+    assert all((each["who"], each["reason"]) == ("Learner.stop", stop["reason"]) for each in left)
+    first, second = (
+        [each["iter"] for each in records["batch"] if each["epoch"] == epoch] for epoch in (0, 1)
+    )
+    assert second == ([] if scope == "fit" else list(range(8)))
+    if scope == "batch":
+        assert len(first) == 7
     else:
-        assert state["status"] == "completed"
-        assert state["epoch"] == 7
-        assert state["steps"] < 8 * 23
-    assert service.client.post(f"/runs/{run_id}/stop", json={}).status_code == 409
+        assert len(first) < 8
+        assert first == list(range(len(first)))
+    state = slow.state(run_id)
+    assert (state["status"], state["steps"]) == (ends[-1], len(first + second))
+    assert slow.client.post(f"/runs/{run_id}/stop", json={}).status_code == 409
 
 
 def test_stopping_twice_is_harmless(service: Service) -> None:

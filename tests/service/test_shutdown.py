@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import anyio
 import httpx
 import pytest
 from httpx_sse import connect_sse
 
-from tests.service.running import Serve, Service
+from examples.datasets import digits_in_memory
+from examples.service.runs import NewRun, Runs
+from examples.service.settings import Settings
+from tests.service.running import Serve, Service, address, rest
 
 ROOT = Path(__file__).parents[2]
 REASON = "the service is shutting down"
@@ -56,6 +58,27 @@ def test_three_runs_stop_and_say_why(serve: Serve) -> None:
     assert {line["reason"] for line in ended} == {REASON}
 
 
+def test_a_run_that_has_just_started_stops(serve: Serve) -> None:
+    service = serve("--max-concurrent", 4)
+    runs = [service.start(epochs=1000) for _ in range(4)]
+    assert service.terminate() == 0
+    lines = service.lines()
+    assert not [line for line in lines if line["level"] == "error"]
+    assert {line["run_id"] for line in lines if line["event"] == "fit_ended"} == set(runs)
+
+
+async def test_a_run_that_has_not_begun_its_fit_stops() -> None:
+    """At once after its start: what could be told it only later would train to its end."""
+    with anyio.fail_after(60):
+        async with anyio.create_task_group() as tasks:
+            runs = Runs(tasks, {"digits": digits_in_memory()}, Settings())
+            run = await runs.start(NewRun(epochs=1000))
+            await runs.close(30)
+            assert run.ended
+            state = run.state()
+            assert (state.status, state.reason) == ("cancelled", REASON)
+
+
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_an_idle_service_ends_with_exit_code_0(serve: Serve, signum: signal.Signals) -> None:
     service = serve()
@@ -80,10 +103,19 @@ def test_while_it_stops_it_answers_but_takes_no_runs(serve: Serve) -> None:
 def test_a_client_that_does_not_read_holds_up_no_shutdown(serve: Serve) -> None:
     service = serve("--interval", 0, module="tests.service.faulty", SECONDS="0")
     run_id = service.start(dataset="fashion-mnist", epochs=1000, batch_size=1)
-    with service.connect() as deaf:
-        deaf.sendall(f"GET /runs/{run_id}/events HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+    with service.deaf(run_id) as deaf:
         deaf.recv(100)
+        read = 0
+        with service.client.stream("GET", f"/runs/{run_id}/events") as response:
+            for part in response.iter_raw():
+                read += len(part)
+                if read > 500_000:  # more than all buffers between the service and `deaf`
+                    break
+        assert service.state(run_id)["clients"] > 0
         assert service.terminate() == 0
+        held = rest(deaf)
+    assert b"event: batch" in held
+    assert b"run_ended" not in held
     assert service.lines()[-1]["event"].startswith("Finished server process")
 
 
@@ -133,7 +165,7 @@ def test_uvicorns_own_graceful_timeout_leaves_no_thread(tmp_path: Path) -> None:
         )
     try:
         assert process.stdout is not None
-        url = _url(log, process)
+        url = address(log, process)
         with ThreadPoolExecutor() as pool:
             request = pool.submit(httpx.get, url, trust_env=False, timeout=60)
             fitting = process.stdout.readline()
@@ -148,12 +180,3 @@ def test_uvicorns_own_graceful_timeout_leaves_no_thread(tmp_path: Path) -> None:
         process.kill()
         process.wait(30)
         process.stdout.close()
-
-
-def _url(log: Path, process: subprocess.Popen[bytes]) -> str:
-    deadline = time.monotonic() + 60
-    while not (found := re.search(r"running on (http://\S+:\d+)", log.read_text())):
-        assert process.poll() is None, log.read_text()
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    return found[1]

@@ -192,8 +192,7 @@ def test_a_client_that_does_not_read_slows_nobody_and_is_let_go(serve: Serve) ->
         SECONDS="0",
     )
     run_id = service.start(dataset="fashion-mnist", epochs=150, batch_size=1)
-    with service.connect() as deaf:
-        deaf.sendall(f"GET /runs/{run_id}/events HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+    with service.deaf(run_id):
         messages = list(read(service, run_id))
         assert ids(messages) == list(range(1, len(messages) + 1))
         state = service.state(run_id)
