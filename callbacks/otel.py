@@ -19,7 +19,8 @@ from ..events import (
     ScopeEnd,
 )
 from .host_number import HostNumber
-from .otel_meters import Meters, numbers_of, text_of
+from .otel_meters import Meters, numbers_of
+from .records import encodable
 from .sampling import Sampler, check_sampling, loss_on_its_way, phase
 
 if TYPE_CHECKING:
@@ -274,14 +275,14 @@ class _Spans:
         span, began = self.open.pop(depth)
         now = max(began, event.time)  # the clock may have been set back
         said = {"eventrain.who": end.who, "eventrain.reason": end.reason}
-        ending = {key: text_of(text) for key, text in said.items() if text is not None}
+        ending = {key: encodable(text) for key, text in said.items() if text is not None}
         span.set_attributes({**attributes, **ending, "eventrain.status": end.status})
         if end.status == "cancelled":
             span.add_event("eventrain.cancelled", ending, _nanoseconds(now))
         elif end.status == "failed":
             from opentelemetry.trace import Status, StatusCode
 
-            error = text_of(end.reason or "")
+            error = encodable(end.reason or "")
             span.set_attribute("error.type", error.partition(":")[0] or "_OTHER")
             span.set_status(Status(StatusCode.ERROR, error))
         span.end(_nanoseconds(now))

@@ -8,6 +8,7 @@ from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 from ..events import CleanupBatch, CleanupEpoch, CleanupFit
+from .records import encodable
 from .sampling import phase
 
 if TYPE_CHECKING:
@@ -100,11 +101,6 @@ def _kind(training: bool, status: str) -> dict[str, str]:
     return {"eventrain.phase": "train" if training else "valid", "eventrain.status": status}
 
 
-def text_of(value: object) -> str:
-    """`value` as text that can be encoded: over half a surrogate pair exporters lose a batch."""
-    return str(value).encode("utf-8", "backslashreplace").decode()
-
-
 def numbers_of(prefix: str, values: Mapping[str, Any]) -> dict[str, Any]:
     """The scalars of `values` as attributes; those that are not finite as text, apart."""
     numbers: dict[str, Any] = {}
@@ -119,7 +115,7 @@ def numbers_of(prefix: str, values: Mapping[str, Any]) -> dict[str, Any]:
         except OverflowError:  # an int beyond all floats
             number = math.inf if value > 0 else -math.inf
         if math.isfinite(number):
-            numbers[prefix + text_of(name)] = number
+            numbers[prefix + encodable(name)] = number
         else:
-            numbers["eventrain.nonfinite." + text_of(name)] = str(number)
+            numbers["eventrain.nonfinite." + encodable(name)] = str(number)
     return numbers

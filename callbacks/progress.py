@@ -22,6 +22,7 @@ from ..events import (
 from .host_number import HostNumber
 from .logs import printable
 from .notebook import CellOutput
+from .sampling import phase
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -197,7 +198,7 @@ class _Display:
             pace = (event.time - began) / (event.epoch - epoch)
             self._ends = event.time + pace * (self._n_epochs - event.epoch)
         self._epoch = event.epoch
-        self._phase = _phase(event)
+        self._phase = phase(event)
         self._began = self._now = event.time
         self._done = 0
         self._n_iter = event.n_iter
@@ -219,7 +220,7 @@ class _Display:
         for name, value in event.metrics.items():
             if isinstance(value, Real) and not isinstance(value, bool):
                 row = self._rows.setdefault(event.epoch, {})
-                row[f"{_phase(event)} {name}"] = float(value)
+                row[f"{phase(event)} {name}"] = float(value)
 
     def report(self, event: CleanupFit) -> None:
         from rich.text import Text
@@ -290,10 +291,6 @@ class _Display:
                 str(epoch + 1), *(_number(row[name]) if name in row else "" for name in names)
             )
         return table
-
-
-def _phase(event: BeforeEpoch | CleanupEpoch) -> str:
-    return "train" if event.training else "valid"
 
 
 def _number(value: float) -> str:

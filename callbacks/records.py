@@ -255,8 +255,17 @@ def numbers(record: Mapping[str, Any], part: str = "") -> dict[str, float]:
         if value is None and path + name in lost:
             value = float(lost[path + name])
         if isinstance(value, int | float) and not isinstance(value, bool):
-            # Half of a surrogate pair would break the whole page, or the file.
-            name = name.encode(errors="backslashreplace").decode()
             with suppress(OverflowError):  # an integer that no float can hold
-                found[name] = float(value)
+                found[encodable(name)] = float(value)
     return found
+
+
+def encodable(value: object) -> str:
+    """`value` as text that can be encoded: half of a surrogate pair would break a whole page, a
+    file, or a batch of an exporter.
+
+    Example:
+        >>> print(encodable(chr(0xDC80)))
+        \\udc80
+    """
+    return str(value).encode(errors="backslashreplace").decode()

@@ -142,15 +142,13 @@ class Run:
         except Exception as exc:  # of a device that has failed, say
             log.error("weights_lost", exc_info=exc)
         self.ended = datetime.now(UTC)
-        if result := learner.result:
-            ending = {"status": result.status, "who": result.who, "reason": result.reason}
-            self._last = {**_progress(learner), **ending, "steps": result.steps}
-            self._last["dropped"] = dict(result.dropped)
-        else:  # it could not begin
-            self._last = {**_progress(learner), "status": "cancelled", **self._last}
-        self._last["history"] = _history(learner)
-        self._learner = None
         told = ("status", "who", "reason", "steps", "dropped")
+        if learner.result:
+            ending = {name: getattr(learner.result, name) for name in told}
+        else:  # it could not begin
+            ending = {"status": "cancelled", **self._last}
+        self._last = {**_progress(learner), **ending, "history": _history(learner)}
+        self._learner = None
         self.journal.append(
             {
                 "event": "run_ended",

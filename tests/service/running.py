@@ -89,6 +89,14 @@ def address(log: Path, process: subprocess.Popen[bytes]) -> str:
     return found[1]
 
 
+def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
+    """Wait until something is so; an error if it takes longer."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
 def rest(connection: socket.socket) -> bytes:
     """What comes until the other side closes the connection, or resets it."""
     connection.settimeout(60)

@@ -3,22 +3,13 @@
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 from httpx_sse import connect_sse
 
-from tests.service.running import Serve, rest
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+from tests.service.running import Serve, rest, wait_until
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="there is no /proc/PID/fd")

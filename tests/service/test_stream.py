@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -14,7 +13,7 @@ from httpx_sse import ServerSentEvent, connect_sse
 from jsonschema import Draft202012Validator
 from referencing import Registry, Resource
 
-from tests.service.running import Serve, Service
+from tests.service.running import Serve, Service, wait_until
 
 ROOT = Path(__file__).parents[2]
 
@@ -178,10 +177,7 @@ def test_clients_are_counted_bounded_and_forgotten_when_they_go(slow: Service) -
 
 
 def wait_for_clients(service: Service, run_id: str, n: int) -> None:
-    deadline = time.monotonic() + 30
-    while service.state(run_id)["clients"] != n:
-        assert time.monotonic() < deadline, service.state(run_id)
-        time.sleep(0.02)
+    wait_until(lambda: service.state(run_id)["clients"] == n, seconds=30)
 
 
 def test_a_client_that_does_not_read_slows_nobody_and_is_let_go(serve: Serve) -> None:
