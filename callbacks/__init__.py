@@ -4,6 +4,7 @@ from ..events import Callback
 from .accelerate import AccelerateCB
 from .accumulation import GradientAccumulationCB
 from .channels_last import ChannelLastCB
+from .checkpoint import CheckpointCB
 from .clipping import GradientClippingCB
 from .curve import LossCurveCB
 from .device import DeviceCB, def_device, to_cpu, to_device
@@ -24,6 +25,7 @@ __all__ = [
     "AccelerateCB",
     "Callback",
     "ChannelLastCB",
+    "CheckpointCB",
     "DeviceCB",
     "GradientAccumulationCB",
     "GradientClippingCB",

@@ -8,11 +8,13 @@ from ..events import (
     CancelFitException,
     CancelStepException,
 )
+from .checkpoint import Checkpoint, CheckpointDamagedError, CheckpointError
 from .data import DataLoaders
 from .learner import Learner
 from .learners import MomentumLearner, TrainLearner
 from .observers import EventStream, Observer
 from .result import FitResult
+from .state import CheckpointMismatchError
 
 __all__ = [
     "Callback",
@@ -21,6 +23,10 @@ __all__ = [
     "CancelException",
     "CancelFitException",
     "CancelStepException",
+    "Checkpoint",
+    "CheckpointDamagedError",
+    "CheckpointError",
+    "CheckpointMismatchError",
     "DataLoaders",
     "EventStream",
     "FitResult",

@@ -65,21 +65,21 @@ def length_of(loader: Any) -> int | None:
         return None
 
 
-def read(loader: Iterable[Any], training: bool) -> Iterator[Any]:
-    """Yield the batches of one epoch.
+def read(loader: Iterable[Any], training: bool, first: int = 0) -> Iterator[tuple[int, Any]]:
+    """Yield the batches of one epoch, numbered from `first`.
 
     Raises:
         ValueError: there was none.
         TypeError: something is no batch; it must hold tensors, so a number cannot be one.
     """
     phase = "train" if training else "valid"
-    count = 0
+    count = first
     try:
         for batch in loader:
             if batch.__class__ not in _COMMON:
                 _check_batch(batch, phase, count)
+            yield count, batch
             count += 1
-            yield batch
     except Exception as exc:
         exc.add_note(f"raised while reading batch {count} of dls.{phase}")
         raise

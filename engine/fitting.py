@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import anyio
@@ -32,8 +34,11 @@ from ..events.types import ACTIONS
 from .data import loader_of
 from .explain import check_performers
 from .loop import Loop
+from .position import Position
 from .result import FitResult
+from .resume import Resumption, find_checkpoint
 from .runtime import Runtime
+from .scope import Request
 
 _CANCELS: Mapping[str, type[CancelException]] = {
     "fit": CancelFitException,
@@ -50,6 +55,8 @@ class Fitting(Loop):
     cleanup_timeout: float = 5.0
     drain_timeout: float = 2.0
     result: FitResult | None = None
+    resumed_from: Path | None = None
+    """The checkpoint that this fit goes on from."""
     _fitting: bool = False
 
     async def fit(
@@ -61,6 +68,7 @@ class Fitting(Loop):
         lr: float | None = None,
         *,
         run_id: str | None = None,
+        resume: str | os.PathLike[str] | None = None,
     ) -> FitResult:
         """Train and validate for `n_epochs`, in a thread of its own.
 
@@ -73,19 +81,28 @@ class Fitting(Loop):
             valid: whether to validate.
             cbs: callbacks for this fit alone.
             lr: the learning rate for this fit alone.
-            run_id: what its events, logs and result are known by; a new random one by default.
+            run_id: what its events, logs and result are known by; a new random one by default,
+                or the one of the run that is resumed.
+            resume: a checkpoint to go on from as if nothing had happened: the path of one, a
+                folder of them, or "last", which is the last whole one of the `CheckpointCB`
+                among the callbacks; where that has none yet, the fit begins at the beginning.
+                `n_epochs` are those of the whole fit.
 
         Raises:
             RuntimeError: this learner is fitting already.
             TypeError, ValueError: something asked for is missing or wrong; before any work.
+            CheckpointError: there is no checkpoint to resume, or it is damaged.
+            CheckpointMismatchError: it is of something else; nothing has been changed.
             Exception: what a receiver, the model or the data raised, with a note saying where.
         """
         if isinstance(n_epochs, bool) or not isinstance(n_epochs, int) or n_epochs < 0:
             raise ValueError(f"n_epochs={n_epochs!r}: give a whole number, 0 or more")
         if run_id is not None and not (isinstance(run_id, str) and run_id):
             raise ValueError(f"run_id={run_id!r}: give a text that is not empty, or None")
+        if resume is not None and lr is not None:
+            raise ValueError(f"lr={lr!r}: a fit that is resumed has the learning rate that it had")
         actions = ACTIONS if train else (Predict, GetLoss)
-        return await self._fit(n_epochs, train, valid, cbs, lr, actions, run_id)
+        return await self._fit(n_epochs, train, valid, cbs, lr, actions, run_id, resume)
 
     async def _fit(
         self,
@@ -96,6 +113,7 @@ class Fitting(Loop):
         lr: float | None,
         actions: tuple[type[ActionEvent], ...],
         run_id: str | None = None,
+        resume: str | os.PathLike[str] | None = None,
     ) -> FitResult:
         self._check_idle()
         self._fitting = True
@@ -106,7 +124,7 @@ class Fitting(Loop):
             self._prepare(n_epochs, train, valid, lr)
             self.run_id = run_id or uuid.uuid4().hex[:12]
             with self._kept_optimizer_at(lr):
-                return await self._run()
+                return await self._run(partial(self._work, resume, run_id))
         finally:
             self.remove_cbs(cb for cb in temporary if any(cb is own for own in self.cbs))
             self._requests.clear()
@@ -121,6 +139,7 @@ class Fitting(Loop):
         lr: float | None = None,
         *,
         run_id: str | None = None,
+        resume: str | os.PathLike[str] | None = None,
         backend: str = "asyncio",
         backend_options: dict[str, Any] | None = None,
     ) -> FitResult:
@@ -139,11 +158,16 @@ class Fitting(Loop):
                 "run() starts an event loop, and one is running in this thread already: use"
                 " `await learner.fit(...)` here"
             )
-        fit = partial(self.fit, n_epochs, train, valid, cbs, lr, run_id=run_id)
+        fit = partial(self.fit, n_epochs, train, valid, cbs, lr, run_id=run_id, resume=resume)
         return anyio.run(fit, backend=backend, backend_options=backend_options)
 
     def stop(
-        self, scope: Literal["fit", "epoch", "batch"] = "fit", reason: str | None = None
+        self,
+        scope: Literal["fit", "epoch", "batch"] = "fit",
+        reason: str | None = None,
+        *,
+        graceful: bool = False,
+        who: str = "Learner.stop",
     ) -> bool:
         """Ask the training to leave a scope at its next event.
 
@@ -153,6 +177,8 @@ class Fitting(Loop):
         Args:
             scope: what to leave: "fit", "epoch" or "batch".
             reason: why, for the events, the logs and the result.
+            graceful: let the batch under way end first, and `CheckpointCB` save there.
+            who: who asks, for the same.
 
         Returns:
             Whether a fit is running that will hear of it.
@@ -162,9 +188,11 @@ class Fitting(Loop):
         """
         if scope not in _CANCELS:
             raise ValueError(f"stop(scope={scope!r}): choose 'fit', 'epoch' or 'batch'")
+        if graceful and scope == "batch":
+            raise ValueError("stop('batch', graceful=True): a batch that may end is not stopped")
         cancel = _CANCELS[scope](reason or "stop() was called")
-        cancel.who = "Learner.stop"
-        return self._request(cancel)
+        cancel.who = who
+        return self._request(cancel, graceful)
 
     @property
     def fitting(self) -> bool:
@@ -190,6 +218,8 @@ class Fitting(Loop):
         self.train, self.valid = train, valid
         self.n_epochs = n_epochs
         self.epochs = range(n_epochs)
+        self.start = Position(training=train)
+        self.resumed_from = self._resumption = None
         self.epoch = self.iter = self.n_samples = 0
         self.history = []
         self._completed.clear()
@@ -225,7 +255,18 @@ class Fitting(Loop):
             for group, before in zip(groups, own, strict=True):
                 group["lr"] = before
 
-    async def _run(self) -> FitResult:
+    def _work(self, resume: str | os.PathLike[str] | None, run_id: str | None) -> None:
+        """What the training thread does."""
+        checkpoint = None if resume is None else find_checkpoint(self, resume)
+        if checkpoint is not None:
+            self._resumption = Resumption(checkpoint)
+            self.resumed_from = checkpoint.path
+            self.start = checkpoint.position
+            self.epochs = range(self.start.epoch, self.n_epochs)
+            self.run_id = run_id or checkpoint.manifest["run_id"]
+        self.one_fit()
+
+    async def _run(self, work: Callable[[], None]) -> FitResult:
         runtime = Runtime(self)
         self._async_wrapper = runtime.async_wrapper
         self.audience = list(self.streams)
@@ -233,7 +274,7 @@ class Fitting(Loop):
             stream.begin()
         start = time.perf_counter()
         try:
-            await runtime.run(self.one_fit)
+            await runtime.run(work)
         finally:
             self._async_wrapper = None
             for stream in self.audience:
@@ -264,14 +305,15 @@ class Fitting(Loop):
             seconds=seconds,
             history=tuple(row for row in self.history if len(row) > 2),
             dropped=dict(+dropped),  # without the zeros
+            resumed_from=None if self.resumed_from is None else str(self.resumed_from),
         )
 
-    def _request(self, error: BaseException) -> bool:
+    def _request(self, error: BaseException, graceful: bool = False) -> bool:
         """Have the training thread raise `error` at its next event."""
         if not self._fitting:
             return False
         target = self._open_scope(type(error)) if isinstance(error, CancelException) else None
-        self._requests.append((error, target))
+        self._requests.append(Request(error, target, graceful))
         return True
 
 

@@ -11,7 +11,7 @@ from ..events.callback import Overflow
 from .attachments import Attachments
 from .explain import explain
 from .observers import EventStream, Observer
-from .scope import Scope
+from .scope import Request
 
 E = TypeVar("E", bound=Event)
 R = TypeVar("R", bound=Callable[..., Any])
@@ -32,7 +32,7 @@ class Listened:
         self.audience: list[EventStream[Any]] = []
         """All that listened to the running fit, those closed meanwhile among them."""
         self._thread: int | None = None
-        self._requests: deque[tuple[BaseException, Scope | None]] = deque()
+        self._requests: deque[Request] = deque()
         self._attachments = Attachments(self, self.bus, self.observe)
 
     @property

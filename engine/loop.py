@@ -6,6 +6,7 @@ Source: "The Ultimate Training Loop", after fastai's miniai.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from types import CoroutineType
 from typing import Any
 
@@ -45,6 +46,8 @@ from ..events.signal import AsyncWrapper, blame
 from .data import batch_size, length_of, read
 from .explain import nobody_performs
 from .listened import Listened
+from .position import Position
+from .resume import Resumption
 from .scope import InterruptedFit, Scope
 
 
@@ -54,6 +57,7 @@ class Loop(Listened):
     def one_fit(self) -> None:
         with self.scope(CancelFitException, CleanupFit):
             self.emit(BeforeFit)
+            self._resume()
             for self.epoch in self.epochs:
                 if self.train:
                     self.one_epoch(training=True)
@@ -63,10 +67,12 @@ class Loop(Listened):
             self.emit(AfterFit)
 
     def one_epoch(self, training: bool) -> None:
+        if self.start.is_beyond(self.epoch, training):
+            return  # done before the checkpoint that is resumed
         self._start_epoch(training)
         with self.scope(CancelEpochException, CleanupEpoch):
             self.emit(BeforeEpoch)
-            for self.iter, self.batch in enumerate(read(self.dl, training)):
+            for self.iter, self.batch in self._batches():
                 self.one_batch()
             self.emit(AfterEpoch)
 
@@ -115,9 +121,14 @@ class Loop(Listened):
     record: dict[str, Any]
     """The numbers of this epoch: a row of the history, which receivers may add to."""
     history: list[dict[str, Any]]
+    start: Position = Position()
+    """Where this fit begins: at the first batch, or where a checkpoint was saved."""
+    _resumption: Resumption | None = None
     _completed: Counter[tuple[type[Event], bool]]
     _end: ScopeEnd
     _innermost: Scope | None = None
+    ending: bool = False
+    """For Cleanup* receivers: whether a graceful `stop` takes effect when they are done."""
     _cleaning: bool = False
     """Whether a Cleanup* event is being sent: what it emits is sent too, cancelled or not."""
     _async_wrapper: AsyncWrapper | None = None
@@ -156,6 +167,17 @@ class Loop(Listened):
             blame(exc, f"{type(self).__qualname__}.{action.hook}", action.of(self))
             raise
 
+    def _resume(self) -> None:
+        """Load the checkpoint, if this fit resumes one."""
+        if self._resumption is not None:
+            self._resumption.begin(self)
+
+    def _batches(self) -> Iterator[tuple[int, Any]]:
+        """The batches of this epoch, numbered; of one that is resumed, those still to come."""
+        if self._resumption is not None and self.start.is_within(self.epoch, self.training):
+            return self._resumption.batches(self)
+        return read(self.dl, self.training)
+
     def _start_epoch(self, training: bool) -> None:
         """Choose mode and loader, and begin a row of the history."""
         self.training = training
@@ -174,10 +196,12 @@ class Loop(Listened):
             scope = scope.outer
         return scope
 
-    def _honour_requests(self) -> None:
+    def _honour_requests(self, gracefully: bool = False) -> None:
         """Raise what `stop`, the host or an observer asked for, if it is still due."""
         for request in tuple(self._requests):
-            error, target = request
+            error, target, graceful = request
+            if graceful and not gracefully:
+                continue
             if isinstance(error, InterruptedFit):
                 raise InterruptedFit  # stays requested until the fit has ended
             if isinstance(error, CancelException):

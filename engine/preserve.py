@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
-import random
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
+
+from .randomness import random_state, set_random_state
+from .state import stateful
 
 if TYPE_CHECKING:
     from .learner import Learner
@@ -29,11 +30,11 @@ def preserved(learner: Learner) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     opt = learner.opt
     opt_state = copy.deepcopy(opt.state_dict()) if opt is not None else None
-    stateful: list[Any] = [cb for cb in learner.cbs if hasattr(cb, "load_state_dict")]
-    states = [copy.deepcopy(cb.state_dict()) for cb in stateful]
-    generators = [(g, g.get_state()) for g in _generators(learner.dls)]
+    states = [(owner, copy.deepcopy(owner.state_dict())) for _, owner in stateful(learner)]
     position = {name: getattr(learner, name) for name in _POSITION}
-    restore_global = _global_random_state()
+    if torch.cuda.is_available():
+        torch.cuda.init()  # what is not in use yet has no state to go back to
+    randomness = random_state(learner.dls)
     try:
         yield
     finally:
@@ -47,43 +48,11 @@ def preserved(learner: Learner) -> Iterator[None]:
         learner.opt = opt
         if opt is not None:
             opt.load_state_dict(opt_state)
-        for callback, state in zip(stateful, states, strict=True):
-            callback.load_state_dict(state)
-        for generator, state in generators:
-            generator.set_state(state)
+        for owner, state in states:
+            owner.load_state_dict(state)
         for name, value in position.items():
             setattr(learner, name, value)
-        restore_global()
+        set_random_state(learner.dls, randomness)
 
 
 _POSITION = ("batch", "preds", "loss", "epoch", "iter", "n_epochs", "epochs", "n_iter", "training")
-
-
-def _generators(dls: Any) -> list[torch.Generator]:
-    """The random generators of both loaders: their own and their samplers'."""
-    found: dict[int, torch.Generator] = {}
-    for loader in (getattr(dls, "train", None), getattr(dls, "valid", None)):
-        sampler = getattr(loader, "sampler", None)
-        for owner in (loader, sampler, getattr(loader, "batch_sampler", None)):
-            generator = getattr(owner, "generator", None)
-            if isinstance(generator, torch.Generator):
-                found[id(generator)] = generator
-    return list(found.values())
-
-
-def _global_random_state() -> Any:
-    python = random.getstate()
-    numpy = sys.modules.get("numpy")  # if nobody imported it, nobody draws from it
-    numpy_state = numpy.random.get_state() if numpy else None
-    cpu = torch.get_rng_state()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-
-    def restore() -> None:
-        random.setstate(python)
-        if numpy:
-            numpy.random.set_state(numpy_state)
-        torch.set_rng_state(cpu)
-        if cuda:
-            torch.cuda.set_rng_state_all(cuda)
-
-    return restore

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-from ..events import CancelException, Event, ScopeEnd
+from ..events import (
+    CancelBatchException,
+    CancelEpochException,
+    CancelException,
+    Event,
+    ScopeEnd,
+)
 from ..events.cancel import weightiest
 from ..events.signal import who_raised
 
@@ -21,6 +27,20 @@ class InterruptedFit(CancelException):
     def __init__(self) -> None:
         super().__init__("the task that awaits the fit was cancelled")
         self.who = "host"
+
+
+class Request(NamedTuple):
+    """What `stop`, the host or an observer wants the training thread to raise.
+
+    Attributes:
+        error: what to raise.
+        target: the scope that it is meant for; None where none was open.
+        graceful: whether to raise it between two batches only.
+    """
+
+    error: BaseException
+    target: Scope | None
+    graceful: bool = False
 
 
 class Scope:
@@ -55,6 +75,7 @@ class Scope:
             error = self._unless_stray(exc)
             end = _end(error)
         loop._end = end
+        loop.ending = bool(loop._requests) and self._ends_gracefully(error)
         signal = loop.bus.signals[self.cleanup]
         if signal.receivers:
             outer, loop._cleaning = loop._cleaning, True
@@ -70,12 +91,20 @@ class Scope:
         loop._innermost = self.outer
         try:
             if error is None or isinstance(error, self.cancel):
+                if loop.ending:
+                    loop._honour_requests(gracefully=True)
                 return True
             if error is exc:
                 return False  # goes on as it came, traceback and all
             raise error
         finally:
             del error  # no circle of the error, its traceback and this frame: it holds the batch
+
+    def _ends_gracefully(self, error: BaseException | None) -> bool:
+        """Whether a graceful stop is due when this scope has been left: between two batches."""
+        whole = error is None or isinstance(error, self.cancel)
+        between = self.cancel in (CancelBatchException, CancelEpochException)
+        return whole and between and any(request.graceful for request in tuple(self.loop._requests))
 
     def _unless_stray(self, exc: BaseException) -> BaseException:
         """A cancel that no open scope will catch is a mistake of whoever raised it."""

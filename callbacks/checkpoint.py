@@ -1,0 +1,208 @@
+"""Checkpoints of the whole run, written beside the training."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from time import monotonic
+from typing import Any, Literal
+
+import structlog
+
+from ..engine.position import Position, reading_of
+from ..engine.randomness import random_state
+from ..engine.shelf import Shelf, Writer
+from ..engine.state import Snapshot, state_of, stateless
+from ..events import BeforeEpoch, BeforeFit, Callback, CleanupBatch, CleanupEpoch, CleanupFit
+from .lr_finder import LRFinderCB
+
+log = structlog.get_logger("eventrain")
+
+
+class CheckpointCB(Callback):
+    """Saves the whole run, so that `fit(..., resume="last")` goes on as if nothing had happened.
+
+    Saved are model, gradients that are kept, optimizer, every callback (and learner class) with
+    `state_dict` and `load_state_dict`, the random states of Python, numpy, torch, the device and
+    the loaders' generators, and the place in the data. What of that is in no `state_dict`, such as
+    how far `every=` of a subscription has counted, begins anew.
+
+    The training waits only while the state is copied to the host; a thread writes it, and the next
+    save waits for the one before. A graceful `stop`, `TimeLimitCB` and the end of the fit save
+    too, and `fit` returns when all is on the disk. Nothing is saved in `validate` or `lr_find`.
+
+    Args:
+        folder: where checkpoints go; made if it is not there. One run at a time writes there, and
+            those of other runs are left alone.
+        every_epochs: save when so many epochs are over, validation included. By default 1, if
+            no other `every_` is given.
+        every_batches: save after so many training batches.
+        every_seconds: save after the first batch that ends so many seconds after the last save.
+        keep_last: of this run's, keep the last so many; None for all.
+        keep_best: (number, "min" or "max"): keep the one with the best of these numbers, too, of
+            the validation where there is one; of those saved at the end of an epoch.
+        background: whether to write beside the training; otherwise it waits.
+
+    Attributes:
+        last: the path of the last checkpoint of this run; None if there is none.
+        best: the path of the best, with `keep_best`.
+
+    Raises:
+        ValueError: a number is not positive, or `keep_best` is no such pair.
+        OSError: from the fit, where a checkpoint could not be written; those before are whole.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from eventrain.callbacks import CheckpointCB
+        >>> from eventrain.engine import DataLoaders, TrainLearner
+        >>> batches = [(torch.ones(2, 3), torch.zeros(2, 1))] * 4
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     for n_epochs, resume in (1, None), (3, "last"):
+        ...         learner = TrainLearner(torch.nn.Linear(3, 1), DataLoaders(batches, batches))
+        ...         result = learner.run(n_epochs, cbs=CheckpointCB(folder), resume=resume)
+        ...         print(result.resumed_from is not None, result.epochs)
+        False 1
+        True 3
+
+    Source: Lightning's `ModelCheckpoint`; the background of torch's `async_save`.
+    """
+
+    order = math.inf  # what is saved is what all others have left
+    run_after = ("JournalCB",)
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        every_epochs: int | None = None,
+        every_batches: int | None = None,
+        every_seconds: float | None = None,
+        keep_last: int | None = 3,
+        keep_best: tuple[str, Literal["min", "max"]] | None = None,
+        background: bool = True,
+    ) -> None:
+        if every_epochs is every_batches is every_seconds is None:
+            every_epochs = 1
+        _check_counts(every_epochs=every_epochs, every_batches=every_batches, keep_last=keep_last)
+        if every_seconds is not None and not 0 < every_seconds < math.inf:
+            raise ValueError(f"every_seconds={every_seconds!r}: give a positive number, or None")
+        if keep_best is not None:
+            if not isinstance(keep_best, tuple | list) or len(keep_best) != 2:
+                raise ValueError(f'keep_best={keep_best!r}: give a pair, such as ("loss", "min")')
+            if keep_best[1] not in ("min", "max"):
+                raise ValueError(f"keep_best={keep_best!r}: the second is 'min' or 'max'")
+            if every_epochs is None:
+                raise ValueError("keep_best is of those saved with every_epochs: give that, too")
+        self.folder = Path(folder)
+        self.every_epochs = every_epochs
+        self.every_batches = every_batches
+        self.every_seconds = every_seconds
+        self.keep_last = keep_last
+        self.keep_best = keep_best
+        self.background = background
+        self.last: Path | None = None
+        self.best: Path | None = None
+        self._shelf: Shelf | None = None  # while a run is saved
+
+    # ------------------------------------------------------------------------- when it is saved
+
+    def before_fit(self, event: BeforeFit) -> None:
+        learner = event.learner
+        # A trial of learning rates is no run to go on with.
+        if not learner.train or any(isinstance(cb, LRFinderCB) for cb in learner.cbs):
+            return
+        Snapshot(state_of(learner))  # what cannot be saved is told before any work
+        self._tell_doubts(learner)
+        self._shelf = Shelf(self.folder, event.run_id, self.keep_last, self.keep_best)
+        self._writer = Writer(self.background)
+        self._saved = learner.start
+        self._n_batches = 0
+        self._begin_interval()
+
+    def before_epoch(self, event: BeforeEpoch) -> None:
+        if self._shelf is not None:
+            self._random_at_epoch = random_state(event.learner.dls)
+
+    def cleanup_batch(self, event: CleanupBatch) -> None:
+        if self._shelf is None:
+            return
+        self._n_batches += event.training
+        whole = event.end.status == "completed"
+        if event.learner.ending or (whole and self._is_due(event.training)):
+            self._save(event.learner, Position(event.epoch, event.training, event.iter + 1))
+
+    def _is_due(self, training: bool) -> bool:
+        if self.every_seconds is not None and monotonic() >= self._due:
+            return True
+        n = self.every_batches
+        return training and n is not None and self._n_batches % n == 0
+
+    def cleanup_epoch(self, event: CleanupEpoch) -> None:
+        learner = event.learner
+        if self._shelf is None:
+            return
+        done = event.epoch + 1
+        is_over = not event.training or not learner.valid
+        due = self.every_epochs is not None and done % self.every_epochs == 0
+        due = is_over and event.end.status == "completed" and (due or done == event.n_epochs)
+        if learner.ending or due:
+            after = Position(done, learner.train) if is_over else Position(event.epoch, False)
+            self._save(learner, after, event.metrics if is_over else {})
+
+    def cleanup_fit(self, event: CleanupFit) -> None:
+        if self._shelf is not None:
+            shelf, self._shelf = self._shelf, None
+            try:
+                self._writer.close()
+            finally:
+                shelf.close()
+
+    # -------------------------------------------------------------------------- how it is saved
+
+    def _save(
+        self, learner: Any, position: Position, metrics: Mapping[str, Any] | None = None
+    ) -> None:
+        if position == self._saved:
+            return
+        assert self._shelf is not None
+        state = state_of(learner)
+        if position.batches:
+            state["random_at_epoch"] = self._random_at_epoch
+            state["n_iter"] = learner.n_iter
+            by_state = reading_of(learner.dl).how == "state"
+            state["loader"] = learner.dl.state_dict() if by_state else None
+        copy = Snapshot(state)
+        self._writer.write(partial(self._put, self._shelf, position, metrics or {}, copy))
+        self._saved = position
+        self._begin_interval()
+
+    def _put(
+        self, shelf: Shelf, position: Position, metrics: Mapping[str, Any], copy: Snapshot
+    ) -> None:
+        shelf.put(position, metrics, copy.wait())
+        self.last, self.best = shelf.last, shelf.best
+
+    def _begin_interval(self) -> None:
+        self._due = monotonic() + (self.every_seconds or 0)
+
+    def _tell_doubts(self, learner: Any) -> None:
+        """What would not be resumed exactly is told before it is needed."""
+        if self.every_batches is not None or self.every_seconds is not None:
+            for loader in (learner.dls.train, *([learner.dls.valid] if learner.valid else [])):
+                if doubt := reading_of(loader).doubt:
+                    log.warning("resume_may_not_be_exact", run_id=learner.run_id, reason=doubt)
+        if found := stateless(learner):
+            log.warning(
+                "callback_state_not_saved",
+                run_id=learner.run_id,
+                found=found,
+                hint="give the callback state_dict and load_state_dict",
+            )
+
+
+def _check_counts(**counts: Any) -> None:
+    for name, n in counts.items():
+        if n is not None and (isinstance(n, bool) or not isinstance(n, int) or n < 1):
+            raise ValueError(f"{name}={n!r}: give a positive number, or None")

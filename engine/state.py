@@ -1,0 +1,220 @@
+"""The whole state of a fit, as plain data, and back."""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict, deque
+from collections.abc import Iterator, Mapping
+from enum import Enum
+from os import PathLike, fspath
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..events import Callback
+from ..events.types import HOOKS
+from .randomness import random_state, random_state_differs, set_random_state
+
+if TYPE_CHECKING:
+    from .loop import Loop
+
+State = dict[str, Any]
+
+
+class CheckpointMismatchError(ValueError):
+    """A checkpoint is of something else than what it is to be loaded into."""
+
+
+def state_of(learner: Loop) -> State:
+    """Model, gradients, optimizer, callbacks, random states, history and counts of a learner.
+
+    The tensors are the live ones: see `snapshot`.
+    """
+    opt = learner.opt
+    return {
+        "model": learner.model.state_dict(),
+        "gradients": {
+            name: p.grad for name, p in learner.model.named_parameters() if p.grad is not None
+        },
+        "optimizer": None if opt is None else opt.state_dict(),
+        "optimizer_class": type(opt).__name__,
+        "callbacks": {name: owner.state_dict() for name, owner in stateful(learner)},
+        "random": random_state(learner.dls),
+        "history": learner.history,
+        "n_samples": learner.n_samples,
+        "completed": [
+            [event_type.hook, training, n]
+            for (event_type, training), n in learner._completed.items()
+        ],
+    }
+
+
+def set_state(learner: Loop, state: State) -> None:
+    """Go back to a state that `check_state` has found to fit."""
+    model = learner.model
+    model.load_state_dict(state["model"])
+    for name, p in model.named_parameters():
+        gradient = state["gradients"].get(name)
+        p.grad = None if gradient is None else gradient.to(p.device, copy=True)
+    if state["optimizer"] is not None:
+        learner.opt.load_state_dict(state["optimizer"])
+    for name, owner in stateful(learner):
+        owner.load_state_dict(state["callbacks"][name])
+    learner.history = [dict(row) for row in state["history"]]
+    learner.record = learner.history[-1] if learner.history else {}
+    learner.n_samples = state["n_samples"]
+    learner._completed = Counter(
+        {(HOOKS[hook], training): n for hook, training, n in state["completed"]}
+    )
+    set_random_state(learner.dls, state["random"])
+
+
+def check_state(learner: Loop, state: State) -> None:
+    """Raise a CheckpointMismatchError that names what differs, before anything is changed."""
+    differences = [
+        *_tensors_differ("the model", learner.model.state_dict(), state["model"]),
+        *_optimizers_differ(learner.opt, state),
+        *_callbacks_differ(dict(stateful(learner)), state["callbacks"]),
+    ]
+    if difference := random_state_differs(learner.dls, state["random"]):
+        differences.append(difference)
+    if differences:
+        raise CheckpointMismatchError(
+            "the checkpoint is of something else: "
+            + "; ".join(differences[:5])
+            + (f"; and {len(differences) - 5} more" if differences[5:] else "")
+        )
+
+
+def stateful(learner: Loop) -> Iterator[tuple[str, Any]]:
+    """What has a state of its own, by name: the callbacks that have a `state_dict`.
+
+    A learner class of one's own that has one is among them.
+    """
+    owners = [learner, *learner.cbs]
+    seen: Counter[str] = Counter()
+    for owner in owners:
+        if hasattr(owner, "state_dict") and hasattr(owner, "load_state_dict"):
+            name = type(owner).__qualname__
+            seen[name] += 1
+            yield name if seen[name] == 1 else f"{name} {seen[name]}", owner
+
+
+def stateless(learner: Loop) -> list[str]:
+    """Callbacks without a `state_dict` that hold something which has one, such as a scheduler."""
+    found = []
+    for cb in learner.cbs:
+        if hasattr(cb, "state_dict"):
+            continue
+        for name, value in vars(cb).items():
+            if hasattr(value, "load_state_dict") and not isinstance(value, Callback | type):
+                found.append(f"{type(cb).__qualname__}.{name}")
+    return found
+
+
+class Snapshot:
+    """A copy of a value on the host, as plain as `torch.load(weights_only=True)` wants it.
+
+    Copies from a device go on beside the host; `wait` for them before they are read there.
+
+    Raises:
+        TypeError: something can be no part of a checkpoint, with its place.
+    """
+
+    def __init__(self, value: Any, where: str = "state") -> None:
+        self._copies: dict[Any, torch.Tensor] = {}  # weights that are tied stay so
+        self._arriving: dict[torch.device, torch.Event] = {}
+        self.value = self._plain(value, where)
+        for device in {key[-1] for key in self._copies} - {torch.device("cpu")}:
+            self._arriving[device] = torch.Event(device)
+            self._arriving[device].record(torch.accelerator.current_stream(device))
+
+    def wait(self) -> Any:
+        """The value, when all of it has arrived. The host waits for the device here."""
+        for event in self._arriving.values():
+            event.synchronize()
+        return self.value
+
+    def _plain(self, value: Any, where: str) -> Any:
+        if isinstance(value, torch.Tensor):
+            return self._copy(value.detach())
+        if isinstance(value, Enum):
+            return self._plain(value.value, where)
+        if value is None or isinstance(value, _PLAIN):
+            return value
+        if isinstance(value, Mapping):
+            items = {key: self._plain(item, f"{where}[{key!r}]") for key, item in value.items()}
+            if not isinstance(value, OrderedDict):
+                return items
+            ordered = OrderedDict(items)
+            vars(ordered).update(vars(value))  # versions of modules, for load_state_dict
+            return ordered
+        if isinstance(value, list | tuple | deque):
+            listed = [self._plain(item, f"{where}[{i}]") for i, item in enumerate(value)]
+            return tuple(listed) if isinstance(value, tuple) else listed
+        if isinstance(value, PathLike):
+            return fspath(value)
+        if hasattr(value, "dtype") and hasattr(value, "tolist"):  # numpy's
+            return torch.as_tensor(value).clone() if value.ndim else value.item()
+        raise TypeError(
+            f"{where} is {value!r}, which no checkpoint can hold: it is read without running code,"
+            " so give tensors, numbers, texts, lists and dicts of them"
+        )
+
+    def _copy(self, tensor: torch.Tensor) -> torch.Tensor:
+        key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
+        copy = self._copies.get(key) if tensor.numel() else None
+        if copy is None:
+            # Into pinned memory, beside the host; the next step cannot overtake it.
+            on_cpu = tensor.device.type == "cpu"
+            copy = tensor.clone() if on_cpu else tensor.to("cpu", non_blocking=True)
+            self._copies[key] = copy
+        return copy
+
+
+_PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size)
+
+
+def _tensors_differ(what: str, here: Mapping[str, Any], there: Mapping[str, Any]) -> Iterator[str]:
+    for name in there.keys() - here.keys():
+        yield f"{what} has no {name}, and had one"
+    for name in here.keys() - there.keys():
+        yield f"{what} has {name}, and had none"
+    for name in here.keys() & there.keys():
+        a, b = here[name], there[name]
+        if not isinstance(a, torch.Tensor) or torch.nn.parameter.is_lazy(a):
+            continue
+        if not isinstance(b, torch.Tensor) or (a.shape, a.dtype) != (b.shape, b.dtype):
+            yield f"{name} of {what} is {_shape(a)}, and was {_shape(b)}"
+
+
+def _shape(value: Any) -> str:
+    if not isinstance(value, torch.Tensor):
+        return type(value).__name__
+    return f"{tuple(value.shape)} of {str(value.dtype).removeprefix('torch.')}"
+
+
+def _optimizers_differ(opt: Any, state: State) -> Iterator[str]:
+    there = state["optimizer"]
+    if (name := type(opt).__name__) != state["optimizer_class"]:
+        yield f"the optimizer is {name}, and was {state['optimizer_class']}"
+        return
+    if opt is None:
+        return
+    sizes = [len(group["params"]) for group in opt.param_groups]
+    other_sizes = [len(group["params"]) for group in there["param_groups"]]
+    if sizes != other_sizes:
+        yield f"the optimizer has groups of {sizes} parameters, and had {other_sizes}"
+        return
+    parameters = [p for group in opt.param_groups for p in group["params"]]
+    for index, kept in there["state"].items():
+        for name, value in kept.items():
+            p = parameters[index]
+            if isinstance(value, torch.Tensor) and value.numel() > max(1, p.numel()):
+                yield f"{name} of the optimizer is {_shape(value)}, for a parameter {_shape(p)}"
+
+
+def _callbacks_differ(here: Mapping[str, Any], there: Mapping[str, Any]) -> Iterator[str]:
+    for name in sorted(there.keys() - here.keys()):
+        yield f"there is no {name} among the callbacks, and there was one"
+    for name in sorted(here.keys() - there.keys()):
+        yield f"there is {name} among the callbacks, and there was none"
