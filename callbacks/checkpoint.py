@@ -13,10 +13,9 @@ from typing import Any, Literal
 import structlog
 
 from ..engine.position import Position, reading_of
-from ..engine.randomness import random_state
 from ..engine.shelf import Shelf, Writer
 from ..engine.state import Snapshot, state_of, stateless
-from ..events import BeforeEpoch, BeforeFit, Callback, CleanupBatch, CleanupEpoch, CleanupFit
+from ..events import BeforeFit, Callback, CleanupBatch, CleanupEpoch, CleanupFit
 from .lr_finder import LRFinderCB
 
 log = structlog.get_logger("eventrain")
@@ -118,26 +117,20 @@ class CheckpointCB(Callback):
         self._shelf = Shelf(self.folder, event.run_id, self.keep_last, self.keep_best)
         self._writer = Writer(self.background)
         self._saved = learner.start
-        self._n_batches = 0
         self._begin_interval()
-
-    def before_epoch(self, event: BeforeEpoch) -> None:
-        if self._shelf is not None:
-            self._random_at_epoch = random_state(event.learner.dls)
 
     def cleanup_batch(self, event: CleanupBatch) -> None:
         if self._shelf is None:
             return
-        self._n_batches += event.training
         whole = event.end.status == "completed"
-        if event.learner.ending or (whole and self._is_due(event.training)):
+        if event.learner.ending or (whole and self._is_due(event)):
             self._save(event.learner, Position(event.epoch, event.training, event.iter + 1))
 
-    def _is_due(self, training: bool) -> bool:
+    def _is_due(self, event: CleanupBatch) -> bool:
         if self.every_seconds is not None and monotonic() >= self._due:
             return True
         n = self.every_batches
-        return training and n is not None and self._n_batches % n == 0
+        return event.training and n is not None and event.learner.batches_done % n == 0
 
     def cleanup_epoch(self, event: CleanupEpoch) -> None:
         learner = event.learner
@@ -169,7 +162,7 @@ class CheckpointCB(Callback):
         assert self._shelf is not None
         state = state_of(learner)
         if position.batches:
-            state["random_at_epoch"] = self._random_at_epoch
+            state["random_at_epoch"] = learner.random_at_epoch
             state["n_iter"] = learner.n_iter
             by_state = reading_of(learner.dl).how == "state"
             state["loader"] = learner.dl.state_dict() if by_state else None

@@ -299,7 +299,7 @@ class Fitting(Loop):
             reason=end.reason,
             n_epochs=self.n_epochs,
             epochs=self._completed[CleanupEpoch, self.train],
-            batches=self._completed[CleanupBatch, True],
+            batches=self.batches_done,
             valid_batches=self._completed[CleanupBatch, False],
             steps=self._completed[CleanupStep, True],
             seconds=seconds,

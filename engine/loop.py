@@ -47,6 +47,7 @@ from .data import batch_size, length_of, read
 from .explain import nobody_performs
 from .listened import Listened
 from .position import Position
+from .randomness import RandomState, random_state
 from .resume import Resumption
 from .scope import InterruptedFit, Scope
 
@@ -121,6 +122,8 @@ class Loop(Listened):
     record: dict[str, Any]
     """The numbers of this epoch: a row of the history, which receivers may add to."""
     history: list[dict[str, Any]]
+    random_at_epoch: RandomState
+    """The random states when the loader of this epoch was begun with, for those who resume it."""
     start: Position = Position()
     """Where this fit begins: at the first batch, or where a checkpoint was saved."""
     _resumption: Resumption | None = None
@@ -176,7 +179,13 @@ class Loop(Listened):
         """The batches of this epoch, numbered; of one that is resumed, those still to come."""
         if self._resumption is not None and self.start.is_within(self.epoch, self.training):
             return self._resumption.batches(self)
+        self.random_at_epoch = random_state(self.dls)
         return read(self.dl, self.training)
+
+    @property
+    def batches_done(self) -> int:
+        """Training batches completed, those before the checkpoint that was resumed among them."""
+        return self._completed[CleanupBatch, True]
 
     def _start_epoch(self, training: bool) -> None:
         """Choose mode and loader, and begin a row of the history."""

@@ -85,7 +85,8 @@ class Resumption:
             )
         if doubt := reading_of(loader).doubt:
             log.warning("resume_may_not_be_exact", reason=doubt, path=str(self.checkpoint.path))
-        set_random_state(learner.dls, state["random_at_epoch"])
+        learner.random_at_epoch = state["random_at_epoch"]
+        set_random_state(learner.dls, learner.random_at_epoch)
         batches = read_on(loader, position.batches, state["loader"])
         self._load(learner)
         return read(batches, position.training, position.batches)
