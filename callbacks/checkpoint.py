@@ -104,6 +104,7 @@ class CheckpointCB(Callback):
         self.last: Path | None = None
         self.best: Path | None = None
         self._shelf: Shelf | None = None  # while a run is saved
+        self._copy: Snapshot | None = None
 
     # ------------------------------------------------------------------------- when it is saved
 
@@ -146,7 +147,7 @@ class CheckpointCB(Callback):
 
     def cleanup_fit(self, event: CleanupFit) -> None:
         if self._shelf is not None:
-            shelf, self._shelf = self._shelf, None
+            shelf, self._shelf, self._copy = self._shelf, None, None
             try:
                 self._writer.close()
             finally:
@@ -166,7 +167,8 @@ class CheckpointCB(Callback):
             state["n_iter"] = learner.n_iter
             by_state = reading_of(learner.dl).how == "state"
             state["loader"] = learner.dl.state_dict() if by_state else None
-        copy = Snapshot(state)
+        self._writer.wait()
+        self._copy = copy = Snapshot(state, over=self._copy)
         self._writer.write(partial(self._put, self._shelf, position, metrics or {}, copy))
         self._saved = position
         self._begin_interval()

@@ -116,15 +116,24 @@ class Snapshot:
 
     Copies from a device go on beside the host; `wait` for them before they are read there.
 
+    Args:
+        value: nested mappings and lists of tensors and plain values.
+        where: what it is, for errors.
+        over: an older one, whose memory is written over: on the CPU, getting new memory from
+            the system is most of what a copy costs.
+
     Raises:
         TypeError: something can be no part of a checkpoint, with its place.
     """
 
-    def __init__(self, value: Any, where: str = "state") -> None:
-        self._copies: dict[Any, torch.Tensor] = {}  # weights that are tied stay so
+    def __init__(self, value: Any, where: str = "state", *, over: Snapshot | None = None) -> None:
+        self._old = over._copies if over is not None else {}
+        self._copies: dict[str, torch.Tensor] = {}
+        self._tied: dict[Any, torch.Tensor] = {}  # weights that are one stay so
         self._arriving: dict[torch.device, torch.Event] = {}
         self.value = self._plain(value, where)
-        for device in {key[-1] for key in self._copies} - {torch.device("cpu")}:
+        self._old = {}
+        for device in {key[-1] for key in self._tied} - {torch.device("cpu")}:
             self._arriving[device] = torch.Event(device)
             self._arriving[device].record(torch.accelerator.current_stream(device))
 
@@ -136,7 +145,7 @@ class Snapshot:
 
     def _plain(self, value: Any, where: str) -> Any:
         if isinstance(value, torch.Tensor):
-            return self._copy(value.detach())
+            return self._copy(value.detach(), where)
         if isinstance(value, Enum):
             return self._plain(value.value, where)
         if value is None or isinstance(value, _PLAIN):
@@ -160,15 +169,23 @@ class Snapshot:
             " so give tensors, numbers, texts, lists and dicts of them"
         )
 
-    def _copy(self, tensor: torch.Tensor) -> torch.Tensor:
+    def _copy(self, tensor: torch.Tensor, where: str) -> torch.Tensor:
         key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
-        copy = self._copies.get(key) if tensor.numel() else None
-        if copy is None:
-            # Into pinned memory, beside the host; the next step cannot overtake it.
-            on_cpu = tensor.device.type == "cpu"
-            copy = tensor.clone() if on_cpu else tensor.to("cpu", non_blocking=True)
-            self._copies[key] = copy
+        if tensor.numel() and key in self._tied:
+            return self._tied[key]
+        old = self._old.get(where)
+        if old is not None and _layout(old) == _layout(tensor):
+            copy = old.copy_(tensor, non_blocking=True)
+        elif tensor.device.type == "cpu":
+            copy = tensor.clone()
+        else:  # into pinned memory, beside the host; the next step cannot overtake it
+            copy = tensor.to("cpu", non_blocking=True)
+        self._copies[where] = self._tied[key] = copy
         return copy
+
+
+def _layout(tensor: torch.Tensor) -> Any:
+    return tensor.shape, tensor.stride(), tensor.dtype
 
 
 _PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size)
