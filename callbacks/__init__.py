@@ -8,6 +8,7 @@ from .checkpoint import CheckpointCB
 from .clipping import GradientClippingCB
 from .curve import LossCurveCB
 from .device import DeviceCB, def_device, to_cpu, to_device
+from .early_stopping import EarlyStoppingCB
 from .logs import StructlogCB
 from .lr_finder import LRFinderCB
 from .metrics import MetricsCB
@@ -16,9 +17,12 @@ from .otel import OpenTelemetryCB
 from .progress import ProgressCB
 from .prometheus import PrometheusCB
 from .records import RecordCB
+from .scheduler import SchedulerCB
 from .single import SingleBatchCB, SingleEpochCB
 from .summary import LayerSummary, SummaryCB
 from .tensorboard import TensorBoardCB
+from .terminate_on_nan import TerminateOnNaNCB
+from .time_limit import TimeLimitCB
 from .train import TrainCB
 
 __all__ = [
@@ -27,6 +31,7 @@ __all__ = [
     "ChannelLastCB",
     "CheckpointCB",
     "DeviceCB",
+    "EarlyStoppingCB",
     "GradientAccumulationCB",
     "GradientClippingCB",
     "LRFinderCB",
@@ -38,11 +43,14 @@ __all__ = [
     "ProgressCB",
     "PrometheusCB",
     "RecordCB",
+    "SchedulerCB",
     "SingleBatchCB",
     "SingleEpochCB",
     "StructlogCB",
     "SummaryCB",
     "TensorBoardCB",
+    "TerminateOnNaNCB",
+    "TimeLimitCB",
     "TrainCB",
     "def_device",
     "to_cpu",

@@ -152,6 +152,8 @@ class Snapshot:
             return value
         if isinstance(value, Mapping):
             items = {key: self._plain(item, f"{where}[{key!r}]") for key, item in value.items()}
+            if isinstance(value, Counter):  # a MultiStepLR has one, and its methods
+                return Counter(items)
             if not isinstance(value, OrderedDict):
                 return items
             ordered = OrderedDict(items)

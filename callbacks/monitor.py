@@ -1,0 +1,51 @@
+"""The number that a callback goes by, and the fits in which it does."""
+
+from __future__ import annotations
+
+from numbers import Real
+from typing import Any
+
+import torch
+
+from ..events import CleanupEpoch
+from .lr_finder import LRFinderCB
+
+
+def is_training(learner: Any) -> bool:
+    """Whether this fit is there to train: not for `validate()`, nor to find a learning rate."""
+    return learner.train and not any(isinstance(cb, LRFinderCB) for cb in learner.cbs)
+
+
+def check_monitor(monitor: str) -> str:
+    """Return `monitor` if it may be the name of a number, else raise ValueError."""
+    if not isinstance(monitor, str) or not monitor:
+        raise ValueError(f"monitor={monitor!r}: give the name of a number, such as 'loss'")
+    return monitor
+
+
+def monitored(event: CleanupEpoch, name: str) -> float | None:
+    """The number of that name in an epoch that counts, None in another.
+
+    Those that count are completed, and validate; where the fit does not, they train.
+
+    Raises:
+        ValueError: there is no such number.
+        TypeError: it is none.
+    """
+    learner = event.learner
+    if not is_training(learner) or event.training == bool(learner.valid):
+        return None
+    if event.end.status != "completed":
+        return None
+    if name not in event.metrics:
+        raise ValueError(
+            f"monitor={name!r}: this epoch has no such number, but"
+            f" {', '.join(event.metrics) or 'nothing'}. Callbacks such as MetricsCB put numbers"
+            " into learner.record"
+        )
+    value = event.metrics[name]
+    if isinstance(value, torch.Tensor) and value.numel() == 1:
+        value = value.item()  # the host waits for the device here
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"monitor={name!r}: {value!r} is no number")
+    return float(value)
