@@ -6,9 +6,11 @@ from .accumulation import GradientAccumulationCB
 from .channels_last import ChannelLastCB
 from .checkpoint import CheckpointCB
 from .clipping import GradientClippingCB
+from .compare import Difference, compare_runs
 from .curve import LossCurveCB
 from .device import DeviceCB, def_device, to_cpu, to_device
 from .early_stopping import EarlyStoppingCB
+from .journal import JournalCB
 from .logs import StructlogCB
 from .lr_finder import LRFinderCB
 from .metrics import MetricsCB
@@ -31,9 +33,11 @@ __all__ = [
     "ChannelLastCB",
     "CheckpointCB",
     "DeviceCB",
+    "Difference",
     "EarlyStoppingCB",
     "GradientAccumulationCB",
     "GradientClippingCB",
+    "JournalCB",
     "LRFinderCB",
     "LayerSummary",
     "LossCurveCB",
@@ -52,6 +56,7 @@ __all__ = [
     "TerminateOnNaNCB",
     "TimeLimitCB",
     "TrainCB",
+    "compare_runs",
     "def_device",
     "to_cpu",
     "to_device",

@@ -12,6 +12,7 @@ from ..engine.learners import check_loss
 from ..events import (
     ActionEvent,
     Backward,
+    BeforeEpoch,
     BeforeFit,
     BeforeStep,
     CancelStepException,
@@ -88,6 +89,12 @@ class AccelerateCB(TrainCB):
     def _prepare(self, x: Any) -> Any:
         return None if x is None else self.accelerator.prepare(x)
 
+    def before_epoch(self, event: BeforeEpoch) -> None:
+        if hasattr(event.learner.dl, "iteration"):
+            # Its loaders seed their samplers by how often they were read to the end: in a resumed
+            # fit, or after an epoch that was left, not by the epoch.
+            event.learner.dl.iteration = event.epoch
+
     def backward(self, event: Backward) -> None:
         self.accelerator.backward(check_loss(event.learner.loss))
 
@@ -126,6 +133,16 @@ class AccelerateCB(TrainCB):
         for key in _MARKS:
             vars(learner.model).pop(key, None)
         vars(learner.model).update(self._marks)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The scaler's state, if there is one."""
+        scaler = self.accelerator.scaler
+        return {} if scaler is None else {"scaler": scaler.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go back to what `state_dict` returned."""
+        if self.accelerator.scaler is not None and "scaler" in state:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
 
 
 _MARKS = ("forward", "_original_forward", "_is_accelerate_prepared")

@@ -14,6 +14,7 @@ from .learner import Learner
 from .learners import MomentumLearner, TrainLearner
 from .observers import EventStream, Observer
 from .result import FitResult
+from .seeding import seed_everything
 from .state import CheckpointMismatchError
 
 __all__ = [
@@ -34,4 +35,5 @@ __all__ = [
     "MomentumLearner",
     "Observer",
     "TrainLearner",
+    "seed_everything",
 ]
