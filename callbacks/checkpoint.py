@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Mapping
 from functools import partial
+from numbers import Real
 from pathlib import Path
 from time import monotonic
 from typing import Any, Literal
@@ -15,7 +16,7 @@ import structlog
 from ..engine.position import Position, reading_of
 from ..engine.shelf import Shelf, Writer
 from ..engine.state import Snapshot, state_of, stateless
-from ..events import BeforeFit, Callback, CleanupBatch, CleanupEpoch, CleanupFit
+from ..events import BeforeFit, Callback, CleanupBatch, CleanupEpoch, CleanupFit, Event
 from .lr_finder import LRFinderCB
 
 log = structlog.get_logger("eventrain")
@@ -85,11 +86,12 @@ class CheckpointCB(Callback):
         if every_epochs is every_batches is every_seconds is None:
             every_epochs = 1
         _check_counts(every_epochs=every_epochs, every_batches=every_batches, keep_last=keep_last)
-        if every_seconds is not None and not 0 < every_seconds < math.inf:
-            raise ValueError(f"every_seconds={every_seconds!r}: give a positive number, or None")
+        _check_seconds(every_seconds)
         if keep_best is not None:
             if not isinstance(keep_best, tuple | list) or len(keep_best) != 2:
                 raise ValueError(f'keep_best={keep_best!r}: give a pair, such as ("loss", "min")')
+            if not isinstance(keep_best[0], str):
+                raise ValueError(f"keep_best={keep_best!r}: the first is the name of a number")
             if keep_best[1] not in ("min", "max"):
                 raise ValueError(f"keep_best={keep_best!r}: the second is 'min' or 'max'")
             if every_epochs is None:
@@ -116,12 +118,17 @@ class CheckpointCB(Callback):
         Snapshot(state_of(learner))  # what cannot be saved is told before any work
         self._tell_doubts(learner)
         self._shelf = Shelf(self.folder, event.run_id, self.keep_last, self.keep_best)
+        self.last, self.best = self._shelf.last, self._shelf.best
         self._writer = Writer(self.background)
         self._saved = learner.start
         self._begin_interval()
 
+    def _saves(self, event: Event) -> bool:
+        """Whether it is this fit that is saved: not one that may not, nor another learner's."""
+        return self._shelf is not None and self._shelf.run_id == event.run_id
+
     def cleanup_batch(self, event: CleanupBatch) -> None:
-        if self._shelf is None:
+        if not self._saves(event):
             return
         whole = event.end.status == "completed"
         if event.learner.ending or (whole and self._is_due(event)):
@@ -135,7 +142,7 @@ class CheckpointCB(Callback):
 
     def cleanup_epoch(self, event: CleanupEpoch) -> None:
         learner = event.learner
-        if self._shelf is None:
+        if not self._saves(event):
             return
         done = event.epoch + 1
         is_over = not event.training or not learner.valid
@@ -146,7 +153,7 @@ class CheckpointCB(Callback):
             self._save(learner, after, event.metrics if is_over else {})
 
     def cleanup_fit(self, event: CleanupFit) -> None:
-        if self._shelf is not None:
+        if self._shelf is not None and self._saves(event):
             shelf, self._shelf, self._copy = self._shelf, None, None
             try:
                 self._writer.close()
@@ -195,6 +202,12 @@ class CheckpointCB(Callback):
                 found=found,
                 hint="give the callback state_dict and load_state_dict",
             )
+
+
+def _check_seconds(seconds: Any) -> None:
+    is_number = isinstance(seconds, Real) and not isinstance(seconds, bool)
+    if seconds is not None and not (is_number and 0 < seconds < math.inf):
+        raise ValueError(f"every_seconds={seconds!r}: give a positive number, or None")
 
 
 def _check_counts(**counts: Any) -> None:

@@ -1,11 +1,8 @@
-"""Checkpoints on disk: whole, or not there; and read without running code.
+"""Checkpoints on disk: whole, or refused; and read without running code.
 
 A checkpoint is a folder of two files: `state.pt`, which `torch.load(weights_only=True)` reads, and
-`manifest.json`, with its size, its SHA-256, and what a person wants to know. It is written under
-a temporary name, flushed to the disk, and renamed; so one that has its name is whole, and one
-that has rotted since is told by its digest.
-
-Source: the order of writing is that of "Files are hard" (Dan Luu) and of SQLite's "Atomic Commit".
+`manifest.json`, with its size, its SHA-256, and what a person wants to know. How it comes to be
+whole stands in `checkpoint_writing.py`; one that has rotted since is told by its digest.
 """
 
 from __future__ import annotations
@@ -14,22 +11,18 @@ import hashlib
 import io
 import json
 import os
-import pickletools
-import platform
 import re
-import shutil
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import structlog
 import torch
 
 from .position import Position
+from .state_file import foreign, shapes_not_there
 
 FORMAT = 1
 """Goes up when checkpoints of before cannot be read any more."""
@@ -120,10 +113,13 @@ class Checkpoint:
     def _load_one(cls, path: Path) -> Checkpoint:
         manifest = read_manifest(path)
         try:
-            with open(path / STATE, "rb") as file:
+            with _open(path / STATE) as file:
                 _check_file(file, manifest["files"][STATE])
                 state = torch.load(file, map_location="cpu", weights_only=True)
-            _check_tensors(state)
+            if not isinstance(state, dict):
+                raise CheckpointDamagedError("it is no state")
+            if shapes := shapes_not_there(state):
+                raise CheckpointDamagedError(f"tensors of {shapes} are not all there")
             return cls(path, manifest, state)
         except CheckpointDamagedError as exc:
             raise CheckpointDamagedError(f"{path / STATE}: {exc}") from None
@@ -151,34 +147,60 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
     Raises:
         CheckpointDamagedError: it is not what was written.
-        CheckpointError: it is of a later format.
+        CheckpointError: it is of another format.
     """
     try:
-        with open(path / MANIFEST, "rb") as file:
-            written = file.read(MANIFEST_LIMIT + 1)
-        if len(written) > MANIFEST_LIMIT:
-            raise CheckpointDamagedError("it is longer than any manifest")
+        with _open(path / MANIFEST) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > MANIFEST_LIMIT:
+                raise CheckpointDamagedError("it is longer than any manifest")
+            written = file.read(size)
         manifest = json.loads(written)
         digest = manifest.pop("sha256")
-        if _encode(manifest, digest) != written or _digest(manifest) != digest:
+        if encode(manifest, digest) != written or digest_of(manifest) != digest:
             raise CheckpointDamagedError("it is not what its digest says")
+        written_by, its_format = manifest["versions"]["eventrain"], manifest["format"]
+        if its_format == FORMAT and not _is_complete(manifest):
+            raise CheckpointDamagedError("it does not say what a manifest says")
     except CheckpointDamagedError as exc:
         raise CheckpointDamagedError(f"{path / MANIFEST}: {exc}") from None
     except Exception as exc:
         raise CheckpointDamagedError(f"{path / MANIFEST} cannot be read: {exc!r}") from exc
-    if manifest["format"] != FORMAT:
+    if its_format != FORMAT:
         raise CheckpointError(
-            f"{path} has format {manifest['format']!r}, and this version of eventrain reads"
-            f" {FORMAT}: it was written by eventrain {manifest['versions']['eventrain']}"
+            f"{path} has format {its_format!r}, and this version of eventrain reads {FORMAT}:"
+            f" it was written by eventrain {written_by}"
         )
     return manifest  # type: ignore[no-any-return]
 
 
-def _encode(manifest: Mapping[str, Any], digest: str) -> bytes:
+def _is_complete(manifest: Any) -> bool:
+    match manifest:
+        case {
+            "run_id": str(),
+            "position": {"epoch": int(), "training": bool(), "batches": int(), **others},
+            "metrics": dict(metrics),
+            "versions": {"torch": str()},
+            "files": {"state.pt": {"size": int(), "sha256": str()}},
+        }:
+            return not others and all(isinstance(n, float | int | None) for n in metrics.values())
+    return False
+
+
+def _open(path: Path) -> io.BufferedReader:
+    """Open a file to be read; a pipe, where one would wait, is none."""
+    if not path.is_file():
+        raise CheckpointDamagedError("there is no such file")
+    return open(path, "rb")
+
+
+def encode(manifest: Mapping[str, Any], digest: str) -> bytes:
+    """A manifest as it stands in its file."""
     return json.dumps({**manifest, "sha256": digest}, indent=1, sort_keys=True).encode()
 
 
-def _digest(manifest: Mapping[str, Any]) -> str:
+def digest_of(manifest: Mapping[str, Any]) -> str:
+    """The SHA-256 of a manifest, which stands in it."""
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
@@ -193,156 +215,6 @@ def _check_file(file: io.BufferedReader, expected: Mapping[str, Any]) -> None:
         items = archive.infolist()
         if sum(item.file_size for item in items) > size:
             raise CheckpointDamagedError("it claims to hold more than it does")
-        (pickled,) = (item for item in items if item.filename.endswith("/data.pkl"))
-        for _, argument, _ in pickletools.genops(archive.read(pickled)):
-            if argument in ("builtins bytearray", "__builtin__ bytearray"):
-                raise CheckpointDamagedError("it asks for memory that it does not fill")
+        if names := foreign(archive):
+            raise CheckpointDamagedError(f"it asks for what no state is made of: {names}")
     file.seek(0)
-
-
-def _check_tensors(state: Any) -> None:
-    """Raise if a tensor claims to be larger than what there is of it."""
-    for tensor in _tensors(state):
-        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-            raise CheckpointDamagedError(f"a tensor of {tuple(tensor.shape)} is not all there")
-
-
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _tensors(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _tensors(item)
-
-
-# ------------------------------------------------------------------------------------- writing
-
-
-def write_checkpoint(
-    folder: Path, run_id: str, position: Position, metrics: Mapping[str, Any], state: Any
-) -> Path:
-    """Write a checkpoint into `folder`, whole or not at all; return its path.
-
-    Raises:
-        OSError: what the system says; nothing of it is left then.
-        TypeError: something in the state could not be read back.
-    """
-    found = checkpoints_in(folder)
-    number = int(found[-1].name.rpartition("-")[2]) + 1 if found else 1
-    path = folder / f"checkpoint-{number:06}"
-    unfinished = folder / f"{_UNFINISHED}{path.name}"
-    try:
-        os.mkdir(unfinished)
-        manifest = {
-            "format": FORMAT,
-            "run_id": run_id,
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "position": {
-                "epoch": position.epoch,
-                "training": position.training,
-                "batches": position.batches,
-            },
-            "metrics": dict(metrics),
-            "versions": _versions(),
-            "files": {STATE: _write_state(unfinished / STATE, state)},
-        }
-        _write(unfinished / MANIFEST, _encode(manifest, _digest(manifest)))
-        sync_folder(unfinished)
-        os.rename(unfinished, path)
-        sync_folder(folder)
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
-    return path
-
-
-def remove_checkpoint(path: Path) -> None:
-    """Remove a checkpoint, so that it is there whole or not at all."""
-    unfinished = path.with_name(_UNFINISHED + path.name)
-    os.rename(path, unfinished)
-    shutil.rmtree(unfinished)
-
-
-def remove_unfinished(folder: Path) -> None:
-    """Remove what a run that died left half written, or half removed."""
-    for path in folder.glob(_UNFINISHED + "*"):
-        shutil.rmtree(path, ignore_errors=True)
-
-
-_UNFINISHED = ".unfinished-"
-
-
-def _versions() -> dict[str, str]:
-    return {
-        "eventrain": version("eventrain"),
-        "torch": str(torch.__version__),
-        "python": platform.python_version(),
-    }
-
-
-class _Digesting(io.RawIOBase):
-    """A file that keeps the digest of what is written to it, and its first error.
-
-    torch would tell of an error in its own words, after it has tried to write on.
-    """
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self._digest = hashlib.sha256()
-        self._size = 0
-        self.error: OSError | None = None
-
-    def writable(self) -> bool:
-        return True
-
-    def write(self, data: Any) -> int:
-        data = memoryview(data).cast("B")
-        if self.error is None:
-            try:
-                self._file.write(data)
-                self._digest.update(data)
-                self._size += len(data)
-            except OSError as exc:
-                self.error = exc
-        return len(data)
-
-    def finish(self) -> dict[str, Any]:
-        if self.error is not None:
-            raise self.error
-        return {"size": self._size, "sha256": self._digest.hexdigest()}
-
-
-def _write_state(path: Path, state: Any) -> dict[str, Any]:
-    with open(path, "xb") as file:
-        digesting = _Digesting(file)
-        torch.save(state, digesting)  # type: ignore[arg-type]  # it only writes and flushes
-        written = digesting.finish()
-        file.flush()
-        os.fsync(file.fileno())
-    if unsafe := torch.serialization.get_unsafe_globals_in_checkpoint(path):
-        raise TypeError(
-            f"the state holds what could not be read back without running code: {unsafe};"
-            " a state_dict is to hold tensors, numbers, texts, lists and dicts of them"
-        )
-    return written
-
-
-def _write(path: Path, data: bytes) -> None:
-    with open(path, "xb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def sync_folder(folder: Path) -> None:
-    """Have the names in a folder reach the disk, where the system can (Windows cannot)."""
-    if os.name == "nt":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

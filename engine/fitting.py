@@ -7,7 +7,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -39,6 +39,7 @@ from .result import FitResult
 from .resume import Resumption, find_checkpoint
 from .runtime import Runtime
 from .scope import Request
+from .signals import GracefulEnd
 
 _CANCELS: Mapping[str, type[CancelException]] = {
     "fit": CancelFitException,
@@ -58,6 +59,7 @@ class Fitting(Loop):
     resumed_from: Path | None = None
     """The checkpoint that this fit goes on from."""
     _fitting: bool = False
+    _graceful_end: GracefulEnd | None = None
 
     async def fit(
         self,
@@ -69,6 +71,7 @@ class Fitting(Loop):
         *,
         run_id: str | None = None,
         resume: str | os.PathLike[str] | None = None,
+        graceful: bool | float = False,
     ) -> FitResult:
         """Train and validate for `n_epochs`, in a thread of its own.
 
@@ -87,6 +90,10 @@ class Fitting(Loop):
                 folder of them, or "last", which is the last whole one of the `CheckpointCB`
                 among the callbacks; where that has none yet, the fit begins at the beginning.
                 `n_epochs` are those of the whole fit.
+            graceful: have the first SIGTERM or SIGINT end the fit with the batch under way, and
+                `CheckpointCB` save there; the second does what it does without this. A number is
+                the seconds after which the fit is stopped at its next event instead; True gives
+                30. For scripts: a host with handlers of its own calls `stop(graceful=True)`.
 
         Raises:
             RuntimeError: this learner is fitting already.
@@ -102,7 +109,8 @@ class Fitting(Loop):
         if resume is not None and lr is not None:
             raise ValueError(f"lr={lr!r}: a fit that is resumed has the learning rate that it had")
         actions = ACTIONS if train else (Predict, GetLoss)
-        return await self._fit(n_epochs, train, valid, cbs, lr, actions, run_id, resume)
+        end = None if graceful is False else GracefulEnd(self, graceful)
+        return await self._fit(n_epochs, train, valid, cbs, lr, actions, run_id, resume, end)
 
     async def _fit(
         self,
@@ -114,20 +122,23 @@ class Fitting(Loop):
         actions: tuple[type[ActionEvent], ...],
         run_id: str | None = None,
         resume: str | os.PathLike[str] | None = None,
+        end: GracefulEnd | None = None,
     ) -> FitResult:
         self._check_idle()
         self._fitting = True
+        self._graceful_end = end
         temporary: tuple[Callback, ...] = ()
         try:
             temporary = self.add_cbs(cbs)
             check_performers(self, actions)
             self._prepare(n_epochs, train, valid, lr)
             self.run_id = run_id or uuid.uuid4().hex[:12]
-            with self._kept_optimizer_at(lr):
+            with self._kept_optimizer_at(lr), end or nullcontext():
                 return await self._run(partial(self._work, resume, run_id))
         finally:
             self.remove_cbs(cb for cb in temporary if any(cb is own for own in self.cbs))
             self._requests.clear()
+            self._graceful_end = None
             self._fitting = False
 
     def run(
@@ -140,6 +151,7 @@ class Fitting(Loop):
         *,
         run_id: str | None = None,
         resume: str | os.PathLike[str] | None = None,
+        graceful: bool | float = False,
         backend: str = "asyncio",
         backend_options: dict[str, Any] | None = None,
     ) -> FitResult:
@@ -158,8 +170,9 @@ class Fitting(Loop):
                 "run() starts an event loop, and one is running in this thread already: use"
                 " `await learner.fit(...)` here"
             )
-        fit = partial(self.fit, n_epochs, train, valid, cbs, lr, run_id=run_id, resume=resume)
-        return anyio.run(fit, backend=backend, backend_options=backend_options)
+        fit = partial(self.fit, run_id=run_id, resume=resume, graceful=graceful)
+        arguments = n_epochs, train, valid, cbs, lr
+        return anyio.run(fit, *arguments, backend=backend, backend_options=backend_options)
 
     def stop(
         self,

@@ -49,7 +49,11 @@ class Reading(NamedTuple):
 
 def reading_of(loader: Any) -> Reading:
     """How this loader would be read on."""
+    if hasattr(loader, "base_dataloader"):  # and a state_dict, whatever that is
+        return Reading("again", "accelerate's loaders are a batch ahead of what is trained with")
     if hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict"):
+        if getattr(loader, "num_workers", 0):
+            return Reading("state", "the random states of its workers are not in its state")
         return Reading("state")
     if isinstance(loader, Sequence):
         return Reading("again")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import structlog
@@ -63,31 +64,35 @@ class Resumption:
         Raises:
             CheckpointMismatchError: it is of something else; nothing has been changed.
         """
-        position, state = self.position, self.checkpoint.state
-        if not (learner.train if position.training else learner.valid):
-            phase = "train" if position.training else "valid"
-            raise CheckpointMismatchError(
-                f"the checkpoint was saved in or before a {phase}ing epoch, and this fit has"
-                f" {phase}=False"
-            )
-        check_state(learner, state)
-        if position.batches == 0:
+        position = self.position
+        where = "training" if position.training else "validating"
+        for phase in ["train"] if position.training else ["train", "valid"]:
+            if not getattr(learner, phase):
+                raise CheckpointMismatchError(
+                    f"the checkpoint was saved in or before a {where} epoch of a fit that trains,"
+                    f" and this one has {phase}=False"
+                )
+        check_state(learner, self.checkpoint.state)
+        self._tell_doubts(learner)
+        if position.batches == 0 or position.epoch >= learner.n_epochs:
             self._load(learner)
 
     def batches(self, learner: Loop) -> Iterator[tuple[int, Any]]:
         """After BeforeEpoch of the epoch that was interrupted: the batches that are to come."""
         position, state = self.position, self.checkpoint.state
-        loader = learner.dl
+        if not position.is_within(learner.epoch, learner.training):
+            raise RuntimeError(
+                f"epoch {position.epoch}, in which the checkpoint was saved, was cancelled in"
+                " BeforeEpoch, before its state was loaded"
+            )
         if learner.n_iter != state["n_iter"]:
             raise CheckpointMismatchError(
                 f"an epoch has {learner.n_iter} batches, and had {state['n_iter']}: in the middle"
                 " of one, only the same data can be resumed"
             )
-        if doubt := reading_of(loader).doubt:
-            log.warning("resume_may_not_be_exact", reason=doubt, path=str(self.checkpoint.path))
         learner.random_at_epoch = state["random_at_epoch"]
         set_random_state(learner.dls, learner.random_at_epoch)
-        batches = read_on(loader, position.batches, state["loader"])
+        batches = read_on(learner.dl, position.batches, state["loader"])
         self._load(learner)
         return read(batches, position.training, position.batches)
 
@@ -96,12 +101,16 @@ class Resumption:
         try:
             set_state(learner, self.checkpoint.state)
         except BaseException:
-            set_state(learner, before)
+            with suppress(Exception):  # a callback that loads nothing; that was the first error
+                set_state(learner, before)
             raise
-        versions = self.checkpoint.manifest["versions"]
-        if versions["torch"] != str(torch.__version__):
-            log.warning(
-                "resume_may_not_be_exact",
-                reason=f"torch is {torch.__version__}, and was {versions['torch']}",
-                path=str(self.checkpoint.path),
-            )
+        learner._resumption = None  # it holds as much memory as the model and the optimizer
+
+    def _tell_doubts(self, learner: Loop) -> None:
+        loaders = [getattr(learner.dls, "train", None), *[learner.dls.valid] * bool(learner.valid)]
+        doubts = [reading_of(loader).doubt for loader in loaders]
+        before, now = self.checkpoint.manifest["versions"]["torch"], str(torch.__version__)
+        if before != now:
+            doubts.append(f"torch is {now}, and was {before}")
+        for doubt in dict.fromkeys(filter(None, doubts)):
+            log.warning("resume_may_not_be_exact", reason=doubt, path=str(self.checkpoint.path))

@@ -12,8 +12,11 @@ Not `anyio.to_thread`: its threads are the host's, limited in number, and under 
 from __future__ import annotations
 
 import contextvars
+import math
 import sys
 import threading
+import time
+import traceback
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future, wait
 from contextlib import suppress
@@ -42,6 +45,9 @@ PUMP_INTERVAL = 0.05
 PATIENCE = 0.1
 """Seconds until the training thread asks why an async receiver has not answered."""
 
+CANCEL_PATIENCE = 5.0
+"""Seconds after a cancellation until it is told what the training thread is still at."""
+
 
 class Runtime:
     """Runs one blocking function in a thread for one fit, and serves it from the event loop."""
@@ -58,6 +64,7 @@ class Runtime:
         self._host = threading.get_ident()
         self._begun = threading.Event()
         self._interrupted = False
+        self._patient_until = math.inf
         self._pump_scope = anyio.CancelScope(shield=True)
         self._receiver_scope: anyio.CancelScope | None = None
         self._observing: dict[Observer[Any], anyio.CancelScope] = {}
@@ -121,8 +128,11 @@ class Runtime:
             self._interrupt()
         while not self._finished.is_set():
             try:
-                with anyio.CancelScope(shield=interruption is not None):
+                patience = self._patient_until - time.monotonic()
+                with anyio.move_on_after(patience, shield=interruption is not None) as scope:
                     await self._finished.wait()
+                if scope.cancelled_caught:
+                    self._tell_of_waiting(thread)
             except GeneratorExit:  # the event loop itself is gone: nothing can be awaited
                 self._interrupt()
                 raise
@@ -136,6 +146,7 @@ class Runtime:
     def _interrupt(self) -> None:
         if not self._interrupted:
             self._interrupted = True
+            self._patient_until = time.monotonic() + CANCEL_PATIENCE
             self._learner._request(InterruptedFit())
         scope = self._receiver_scope
         if scope is not None and scope.shield:  # a Cleanup* receiver: it gets some more time
@@ -145,6 +156,17 @@ class Runtime:
 
     def _cleanup_deadline(self) -> float:
         return anyio.current_time() + self._learner.cleanup_timeout
+
+    def _tell_of_waiting(self, thread: threading.Thread) -> None:
+        self._patient_until = math.inf
+        with suppress(Exception):  # a logger that fails must not take the place of the cancel
+            log.warning(
+                "cancel_waits",
+                run_id=self._learner.run_id,
+                seconds=CANCEL_PATIENCE,
+                where=whereabouts(thread.ident),
+                hint="the fit was cancelled, and returns when its thread comes to its next event",
+            )
 
     def _tell_of_rng(self) -> None:
         if len(self._running) > 1 and not Runtime._told_of_rng:
@@ -245,6 +267,8 @@ class Runtime:
                 self._start_observers()
                 for stream in tuple(self._learner.audience):
                     stream.wake()
+                if self._learner._graceful_end is not None:
+                    self._learner._graceful_end.look()
                 await anyio.sleep(PUMP_INTERVAL)
 
     def _start_observers(self) -> None:
@@ -271,6 +295,27 @@ class Runtime:
             stream.end()
         for scope in self._observing.values():
             scope.deadline = deadline
+
+
+def whereabouts(thread: int | None) -> list[str]:
+    """Where a thread is: its three innermost frames, the innermost first.
+
+    And the first of the user's own code, and the first of ours, which may be further out.
+    """
+    frame = sys._current_frames().get(thread or 0)
+    stack = [] if frame is None else list(traceback.walk_stack(frame))
+    roots = [f.f_globals.get("__name__", "").partition(".")[0] for f, _ in stack]
+    users = [i for i, root in enumerate(roots) if root not in _LIBRARIES]
+    ours = [i for i, root in enumerate(roots) if root == "eventrain"]
+    shown = {0, 1, 2, *users[:1], *ours[:1]}
+    return [
+        f"{f.f_code.co_filename}:{line} in {f.f_code.co_qualname}"
+        for i, (f, line) in enumerate(stack)
+        if i in shown
+    ]
+
+
+_LIBRARIES = sys.stdlib_module_names | {"torch", "eventrain"}
 
 
 def _leave_event_loop() -> None:

@@ -11,10 +11,8 @@ from typing import Any, ClassVar
 
 import structlog
 
-from .checkpoint import (
-    CheckpointError,
-    checkpoints_in,
-    read_manifest,
+from .checkpoint import CheckpointError, checkpoints_in, read_manifest
+from .checkpoint_writing import (
     remove_checkpoint,
     remove_unfinished,
     sync_folder,
@@ -51,8 +49,12 @@ class Shelf:
         self.keep_last = keep_last
         self.keep_best = keep_best
         self._metrics: dict[Path, Mapping[str, Any]] = {}  # of our checkpoints, the last one last
+        new = [path for path in (folder, *folder.parents) if not path.exists()]
         folder.mkdir(parents=True, exist_ok=True)
-        other = self._in_use.setdefault(folder.resolve(), self)
+        for path in new:
+            sync_folder(path.parent)
+        self._place = folder.resolve()  # the working directory may change
+        other = self._in_use.setdefault(self._place, self)
         if other is not self:
             raise RuntimeError(f"run {other.run_id} writes its checkpoints into {folder}, too")
         try:
@@ -120,7 +122,7 @@ class Shelf:
 
     def close(self) -> None:
         """Others may write there."""
-        self._in_use.pop(self.folder.resolve(), None)
+        self._in_use.pop(self._place, None)
 
 
 def _try_to_write(folder: Path) -> None:

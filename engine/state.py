@@ -36,7 +36,7 @@ def state_of(learner: Loop) -> State:
             name: p.grad for name, p in learner.model.named_parameters() if p.grad is not None
         },
         "optimizer": None if opt is None else opt.state_dict(),
-        "optimizer_class": type(opt).__name__,
+        "optimizer_class": _class_of(opt),
         "callbacks": {name: owner.state_dict() for name, owner in stateful(learner)},
         "random": random_state(learner.dls),
         "history": learner.history,
@@ -57,26 +57,42 @@ def set_state(learner: Loop, state: State) -> None:
         p.grad = None if gradient is None else gradient.to(p.device, copy=True)
     if state["optimizer"] is not None:
         learner.opt.load_state_dict(state["optimizer"])
-    for name, owner in stateful(learner):
-        owner.load_state_dict(state["callbacks"][name])
     learner.history = [dict(row) for row in state["history"]]
     learner.record = learner.history[-1] if learner.history else {}
     learner.n_samples = state["n_samples"]
     learner._completed = Counter(
         {(HOOKS[hook], training): n for hook, training, n in state["completed"]}
     )
-    set_random_state(learner.dls, state["random"])
+    try:
+        for name, owner in stateful(learner):
+            _load(name, owner, state["callbacks"][name])
+    finally:  # last: a callback may draw random numbers for what it fills
+        set_random_state(learner.dls, state["random"])
+
+
+def _load(name: str, owner: Any, state: Any) -> None:
+    try:
+        owner.load_state_dict(state)
+    except Exception as exc:
+        exc.add_note(f"raised by {name}.load_state_dict on what the checkpoint has of it")
+        raise
 
 
 def check_state(learner: Loop, state: State) -> None:
     """Raise a CheckpointMismatchError that names what differs, before anything is changed."""
-    differences = [
-        *_tensors_differ("the model", learner.model.state_dict(), state["model"]),
-        *_optimizers_differ(learner.opt, state),
-        *_callbacks_differ(dict(stateful(learner)), state["callbacks"]),
-    ]
-    if difference := random_state_differs(learner.dls, state["random"]):
-        differences.append(difference)
+    try:
+        differences = [
+            *_tensors_differ("the model", learner.model.state_dict(), state["model"]),
+            *_gradients_differ(dict(learner.model.named_parameters()), state["gradients"]),
+            *_optimizers_differ(learner.opt, state),
+            *_callbacks_differ(dict(stateful(learner)), state["callbacks"]),
+        ]
+        if difference := random_state_differs(learner.dls, state["random"]):
+            differences.append(difference)
+    except Exception as exc:
+        raise CheckpointMismatchError(
+            f"the checkpoint is of something else: it is not made of what ours are ({exc!r})"
+        ) from exc
     if differences:
         raise CheckpointMismatchError(
             "the checkpoint is of something else: "
@@ -144,14 +160,30 @@ class Snapshot:
         return self.value
 
     def _plain(self, value: Any, where: str) -> Any:
-        if isinstance(value, torch.Tensor):
+        if torch.nn.parameter.is_lazy(value):
+            return None  # it has no values yet
+        is_tensor = isinstance(value, torch.Tensor)
+        if (
+            is_tensor
+            and value.layout is torch.strided
+            and not value.is_meta
+            and not value.is_nested
+        ):
             return self._copy(value.detach(), where)
         if isinstance(value, Enum):
             return self._plain(value.value, where)
-        if value is None or isinstance(value, _PLAIN):
+        if isinstance(value, int) and value.bit_length() > 2039:  # all that torch reads back
+            raise TypeError(f"{where} is a number of {value.bit_length()} bits: give a text")
+        if value is None or type(value) in _PLAIN:
             return value
+        for plain in _NUMBERS_AND_TEXTS:
+            if isinstance(value, plain):  # of a class derived from it; numpy has some
+                return plain(value)  # type: ignore[arg-type]
         if isinstance(value, Mapping):
-            items = {key: self._plain(item, f"{where}[{key!r}]") for key, item in value.items()}
+            items = {}
+            for key, item in value.items():
+                place = f"{where}[{key!r}]"
+                items[self._plain(key, f"the key {place}")] = self._plain(item, place)
             if isinstance(value, Counter):  # a MultiStepLR has one, and its methods
                 return Counter(items)
             if not isinstance(value, OrderedDict):
@@ -164,7 +196,7 @@ class Snapshot:
             return tuple(listed) if isinstance(value, tuple) else listed
         if isinstance(value, PathLike):
             return fspath(value)
-        if hasattr(value, "dtype") and hasattr(value, "tolist"):  # numpy's
+        if hasattr(value, "dtype") and hasattr(value, "tolist") and not is_tensor:  # numpy's
             return torch.as_tensor(value).clone() if value.ndim else value.item()
         raise TypeError(
             f"{where} is {value!r}, which no checkpoint can hold: it is read without running code,"
@@ -172,7 +204,13 @@ class Snapshot:
         )
 
     def _copy(self, tensor: torch.Tensor, where: str) -> torch.Tensor:
-        key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
+        key = (
+            tensor.data_ptr(),
+            tensor.is_conj(),
+            tensor.is_neg(),
+            *_layout(tensor),
+            tensor.device,
+        )
         if tensor.numel() and key in self._tied:
             return self._tied[key]
         old = self._old.get(where)
@@ -190,20 +228,32 @@ def _layout(tensor: torch.Tensor) -> Any:
     return tensor.shape, tensor.stride(), tensor.dtype
 
 
-_PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size)
+_NUMBERS_AND_TEXTS = (int, float, complex, str)
+_PLAIN = (*_NUMBERS_AND_TEXTS, bool, torch.dtype, torch.device, torch.Size)
 
 
 def _tensors_differ(what: str, here: Mapping[str, Any], there: Mapping[str, Any]) -> Iterator[str]:
-    for name in there.keys() - here.keys():
+    for name in sorted(there.keys() - here.keys()):
         yield f"{what} has no {name}, and had one"
-    for name in here.keys() - there.keys():
+    for name in sorted(here.keys() - there.keys()):
         yield f"{what} has {name}, and had none"
-    for name in here.keys() & there.keys():
+    for name in sorted(here.keys() & there.keys()):
         a, b = here[name], there[name]
         if not isinstance(a, torch.Tensor) or torch.nn.parameter.is_lazy(a):
             continue
         if not isinstance(b, torch.Tensor) or (a.shape, a.dtype) != (b.shape, b.dtype):
             yield f"{name} of {what} is {_shape(a)}, and was {_shape(b)}"
+
+
+def _gradients_differ(here: Mapping[str, Any], there: Mapping[str, Any]) -> Iterator[str]:
+    for name, gradient in sorted(there.items()):
+        p = here.get(name)
+        if p is None:
+            yield f"there is no {name}, and it had a gradient"
+        elif torch.nn.parameter.is_lazy(p):
+            continue
+        elif not isinstance(gradient, torch.Tensor) or gradient.shape != p.shape:
+            yield f"the gradient of {name} was {_shape(gradient)}, for a parameter {_shape(p)}"
 
 
 def _shape(value: Any) -> str:
@@ -212,9 +262,13 @@ def _shape(value: Any) -> str:
     return f"{tuple(value.shape)} of {str(value.dtype).removeprefix('torch.')}"
 
 
+def _class_of(opt: Any) -> str:
+    return type(getattr(opt, "optimizer", opt)).__name__  # accelerate's holds the one it wraps
+
+
 def _optimizers_differ(opt: Any, state: State) -> Iterator[str]:
     there = state["optimizer"]
-    if (name := type(opt).__name__) != state["optimizer_class"]:
+    if (name := _class_of(opt)) != state["optimizer_class"]:
         yield f"the optimizer is {name}, and was {state['optimizer_class']}"
         return
     if opt is None:
@@ -225,11 +279,15 @@ def _optimizers_differ(opt: Any, state: State) -> Iterator[str]:
         yield f"the optimizer has groups of {sizes} parameters, and had {other_sizes}"
         return
     parameters = [p for group in opt.param_groups for p in group["params"]]
+    if any(map(torch.nn.parameter.is_lazy, parameters)):
+        return  # of sizes not known yet
+    most = max(1, sum(p.numel() for p in parameters))  # which LBFGS has in one
     for index, kept in there["state"].items():
+        if index >= len(parameters):
+            yield f"the optimizer has {len(parameters)} parameters, and had one of number {index}"
         for name, value in kept.items():
-            p = parameters[index]
-            if isinstance(value, torch.Tensor) and value.numel() > max(1, p.numel()):
-                yield f"{name} of the optimizer is {_shape(value)}, for a parameter {_shape(p)}"
+            if isinstance(value, torch.Tensor) and value.numel() > most:
+                yield f"{name} of the optimizer is {_shape(value)}, larger than all parameters"
 
 
 def _callbacks_differ(here: Mapping[str, Any], there: Mapping[str, Any]) -> Iterator[str]:

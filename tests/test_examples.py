@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import pty
+import signal
 import struct
 import subprocess
 import sys
@@ -132,6 +133,25 @@ def mirror(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         yield folder
         server.shutdown()
         thread.join()
+
+
+def test_a_training_that_is_told_to_end_and_killed_comes_out_as_undisturbed(tmp_path: Path) -> None:
+    alone = run("resumable", "--epochs", 12, "--checkpoints", tmp_path / "alone")
+    assert alone.stdout.splitlines()[-1].startswith("completed, 276 steps")
+
+    again = ["--epochs", "12", "--checkpoints", str(tmp_path / "disturbed")]
+    command = [sys.executable, "-m", "examples.resumable", *again]
+    for epoch, how, code in (0, signal.SIGTERM, 0), (1, signal.SIGKILL, -signal.SIGKILL):
+        with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            while not process.stdout.readline().startswith(f"epoch {epoch}"):
+                assert process.poll() is None
+            process.send_signal(how)
+            *_, last = process.stdout.readlines() or [""]
+        assert process.returncode == code
+        assert last == ("received SIGTERM; start it again to go on\n" if code == 0 else last)
+    resumed = run("resumable", *again)
+    assert resumed.stdout.splitlines()[-1] == alone.stdout.splitlines()[-1]
 
 
 def test_fashion_mnist_is_downloaded_where_it_is_missing(tmp_path: Path, mirror: Path) -> None:

@@ -9,12 +9,14 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import anyio
 import anyio.lowlevel
 import pytest
 import torch
+from eventrain.callbacks import CheckpointCB, MetricsCB
 from eventrain.engine import DataLoaders, TrainLearner
 from eventrain.engine.runtime import Runtime
 from eventrain.events import (
@@ -186,8 +188,10 @@ def resident() -> int:
         return 0
 
 
-async def test_memory_is_flat_over_many_batches(make_model: Callable[[], nn.Module]) -> None:
-    """G13: objects, threads and bytes, with streams unread and observers slow."""
+async def test_memory_is_flat_over_many_batches(
+    make_model: Callable[[], nn.Module], tmp_path: Path
+) -> None:
+    """G13: objects, threads and bytes, with streams unread, observers slow, and checkpoints."""
     blocks: list[int] = []
     counted: list[int] = []
     sizes: list[int] = []
@@ -206,9 +210,10 @@ async def test_memory_is_flat_over_many_batches(make_model: Callable[[], nn.Modu
         await anyio.lowlevel.checkpoint()
 
     async with learner.events(buffer=16), learner.events(overflow="latest"):
-        result = await learner.fit(valid=False, cbs=Listening())
+        saving = CheckpointCB(tmp_path, every_batches=N_BATCHES // 20)
+        result = await learner.fit(valid=False, cbs=[Listening(), MetricsCB(), saving])
     assert result.batches == N_BATCHES
-    assert set(counted) == {1}
+    assert set(counted) == {2}  # that of the fit, and that of its checkpoints
     assert max(blocks[2:]) - blocks[1] < 3_000
     assert max(sizes[2:]) - sizes[1] < 8 * 2**20
 

@@ -17,7 +17,7 @@ from eventrain.engine import (
     Learner,
     MomentumLearner,
     TrainLearner,
-    checkpoint,
+    checkpoint_writing,
     seed_everything,
 )
 from sklearn.datasets import load_digits
@@ -140,4 +140,4 @@ def _die_at(n: int) -> None:
 
             return call
 
-    checkpoint.os = Deadly()  # type: ignore[attr-defined]
+    checkpoint_writing.os = Deadly()  # type: ignore[attr-defined]
