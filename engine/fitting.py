@@ -93,7 +93,7 @@ class Fitting(Loop):
             graceful: have the first SIGTERM or SIGINT end the fit with the batch under way, and
                 `CheckpointCB` save there; the second does what it does without this. A number is
                 the seconds after which the fit is stopped at its next event instead; True gives
-                30. For scripts: a host with handlers of its own calls `stop(graceful=True)`.
+                25. For scripts: a host with handlers of its own calls `stop(graceful=True)`.
 
         Raises:
             RuntimeError: this learner is fitting already.

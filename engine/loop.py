@@ -209,17 +209,16 @@ class Loop(Listened):
         """Raise what `stop`, the host or an observer asked for, if it is still due."""
         for request in tuple(self._requests):
             error, target, graceful = request
-            if graceful and not gracefully:
-                continue
             if isinstance(error, InterruptedFit):
                 raise InterruptedFit  # stays requested until the fit has ended
             if isinstance(error, CancelException):
                 scope = self._open_scope(type(error))
+                if target not in (None, scope):
+                    self._requests.remove(request)
+                    continue  # what was to be stopped has ended by itself
                 if scope is None:
                     continue  # between two batches or epochs: meant for the next one
-                self._requests.remove(request)
-                if target not in (None, scope):
-                    continue  # what was to be stopped has ended by itself
-            else:
-                self._requests.remove(request)
+            if graceful and not gracefully:
+                continue
+            self._requests.remove(request)
             raise error

@@ -104,7 +104,14 @@ class Scope:
         """Whether a graceful stop is due when this scope has been left: between two batches."""
         whole = error is None or isinstance(error, self.cancel)
         between = self.cancel in (CancelBatchException, CancelEpochException)
-        return whole and between and any(request.graceful for request in tuple(self.loop._requests))
+        return whole and between and any(map(self._is_left_by, tuple(self.loop._requests)))
+
+    def _is_left_by(self, request: Request) -> bool:
+        """Whether a graceful request is for a scope around this one, not for this one alone."""
+        scope = self.outer
+        while scope is not None and not isinstance(request.error, scope.cancel):
+            scope = scope.outer
+        return request.graceful and scope is not None and request.target in (None, scope)
 
     def _unless_stray(self, exc: BaseException) -> BaseException:
         """A cancel that no open scope will catch is a mistake of whoever raised it."""

@@ -31,8 +31,8 @@ from .runtime import whereabouts
 if TYPE_CHECKING:
     from .fitting import Fitting
 
-DEADLINE = 30.0
-"""Seconds that `graceful=True` gives the batch under way."""
+DEADLINE = 25.0
+"""Seconds that `graceful=True` gives the batch under way; Kubernetes kills after 30."""
 
 # SIGINT first: once it is ours, no KeyboardInterrupt comes while the other is taken.
 _DEFAULTS: Mapping[signal.Signals, Any] = {
@@ -48,7 +48,7 @@ class GracefulEnd:
 
     Args:
         learner: whose fit it is.
-        graceful: seconds after which the fit is stopped at its next event instead; True for 30.
+        graceful: seconds after which the fit is stopped at its next event instead; True for 25.
 
     Raises:
         ValueError: no such time, or handlers that could not be set, or not be given back.

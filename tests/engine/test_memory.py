@@ -232,7 +232,7 @@ async def test_memory_and_threads_are_flat_over_many_fits(
     learner = TrainLearner(make_model(), dls)
     blocks: list[int] = []
     subscriptions = learner.bus.subscriptions()
-    tasks = anyio.get_running_tasks()
+    tasks = set(anyio.get_running_tasks())
     statuses: set[str] = set()
 
     def fail(event: Event) -> None:
@@ -258,7 +258,7 @@ async def test_memory_and_threads_are_flat_over_many_fits(
             gc.collect()
             blocks.append(sys.getallocatedblocks())
             assert training_threads() == []
-            assert anyio.get_running_tasks() == tasks
+            assert set(anyio.get_running_tasks()) == tasks
             assert learner.bus.subscriptions() == subscriptions
             assert learner.streams == []
             assert Runtime._running == set()
