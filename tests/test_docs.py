@@ -118,6 +118,12 @@ def test_files_that_the_docs_point_to_are_there() -> None:
             assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
+def test_every_fault_is_tried_by_a_test_that_exists() -> None:
+    named = re.findall(r"`(\w+\.py)`", (ROOT / "docs" / "faults.md").read_text())
+    assert len(named) > 20
+    assert set(named) <= {path.name for path in (ROOT / "tests").rglob("*.py")}
+
+
 def test_readme_loop_is_under_twenty_lines() -> None:
     code = blocks("python")[0]
     assert sum(bool(line.strip()) for line in code.splitlines()) < 20
