@@ -120,7 +120,6 @@ class CheckpointCB(Callback):
         self._shelf = Shelf(self.folder, event.run_id, self.keep_last, self.keep_best)
         self.last, self.best = self._shelf.last, self._shelf.best
         self._writer = Writer(self.background)
-        self._saved = learner.start
         self._begin_interval()
 
     def _saves(self, event: Event) -> bool:
@@ -130,6 +129,7 @@ class CheckpointCB(Callback):
     def cleanup_batch(self, event: CleanupBatch) -> None:
         if not self._saves(event):
             return
+        self._writer.check()
         whole = event.end.status == "completed"
         if event.learner.ending or (whole and self._is_due(event)):
             self._save(event.learner, Position(event.epoch, event.training, event.iter + 1))
@@ -147,7 +147,7 @@ class CheckpointCB(Callback):
         done = event.epoch + 1
         is_over = not event.training or not learner.valid
         due = self.every_epochs is not None and done % self.every_epochs == 0
-        due = is_over and event.end.status == "completed" and (due or done == event.n_epochs)
+        due = is_over and learner.going_on and (due or done == event.n_epochs)
         if learner.ending or due:
             after = Position(done, learner.train) if is_over else Position(event.epoch, False)
             self._save(learner, after, event.metrics if is_over else {})
@@ -165,8 +165,6 @@ class CheckpointCB(Callback):
     def _save(
         self, learner: Any, position: Position, metrics: Mapping[str, Any] | None = None
     ) -> None:
-        if position == self._saved:
-            return
         assert self._shelf is not None
         state = state_of(learner)
         if position.batches:
@@ -177,7 +175,6 @@ class CheckpointCB(Callback):
         self._writer.wait()
         self._copy = copy = Snapshot(state, over=self._copy)
         self._writer.write(partial(self._put, self._shelf, position, metrics or {}, copy))
-        self._saved = position
         self._begin_interval()
 
     def _put(

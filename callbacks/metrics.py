@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import defaultdict
 from collections.abc import Iterable
 from numbers import Real
 from typing import TYPE_CHECKING, Any
@@ -72,6 +73,7 @@ class MetricsCB(Callback):
         self.history: list[dict[str, Any]] = []
         self._n_samples = 0
         self._loss_sum: torch.Tensor | None = None
+        self._placed = False  # where the losses are
 
     def before_fit(self, event: BeforeFit) -> None:
         event.learner.metrics = self
@@ -81,16 +83,14 @@ class MetricsCB(Callback):
             metric.reset()
         self._n_samples = 0
         self._loss_sum = None
+        self._placed = False
 
     def after_batch(self, event: AfterBatch) -> None:
         learner = event.learner
         loss = check_scalar(learner.loss).detach()
-        if self._loss_sum is None:
-            # On Apple's devices there is no float64.
-            dtype = torch.float32 if loss.device.type == "mps" else torch.float64
-            self._loss_sum = torch.zeros((), dtype=dtype, device=loss.device)
-            for metric in self.metrics.values():
-                metric.to(loss.device)
+        if not self._placed:
+            self._place(loss.device)
+        assert self._loss_sum is not None
         n = batch_size(learner.batch) or 1  # of a batch without tensors the size is unknown
         self._n_samples += n
         self._loss_sum.add_(loss.reshape(()), alpha=n)
@@ -98,6 +98,18 @@ class MetricsCB(Callback):
             preds, targets = learner.preds.detach(), targets_of(learner.batch)
             for metric in self.metrics.values():
                 metric.update(preds, targets)
+
+    def _place(self, device: torch.device) -> None:
+        """Accumulate there: from nothing, or from what a checkpoint has."""
+        # On Apple's devices there is no float64.
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        if self._loss_sum is None:
+            self._loss_sum = torch.zeros((), dtype=dtype, device=device)
+        else:
+            self._loss_sum = self._loss_sum.to(device)
+        for metric in self.metrics.values():
+            metric.to(device)
+        self._placed = True
 
     def after_epoch(self, event: AfterEpoch) -> None:
         if self._loss_sum is None:  # no batch came this far
@@ -161,6 +173,11 @@ class MetricsCB(Callback):
             "n_samples": self._n_samples,
             "loss_sum": _copy(self._loss_sum),
             "metrics": {name: metric.state_dict() for name, metric in self.metrics.items()},
+            "windows": {  # torcheval does not count the place in a window among the states
+                name: metric.next_inserted
+                for name, metric in self.metrics.items()
+                if hasattr(metric, "next_inserted")
+            },
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -169,7 +186,17 @@ class MetricsCB(Callback):
         self._n_samples = state["n_samples"]
         self._loss_sum = _copy(state["loss_sum"])
         for name, metric in self.metrics.items():
+            made_on_demand = {  # in a plain dict nothing is, and torcheval relies on it
+                key: value.default_factory
+                for key, value in vars(metric).items()
+                if isinstance(value, defaultdict)
+            }
             metric.load_state_dict(state["metrics"][name])
+            for key, factory in made_on_demand.items():
+                setattr(metric, key, defaultdict(factory, getattr(metric, key)))
+        for name, place in state["windows"].items():
+            self.metrics[name].next_inserted = place  # type: ignore[attr-defined]
+        self._placed = False
 
 
 def _copy(loss_sum: torch.Tensor | None) -> torch.Tensor | None:

@@ -31,6 +31,7 @@ from ..events import (
     ScopeEnd,
 )
 from ..events.types import ACTIONS
+from .checkpoint import Checkpoint
 from .data import loader_of
 from .explain import check_performers
 from .loop import Loop
@@ -270,14 +271,18 @@ class Fitting(Loop):
 
     def _work(self, resume: str | os.PathLike[str] | None, run_id: str | None) -> None:
         """What the training thread does."""
-        checkpoint = None if resume is None else find_checkpoint(self, resume)
-        if checkpoint is not None:
-            self._resumption = Resumption(checkpoint)
-            self.resumed_from = checkpoint.path
-            self.start = checkpoint.position
-            self.epochs = range(self.start.epoch, self.n_epochs)
-            self.run_id = run_id or checkpoint.manifest["run_id"]
+        if resume is not None:
+            self._take_up(find_checkpoint(self, resume), run_id)
         self.one_fit()
+
+    def _take_up(self, checkpoint: Checkpoint | None, run_id: str | None) -> None:
+        if checkpoint is None:
+            return
+        self._resumption = Resumption(checkpoint)
+        self.resumed_from = checkpoint.path
+        self.start = checkpoint.position
+        self.epochs = range(self.start.epoch, self.n_epochs)
+        self.run_id = run_id or checkpoint.manifest["run_id"]
 
     async def _run(self, work: Callable[[], None]) -> FitResult:
         runtime = Runtime(self)

@@ -130,6 +130,8 @@ class Loop(Listened):
     _completed: Counter[tuple[type[Event], bool]]
     _end: ScopeEnd
     _innermost: Scope | None = None
+    going_on: bool = True
+    """For Cleanup* receivers: whether this scope alone is over, completed or by its own cancel."""
     ending: bool = False
     """For Cleanup* receivers: whether a graceful `stop` takes effect when they are done."""
     _cleaning: bool = False
@@ -177,7 +179,7 @@ class Loop(Listened):
 
     def _batches(self) -> Iterator[tuple[int, Any]]:
         """The batches of this epoch, numbered; of one that is resumed, those still to come."""
-        if self._resumption is not None and self.start.is_within(self.epoch, self.training):
+        if self._resumption is not None:
             return self._resumption.batches(self)
         self.random_at_epoch = random_state(self.dls)
         return read(self.dl, self.training)

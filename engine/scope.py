@@ -75,7 +75,8 @@ class Scope:
             error = self._unless_stray(exc)
             end = _end(error)
         loop._end = end
-        loop.ending = bool(loop._requests) and self._ends_gracefully(error)
+        loop.going_on = error is None or isinstance(error, self.cancel)
+        loop.ending = bool(loop._requests) and self._ends_gracefully()
         signal = loop.bus.signals[self.cleanup]
         if signal.receivers:
             outer, loop._cleaning = loop._cleaning, True
@@ -100,11 +101,11 @@ class Scope:
         finally:
             del error  # no circle of the error, its traceback and this frame: it holds the batch
 
-    def _ends_gracefully(self, error: BaseException | None) -> bool:
+    def _ends_gracefully(self) -> bool:
         """Whether a graceful stop is due when this scope has been left: between two batches."""
-        whole = error is None or isinstance(error, self.cancel)
         between = self.cancel in (CancelBatchException, CancelEpochException)
-        return whole and between and any(map(self._is_left_by, tuple(self.loop._requests)))
+        due = self.loop.going_on and between
+        return due and any(map(self._is_left_by, tuple(self.loop._requests)))
 
     def _is_left_by(self, request: Request) -> bool:
         """Whether a graceful request is for a scope around this one, not for this one alone."""

@@ -147,6 +147,11 @@ class Writer:
         else:
             self._written = self._thread.submit(job)
 
+    def check(self) -> None:
+        """Raise what the last job raised, if it is over."""
+        if self._written is not None and self._written.done():
+            self.wait()
+
     def wait(self) -> None:
         """Wait for the last job. Raises what it raised."""
         written, self._written = self._written, None

@@ -1,0 +1,316 @@
+"""Reading on from the middle of an epoch: nothing is repeated, and nothing left out."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from eventrain.engine import DataLoaders
+from eventrain.engine.position import Position, read_on, reading_of
+from eventrain.engine.randomness import random_state, set_random_state
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    Sampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
+
+N = 11
+
+
+class Numbers(Dataset[int]):
+    """The numbers below N; remembers which of them were read."""
+
+    def __init__(self) -> None:
+        self.read: list[int] = []
+
+    def __len__(self) -> int:
+        return N
+
+    def __getitem__(self, i: Any) -> Any:
+        self.read += i if isinstance(i, list) else [i]
+        return torch.tensor(i)
+
+
+class Noisy(Numbers):
+    """And draws a random number for each."""
+
+    def __getitem__(self, i: int) -> Any:
+        return super().__getitem__(i) + torch.rand(()) + random.random()
+
+
+class Stream(IterableDataset[int]):
+    def __init__(self, n: int = N) -> None:
+        self.n = n
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(torch.randperm(self.n).tolist())
+
+
+class Eager(Sampler[int]):
+    """One that draws its order when it is iterated, not with its first index."""
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(torch.randperm(N).tolist())
+
+
+class EagerBatches(Sampler[list[int]]):
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter(torch.randperm(N)[:10].view(5, 2).tolist())
+
+
+class Python(Sampler[int]):
+    def __iter__(self) -> Iterator[int]:
+        yield from random.sample(range(N), N)
+
+
+class OneByOne:
+    """A loader with nothing but `__getitem__`, as iteration had it once."""
+
+    def __getitem__(self, i: int) -> torch.Tensor:
+        if i >= 5:
+            raise IndexError
+        return torch.tensor(i)
+
+
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(5)
+
+
+SKIPPED: dict[str, Callable[[Dataset[Any]], Any]] = {
+    "in order": lambda data: DataLoader(data, 2),
+    "in order, drop_last": lambda data: DataLoader(data, 2, drop_last=True),
+    "shuffled": lambda data: DataLoader(data, 2, shuffle=True),
+    "shuffled, own generator": lambda data: DataLoader(data, 2, True, generator=generator()),
+    "one by one": lambda data: DataLoader(data, batch_size=None, shuffle=True),
+    "replacement": lambda data: DataLoader(
+        data, 2, sampler=RandomSampler(data, replacement=True, num_samples=40)
+    ),
+    "replacement, own generator": lambda data: DataLoader(
+        data,
+        2,
+        sampler=RandomSampler(data, replacement=True, num_samples=40, generator=generator()),
+    ),
+    "weighted": lambda data: DataLoader(data, 2, sampler=WeightedRandomSampler([1.0] * N, N)),
+    "subset": lambda data: DataLoader(data, 2, sampler=SubsetRandomSampler(range(9))),
+    "eager": lambda data: DataLoader(data, 2, sampler=Eager()),
+    "python": lambda data: DataLoader(data, 2, sampler=Python()),
+    "batch sampler": lambda data: DataLoader(
+        data, batch_sampler=BatchSampler(RandomSampler(data, generator=generator()), 2, False)
+    ),
+    "eager batch sampler": lambda data: DataLoader(data, batch_sampler=EagerBatches()),
+    "batches by the dataset": lambda data: DataLoader(
+        data, batch_size=None, sampler=BatchSampler(SequentialSampler(data), 2, False)
+    ),
+}
+
+AGAIN: dict[str, Callable[[Dataset[Any]], Any]] = {
+    "list": lambda _: [torch.tensor([2 * i, 2 * i + 1]) for i in range(5)],
+    "tuple": lambda _: tuple(torch.tensor([i]) for i in range(5)),
+    "by index": lambda _: OneByOne(),
+    "iterable dataset": lambda _: DataLoader(Stream(), 2),
+}
+
+
+def seed(n: int) -> None:
+    torch.manual_seed(n)
+    random.seed(n)
+
+
+def listed(batches: Any) -> list[Any]:
+    return [batch.tolist() for batch in batches]
+
+
+def whole_and_rest(make: Callable[[], Any], n: int) -> tuple[list[Any], list[Any], Any]:
+    """An epoch, what is read on in another process from its n-th batch, and the loader there."""
+    seed(1)
+    loader = make()
+    start = random_state(DataLoaders(loader))
+    batches = iter(loader)
+    whole = [next(batches).tolist() for _ in range(n)]
+    there = random_state(DataLoaders(loader))
+    whole += listed(batches)
+    seed(2)
+    loader = make()
+    set_random_state(DataLoaders(loader), start)
+    rest = read_on(loader, n, None)
+    set_random_state(DataLoaders(loader), there)
+    return whole, listed(rest), loader
+
+
+@pytest.mark.parametrize("n", [1, 3, 5])
+@pytest.mark.parametrize("kind", [*SKIPPED, *AGAIN])
+def test_what_is_read_on_is_the_rest_of_the_epoch(kind: str, n: int) -> None:
+    make = {**SKIPPED, **AGAIN}[kind]
+    whole, rest, loader = whole_and_rest(lambda: make(Numbers()), n)
+    assert rest == whole[n:]
+    assert reading_of(loader).how == ("skip" if kind in SKIPPED else "again")
+
+
+@pytest.mark.parametrize("kind", sorted(SKIPPED.keys() - {"batches by the dataset"}))
+def test_what_the_dataset_draws_goes_on_too(kind: str) -> None:
+    whole, rest, _ = whole_and_rest(lambda: SKIPPED[kind](Noisy()), 2)
+    assert rest == whole[2:]
+    assert rest != []
+
+
+@pytest.mark.parametrize("n", [1, 4])
+@pytest.mark.parametrize("kind", SKIPPED)
+def test_nothing_is_loaded_of_what_is_passed_over(kind: str, n: int) -> None:
+    data = Numbers()
+    rest = read_on(SKIPPED[kind](data), n, None)
+    assert data.read == []
+    batches = [batch.flatten().tolist() for batch in rest]
+    assert data.read == [i for batch in batches for i in batch]
+
+
+@pytest.mark.parametrize("kind", SKIPPED)
+def test_the_loader_itself_is_left_as_it_was(kind: str) -> None:
+    loader = SKIPPED[kind](Numbers())
+    before = dict(vars(loader))
+    list(read_on(loader, 3, None))
+    assert vars(loader) == before
+    assert len(listed(loader)) == len(listed(loader)) >= 4  # whole epochs, again and again
+
+
+@pytest.mark.parametrize("data", [Numbers, Noisy])
+def test_worker_processes_read_again_and_draw_again(data: Callable[[], Dataset[Any]]) -> None:
+    def make() -> Any:
+        return DataLoader(data(), 2, shuffle=True, num_workers=2)
+
+    whole, rest, loader = whole_and_rest(make, 3)
+    assert rest == whole[3:]
+    assert reading_of(loader) == ("again", None)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda n: DataLoader(range(n), 1),  # type: ignore[arg-type]
+        lambda n: DataLoader(range(n), batch_size=None),  # type: ignore[arg-type]
+        lambda n: DataLoader(Stream(n), 1),
+        lambda n: list(range(n)),
+        lambda n: (i for i in range(n)),
+    ],
+)
+def test_a_loader_that_has_become_shorter_is_refused(make: Callable[[int], Any]) -> None:
+    with pytest.raises(ValueError, match=r"4 batches of this epoch .* it has only 3"):
+        read_on(make(3), 4, None)
+    assert list(read_on(make(4), 4, None)) == []
+
+
+class Kept:
+    """A loader that keeps its place itself, as torchdata's does."""
+
+    def __init__(self) -> None:
+        self.place = 0
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        place, self.place = self.place, 0
+        for i in range(place, 5):
+            self.place = i + 1
+            yield torch.tensor(i)
+
+    def state_dict(self) -> dict[str, int]:
+        return {"place": self.place}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.place = state["place"]
+
+
+def test_a_loader_that_keeps_its_place_is_asked_for_it() -> None:
+    loader = Kept()
+    batches = iter(loader)
+    assert [int(next(batches)) for _ in range(3)] == [0, 1, 2]
+    state = loader.state_dict()
+    assert reading_of(Kept()) == ("state", None)
+    assert listed(read_on(Kept(), 3, state)) == [3, 4]
+
+
+class Workers(Kept):
+    num_workers = 2
+
+
+class Half:
+    """`state_dict` without `load_state_dict`: nothing to go back to."""
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(())
+
+    def state_dict(self) -> dict[str, int]:
+        return {}
+
+
+@pytest.mark.parametrize(
+    ("make", "how", "doubt"),
+    [
+        (lambda: DataLoader(Numbers()), "skip", None),
+        (lambda: [1, 2], "again", None),
+        (lambda: DataLoader(Numbers(), num_workers=1), "again", None),
+        (
+            lambda: DataLoader(Numbers(), num_workers=1, persistent_workers=True),
+            "again",
+            "its persistent workers keep random states over epochs",
+        ),
+        (
+            lambda: DataLoader(Stream()),
+            "again",
+            "its dataset is an IterableDataset, which may not repeat itself",
+        ),
+        (lambda: iter([1]), "again", "of list_iterator it is not known that it repeats itself"),
+        (Half, "again", "of Half it is not known that it repeats itself"),
+        (Workers, "state", "the random states of its workers are not in its state"),
+    ],
+)
+def test_it_is_known_of_which_loaders_one_cannot_know(
+    make: Callable[[], Any], how: str, doubt: str | None
+) -> None:
+    assert reading_of(make()) == (how, doubt)
+
+
+def test_a_class_derived_from_the_loader_may_do_anything() -> None:
+    class Mine(DataLoader[int]):
+        pass
+
+    assert reading_of(Mine(Numbers())) == (
+        "again",
+        "of Mine it is not known that it repeats itself",
+    )
+
+
+def test_the_loaders_of_accelerate_read_ahead() -> None:
+    accelerate = pytest.importorskip("accelerate")
+    loader = accelerate.Accelerator(cpu=True).prepare(DataLoader(Numbers(), 2))
+    assert reading_of(loader) == (
+        "again",
+        "accelerate's loaders are a batch ahead of what is trained with",
+    )
+    assert listed(read_on(loader, 4, None)) == [[8, 9], [10]]
+
+
+@pytest.mark.parametrize(
+    ("position", "beyond", "within"),
+    [
+        (Position(), [], []),
+        (Position(0, True, 3), [], [(0, True)]),
+        (Position(0, False), [(0, True)], []),
+        (Position(0, False, 2), [(0, True)], [(0, False)]),
+        (Position(1, True), [(0, True), (0, False)], []),
+        (Position(1, True, 1), [(0, True), (0, False)], [(1, True)]),
+        (Position(1, False, 1), [(0, True), (0, False), (1, True)], [(1, False)]),
+    ],
+)
+def test_a_position_tells_what_is_done_and_what_was_begun(
+    position: Position, beyond: list[Any], within: list[Any]
+) -> None:
+    parts = [(epoch, training) for epoch in (0, 1) for training in (True, False)]
+    assert [part for part in parts if position.is_beyond(*part)] == beyond
+    assert [part for part in parts if position.is_within(*part)] == within
