@@ -17,6 +17,7 @@ import torch
 from eventrain.callbacks import CheckpointCB
 from eventrain.engine import Checkpoint, DataLoaders, MomentumLearner, checkpoint_writing
 from eventrain.engine.checkpoint import checkpoints_in
+from eventrain.events import AfterBatch
 from torch import nn
 
 OPERATIONS = ("mkdir", "open", "fsync", "rename", "unlink", "rmdir")
@@ -174,13 +175,15 @@ def run_out_of_space(folder: Path, limit: int | None = None) -> dict[str, Any]:
     try:
         learner.run(1000, valid=False, cbs=CheckpointCB(folder, keep_last=None))
     except OSError as exc:
-        epochs = learner.epoch + 1
-        alone.run(epochs, valid=False)
+        assert learner.result is not None
+        every = learner.result.batches
+        alone.subscribe(AfterBatch, lambda event: alone.stop(graceful=True), every=every)
+        alone.run(1000, valid=False)
         same = all(map(torch.equal, tensors_of(learner), tensors_of(alone)))
         whole = [Checkpoint.load(path).position.epoch for path in checkpoints_in(folder)]
         return {
             "errno": exc.errno,
-            "epochs": epochs,
+            "epochs": learner.epoch + 1,
             "whole": whole,
             "others": [p.name for p in folder.iterdir() if not p.name.startswith("checkpoint-")],
             "as without": same,
