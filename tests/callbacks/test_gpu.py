@@ -1,4 +1,4 @@
-"""On a real GPU: the loop written by hand, metrics that never wait, scaling, pinned memory."""
+"""On a real GPU: the loop by hand, metrics that never wait, scaling, pinned memory, checkpoints."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 import random
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import anyio
@@ -15,6 +16,7 @@ from eventrain.callbacks import (
     AccelerateCB,
     Callback,
     ChannelLastCB,
+    CheckpointCB,
     DeviceCB,
     GradientAccumulationCB,
     GradientClippingCB,
@@ -23,6 +25,7 @@ from eventrain.callbacks import (
     to_cpu,
 )
 from eventrain.engine import DataLoaders, MomentumLearner, TrainLearner
+from eventrain.engine.state import Snapshot
 from eventrain.events import (
     AfterBackward,
     AfterBatch,
@@ -426,3 +429,49 @@ def test_lr_find_restores_the_random_state_of_the_device() -> None:
         learner.run(2, valid=False)
         ends.append(weights(model))
     assert torch.equal(*ends)
+
+
+# --------------------------------------------------------------------------------- checkpoints
+
+
+@pytest.mark.parametrize("batches", [2, 6, 8])
+def test_a_resumed_fit_is_the_undisturbed_one_to_the_bit(tmp_path: Path, batches: int) -> None:
+    """Dropout draws from the device's random state; metrics are on the device."""
+
+    def make() -> TrainLearner:
+        torch.manual_seed(42)
+        model = nn.Sequential(nn.Linear(64, 32), nn.Dropout(0.5), nn.Linear(32, 10))
+        cbs = [DeviceCB(DEVICE), MetricsCB(accuracy=MulticlassAccuracy())]
+        opt = torch.optim.AdamW
+        return TrainLearner(
+            model, DataLoaders(make_batches()), F.cross_entropy, 0.01, cbs, opt_func=opt
+        )
+
+    alone = make()
+    expected = alone.run(2, valid=False)
+    first = make()
+    first.subscribe(AfterBatch, lambda event: first.stop(graceful=True), every=batches)
+    first.run(2, valid=False, cbs=CheckpointCB(tmp_path))
+    again = make()
+    torch.cuda.manual_seed(99)
+    result = again.run(2, valid=False, resume=tmp_path)
+    assert result.history == expected.history
+    for one, two in zip(alone.model.parameters(), again.model.parameters(), strict=True):
+        assert torch.equal(one, two)
+
+
+def test_a_snapshot_does_not_make_the_host_wait() -> None:
+    model = make_model().to(DEVICE)
+    Snapshot(model.state_dict()).wait()  # what is done once, is done
+    weights = model[0].weight.detach().clone()
+    state = model.state_dict()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        snapshot = Snapshot(state)
+    finally:
+        torch.cuda.set_sync_debug_mode(0)
+    with torch.no_grad():
+        model[0].weight.zero_()  # queued behind the copy
+    copy = snapshot.wait()["0.weight"]
+    assert copy.is_pinned()
+    assert torch.equal(copy, weights.cpu())
