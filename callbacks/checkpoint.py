@@ -150,7 +150,8 @@ class CheckpointCB(Callback):
         due = is_over and learner.going_on and (due or done == event.n_epochs)
         if learner.ending or due:
             after = Position(done, learner.train) if is_over else Position(event.epoch, False)
-            self._save(learner, after, event.metrics if is_over else {})
+            measured = is_over and event.end.status == "completed"  # all of it
+            self._save(learner, after, event.metrics if measured else {})
 
     def cleanup_fit(self, event: CleanupFit) -> None:
         if self._shelf is not None and self._saves(event):

@@ -343,6 +343,15 @@ def test_of_those_saved_in_an_epoch_none_is_the_best(learner: TrainLearner, tmp_
     assert saved(tmp_path) == [(1, True, 0), (2, True, 0)]
 
 
+def test_an_epoch_that_was_cancelled_is_not_the_best(learner: TrainLearner, tmp_path: Path) -> None:
+    leave(learner, AfterEpoch, CancelEpochException, training=False, epoch=0)
+    scored(learner, [1.0, 2.0])
+    cb = CheckpointCB(tmp_path, keep_best=("score", "min"))
+    learner.run(2, cbs=cb)
+    assert saved(tmp_path) == [(1, True, 0), (2, True, 0)]
+    assert cb.best == tmp_path / "checkpoint-000002"
+
+
 def test_the_best_one_stays_the_best_of_a_resumed_run(
     dls: DataLoaders, make_model: MakeModel, tmp_path: Path
 ) -> None:
