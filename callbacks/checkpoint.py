@@ -17,7 +17,7 @@ from ..engine.position import Position, reading_of
 from ..engine.shelf import Shelf, Writer
 from ..engine.state import Snapshot, state_of, stateless
 from ..events import BeforeFit, Callback, CleanupBatch, CleanupEpoch, CleanupFit, Event
-from .lr_finder import LRFinderCB
+from .monitor import is_training
 
 log = structlog.get_logger("eventrain")
 
@@ -112,8 +112,7 @@ class CheckpointCB(Callback):
 
     def before_fit(self, event: BeforeFit) -> None:
         learner = event.learner
-        # A trial of learning rates is no run to go on with.
-        if not learner.train or any(isinstance(cb, LRFinderCB) for cb in learner.cbs):
+        if not is_training(learner):
             return
         Snapshot(state_of(learner))  # what cannot be saved is told before any work
         self._tell_doubts(learner)

@@ -25,6 +25,8 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 from torcheval.metrics import MulticlassAccuracy
 
+from examples.datasets import get_model
+
 EPOCHS = 3
 
 
@@ -45,18 +47,7 @@ class Noisy(Dataset[Any]):
 
 def cnn() -> Learner:
     """The post's CNN, with its learner."""
-    model = nn.Sequential(
-        nn.Conv2d(1, 8, 3),
-        nn.ReLU(),
-        nn.Conv2d(8, 16, 3),
-        nn.ReLU(),
-        nn.Conv2d(16, 32, 3),
-        nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(32, 10),
-    )
-    return MomentumLearner(model, _digits(), nn.functional.cross_entropy, 0.1)
+    return MomentumLearner(get_model(), _digits(), nn.functional.cross_entropy, 0.1)
 
 
 def everything() -> Learner:
