@@ -31,8 +31,8 @@ class CheckpointCB(Callback):
     how far `every=` of a subscription has counted, begins anew.
 
     The training waits only while the state is copied to the host; a thread writes it, and the next
-    save waits for the one before. A graceful `stop`, `TimeLimitCB` and the end of the fit save
-    too, and `fit` returns when all is on the disk. Nothing is saved in `validate` or `lr_find`.
+    save waits for the one before. A graceful `stop`, `TimeLimitCB` and the end of the last epoch
+    save, too, and `fit` returns when all is on the disk. Nothing is saved in `validate` or `lr_find`.
 
     Args:
         folder: where checkpoints go; made if it is not there. One run at a time writes there, and
@@ -114,7 +114,7 @@ class CheckpointCB(Callback):
         learner = event.learner
         if not is_training(learner):
             return
-        Snapshot(state_of(learner))  # what cannot be saved is told before any work
+        Snapshot(state_of(learner))  # what cannot be saved is told before work is lost
         self._tell_doubts(learner)
         self._shelf = Shelf(self.folder, event.run_id, self.keep_last, self.keep_best)
         self.last, self.best = self._shelf.last, self._shelf.best
@@ -125,8 +125,12 @@ class CheckpointCB(Callback):
         """Whether it is this fit that is saved: not one that may not, nor another learner's."""
         return self._shelf is not None and self._shelf.run_id == event.run_id
 
+    def _is_itself(self, event: Event) -> bool:
+        """Whether a fit that is saved has loaded what it resumes."""
+        return self._saves(event) and event.learner._resumption is None
+
     def cleanup_batch(self, event: CleanupBatch) -> None:
-        if not self._saves(event):
+        if not self._is_itself(event):
             return
         self._writer.check()
         whole = event.end.status == "completed"
@@ -141,7 +145,7 @@ class CheckpointCB(Callback):
 
     def cleanup_epoch(self, event: CleanupEpoch) -> None:
         learner = event.learner
-        if not self._saves(event):
+        if not self._is_itself(event):
             return
         done = event.epoch + 1
         is_over = not event.training or not learner.valid

@@ -67,7 +67,10 @@ def write_checkpoint(
 def remove_checkpoint(path: Path) -> None:
     """Remove a checkpoint, so that it is there whole or not at all."""
     unfinished = path.with_name(_UNFINISHED + path.name)
-    os.rename(path, unfinished)
+    try:
+        os.rename(path, unfinished)
+    except FileNotFoundError:
+        return  # somebody was first
     if unfinished.is_symlink():  # somebody has put it elsewhere, where it stays
         unfinished.unlink()
     else:

@@ -139,7 +139,7 @@ class Fitting(Loop):
         finally:
             self.remove_cbs(cb for cb in temporary if any(cb is own for own in self.cbs))
             self._requests.clear()
-            self._graceful_end = None
+            self._graceful_end = self._resumption = None
             self._fitting = False
 
     def run(
@@ -274,6 +274,10 @@ class Fitting(Loop):
         if resume is not None:
             self._take_up(find_checkpoint(self, resume), run_id)
         self.one_fit()
+        if self._resumption is not None and self._end.status == "completed":
+            error = self._resumption.never_loaded()
+            self._end = ScopeEnd("failed", None, str(error))
+            raise error
 
     def _take_up(self, checkpoint: Checkpoint | None, run_id: str | None) -> None:
         if checkpoint is None:

@@ -191,6 +191,8 @@ class Loop(Listened):
 
     def _start_epoch(self, training: bool) -> None:
         """Choose mode and loader, and begin a row of the history."""
+        if self._resumption is not None and not self.start.is_within(self.epoch, training):
+            raise self._resumption.never_loaded()
         self.training = training
         self.model.train(training)
         self.dl = self.dls.train if training else self.dls.valid

@@ -61,6 +61,10 @@ def reading_of(loader: Any) -> Reading:
         return Reading(
             "again", f"of {type(loader).__name__} it is not known that it repeats itself"
         )
+    if foreign := [s for s in (loader.sampler, loader.batch_sampler) if not _is_known(s)]:
+        name = type(foreign[0]).__name__
+        how = "skip" if loader.num_workers == 0 else "again"
+        return Reading(how, f"of {name} it is not known that its order depends on what is saved")
     if isinstance(loader.dataset, IterableDataset):
         return Reading("again", "its dataset is an IterableDataset, which may not repeat itself")
     if loader.num_workers == 0:
@@ -69,6 +73,17 @@ def reading_of(loader: Any) -> Reading:
     if loader.persistent_workers:
         return Reading("again", "its persistent workers keep random states over epochs")
     return Reading("again")
+
+
+def _is_known(sampler: Any) -> bool:
+    """Whether the order of a sampler follows from torch's random states, which are saved."""
+    own = type(sampler).__module__.startswith("torch.utils.data")
+    return (
+        sampler is None
+        or own
+        or isinstance(sampler, list | tuple | range)
+        or hasattr(sampler, "generator")
+    )
 
 
 def read_on(loader: Iterable[Any], n: int, state: Any) -> Iterator[Any]:

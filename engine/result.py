@@ -25,8 +25,8 @@ class FitResult:
         history: one dict an epoch and phase: "epoch", "train" ("train" or "eval") and the
             numbers that callbacks recorded, such as "loss" by `MetricsCB`.
         dropped: events that each observer with losses did not get, by its name.
-        resumed_from: the checkpoint that it went on from; all else but `seconds` is then of the
-            whole run.
+        resumed_from: the checkpoint that it went on from; all else but `seconds` and `dropped` is
+            then of the whole run.
     """
 
     run_id: str

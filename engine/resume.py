@@ -65,6 +65,11 @@ class Resumption:
             CheckpointMismatchError: it is of something else; nothing has been changed.
         """
         position = self.position
+        if (position.epoch, position.batches) > (learner.n_epochs, 0):
+            raise CheckpointMismatchError(
+                f"the checkpoint was saved in epoch {position.epoch} (from 0), and this fit has"
+                f" n_epochs={learner.n_epochs}, those before it included"
+            )
         where = "training" if position.training else "validating"
         for phase in ["train"] if position.training else ["train", "valid"]:
             if not getattr(learner, phase):
@@ -74,17 +79,19 @@ class Resumption:
                 )
         check_state(learner, self.checkpoint.state)
         self._tell_doubts(learner)
-        if position.batches == 0 or position.epoch >= learner.n_epochs:
+        if position.batches == 0:
             self._load(learner)
+
+    def never_loaded(self) -> RuntimeError:
+        """The error to raise where the epoch that was interrupted was not taken up again."""
+        return RuntimeError(
+            f"epoch {self.position.epoch}, in which the checkpoint was saved, was cancelled in"
+            " BeforeEpoch, before its state was loaded"
+        )
 
     def batches(self, learner: Loop) -> Iterator[tuple[int, Any]]:
         """After BeforeEpoch of the epoch that was interrupted: the batches that are to come."""
         position, state = self.position, self.checkpoint.state
-        if not position.is_within(learner.epoch, learner.training):
-            raise RuntimeError(
-                f"epoch {position.epoch}, in which the checkpoint was saved, was cancelled in"
-                " BeforeEpoch, before its state was loaded"
-            )
         if learner.n_iter != state["n_iter"]:
             raise CheckpointMismatchError(
                 f"an epoch has {learner.n_iter} batches, and had {state['n_iter']}: in the middle"

@@ -58,7 +58,8 @@ class GracefulEnd:
 
     _entered: ClassVar[list[GracefulEnd]] = []
     _hosts: ClassVar[dict[signal.Signals, Any]] = {}
-    """The handlers in whose place ours is."""
+    """The handlers in whose place ours is, or was."""
+    _passing: ClassVar[bool] = False
 
     def __init__(self, learner: Fitting, graceful: bool | float) -> None:
         what = f"graceful={graceful!r}: "
@@ -129,11 +130,23 @@ def _on_signal(signum: int, frame: FrameType | None) -> None:
     """Takes no lock, which what it interrupts may hold; so it does not log either."""
     ends = tuple(GracefulEnd._entered)
     GracefulEnd._entered.clear()
+    was_ours = signal.getsignal(signum) is _on_signal
     _give_back()
     for end in ends:
         end.receive(signal.Signals(signum).name)
-    if not ends:  # whoever has found it here in the middle of a fit has put it back since
+    if ends or GracefulEnd._passing:
+        return
+    # Whoever has found it here in the middle of a fit has put it back since, or calls it.
+    host = GracefulEnd._hosts.get(signal.Signals(signum), signal.SIG_DFL)
+    if was_ours or not callable(host):
+        signal.signal(signum, host)
         signal.raise_signal(signum)
+    else:
+        GracefulEnd._passing = True
+        try:
+            host(signum, frame)
+        finally:
+            GracefulEnd._passing = False
 
 
 def _give_back() -> None:
@@ -142,4 +155,3 @@ def _give_back() -> None:
         if signal.getsignal(signum) is _on_signal:
             with suppress(ValueError):  # a fit that is thrown away in another thread
                 signal.signal(signum, GracefulEnd._hosts.get(signum, default))
-                GracefulEnd._hosts.pop(signum, None)

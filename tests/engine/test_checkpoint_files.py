@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import threading
 from collections import Counter, OrderedDict, deque, namedtuple
 from collections.abc import Callable, Iterator
@@ -161,6 +162,14 @@ def test_the_last_ones_are_kept(tmp_path: Path, shelf_of: Any) -> None:
     put(shelf, 1, 2, 3, 4)
     assert numbers(tmp_path) == [3, 4]
     assert shelf.last == tmp_path / "checkpoint-000004"
+
+
+def test_one_that_somebody_has_removed_is_removed(tmp_path: Path, shelf_of: Any) -> None:
+    shelf = shelf_of(keep_last=2)
+    put(shelf, 1, 2)
+    shutil.rmtree(tmp_path / "checkpoint-000001")
+    put(shelf, 3)
+    assert numbers(tmp_path) == [2, 3]
 
 
 def test_all_are_kept_without_a_number(tmp_path: Path, shelf_of: Any) -> None:

@@ -253,6 +253,11 @@ class Half:
     ("make", "how", "doubt"),
     [
         (lambda: DataLoader(Numbers()), "skip", None),
+        (
+            lambda: DataLoader(Numbers(), sampler=Python(Numbers())),
+            "skip",
+            "of Python it is not known that its order depends on what is saved",
+        ),
         (lambda: [1, 2], "again", None),
         (lambda: DataLoader(Numbers(), num_workers=1), "again", None),
         (

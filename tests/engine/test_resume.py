@@ -702,28 +702,29 @@ def done(tmp_path: Path) -> Path:
     return tmp_path / "done"
 
 
-@pytest.mark.parametrize("n_epochs", [1, 0])
-def test_where_all_is_done_nothing_is_trained(done: Path, n_epochs: int) -> None:
+def test_where_all_is_done_nothing_is_trained(done: Path) -> None:
     expected = undisturbed(make_learner, 1)
     learner = make_learner()
     cb = CheckpointCB(done)
     with record_events(learner) as events:
-        result = learner.run(n_epochs, cbs=cb, resume="last")
+        result = learner.run(1, cbs=cb, resume="last")
     assert events.names == ["BeforeFit", "AfterFit", "CleanupFit"]
     assert (result.status, result.epochs, result.batches) == ("completed", 1, TRAIN)
-    assert_same({**outcome(learner, result), "n_epochs": 1}, expected)
+    assert_same(outcome(learner, result), expected)
     assert cb.last == done / "checkpoint-000001"
     assert [path.name for path in done.iterdir()] == ["checkpoint-000001"]
 
 
-def test_where_more_was_begun_than_is_asked_for_the_weights_are_those_saved(tmp_path: Path) -> None:
+@pytest.mark.parametrize("batches", [EPOCH + 2, 2 * EPOCH])
+def test_where_more_is_done_than_is_asked_for_it_is_said(tmp_path: Path, batches: int) -> None:
     learner = make_learner()
-    interrupt(learner, EPOCH + 2, "graceful")
-    learner.run(2, cbs=CheckpointCB(tmp_path))
+    interrupt(learner, batches, "graceful")
+    learner.run(3, cbs=CheckpointCB(tmp_path))
     resumed = make_learner()
-    result = resumed.run(1, resume=tmp_path)
-    assert (result.status, result.epochs, result.batches) == ("completed", 1, TRAIN + 2)
-    assert_same(resumed.model.state_dict(), learner.model.state_dict())
+    before = {name: value.clone() for name, value in resumed.model.state_dict().items()}
+    with pytest.raises(CheckpointMismatchError, match="n_epochs=1, those before it included"):
+        resumed.run(1, resume=tmp_path)
+    assert_same(resumed.model.state_dict(), before)
 
 
 def test_more_epochs_than_before_are_those_of_one_longer_fit(done: Path) -> None:
@@ -1426,6 +1427,24 @@ def test_what_was_loaded_is_not_held_while_it_is_trained_on(in_the_middle: Path)
 
     learner.run(1, resume=in_the_middle)
     assert held == [[]] * (TRAIN - 3 + VALID)
+
+
+@pytest.mark.parametrize("n_epochs", [1, 2])
+def test_an_epoch_that_is_never_taken_up_again_is_not_saved(
+    in_the_middle: Path, n_epochs: int
+) -> None:
+    """The checkpoint that is resumed would be lost for a state that nobody has trained."""
+    learner = make_learner()
+    learner.subscribe(BeforeEpoch, cancel_epoch)
+    before = sorted(path.name for path in in_the_middle.iterdir())
+    with pytest.raises(RuntimeError, match="before its state was loaded"):
+        learner.run(n_epochs, valid=False, cbs=CheckpointCB(in_the_middle), resume="last")
+    assert sorted(path.name for path in in_the_middle.iterdir()) == before
+    assert learner.result.status == "failed"
+
+
+def cancel_epoch(event: BeforeEpoch) -> None:
+    raise CancelEpochException("not this one")
 
 
 def test_an_epoch_that_is_cancelled_before_it_was_taken_up_is_no_silent_beginning(

@@ -371,6 +371,29 @@ async def test_an_error_in_the_batch_under_way_is_raised_and_the_signal_not_repe
     assert (heard, handlers()) == ([], before)
 
 
+async def test_a_handler_set_during_the_fit_that_calls_the_one_before_reaches_the_hosts_once(
+    learner: TrainLearner, heard: list[int]
+) -> None:
+    """As some libraries chain theirs."""
+    called = []
+
+    @learner.on(BeforeFit)
+    async def chain(event: BeforeFit) -> None:
+        before = signal.getsignal(signal.SIGTERM)
+
+        def handler(signum: int, frame: Any) -> None:
+            called.append(signum)
+            before(signum, frame)
+
+        signal.signal(signal.SIGTERM, handler)
+
+    with anyio.fail_after(GUARD):
+        await learner.fit(graceful=True)
+    assert (called, heard) == ([], [])
+    signal.raise_signal(signal.SIGTERM)
+    assert (called, heard) == ([signal.SIGTERM], [signal.SIGTERM])
+
+
 # ------------------------------------------------------------------------------------- the deadline
 
 
