@@ -32,7 +32,8 @@ class CheckpointCB(Callback):
 
     The training waits only while the state is copied to the host; a thread writes it, and the next
     save waits for the one before. A graceful `stop`, `TimeLimitCB` and the end of the last epoch
-    save, too, and `fit` returns when all is on the disk. Nothing is saved in `validate` or `lr_find`.
+    save, too, and `fit` returns when all is on the disk. Nothing is saved in `validate` or
+    `lr_find`.
 
     Args:
         folder: where checkpoints go; made if it is not there. One run at a time writes there, and

@@ -254,7 +254,7 @@ class Half:
     [
         (lambda: DataLoader(Numbers()), "skip", None),
         (
-            lambda: DataLoader(Numbers(), sampler=Python(Numbers())),
+            lambda: DataLoader(Numbers(), sampler=Python()),
             "skip",
             "of Python it is not known that its order depends on what is saved",
         ),
