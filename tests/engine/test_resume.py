@@ -438,7 +438,7 @@ def test_whatever_the_data_a_resumed_fit_is_the_undisturbed_one(name: str) -> No
         assert_same(in_pieces(make, [(place, "graceful")]), expected)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=25)
 @given(
     kind=st.sampled_from(sorted(KINDS)),
     data=st.sampled_from(sorted(LOADERS)),

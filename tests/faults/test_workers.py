@@ -46,11 +46,13 @@ def test_a_worker_that_is_killed_is_told_and_the_last_checkpoint_is_whole(
             if process.pid not in before:
                 os.kill(process.pid or 0, signal.SIGKILL)
 
-    # On a thread that is not the main one torch looks for dead workers every 5 seconds.
-    with record_events(learner) as events, pytest.raises(RuntimeError, match="exited unexpectedly"):
+    # On a thread that is not the main one torch looks for dead workers every 5 seconds; if the
+    # main thread has made a loader with workers before, it is told there by a signal, at once.
+    told = "exited unexpectedly|killed by signal"
+    with record_events(learner) as events, pytest.raises(RuntimeError, match=told):
         learner.run(1, valid=False, cbs=CheckpointCB(tmp_path, every_batches=2))
     assert events.names[-2:] == ["CleanupEpoch", "CleanupFit"]
-    assert Checkpoint.load(tmp_path).position.batches >= 6
+    assert Checkpoint.load(tmp_path).position.batches >= 4
     assert {process.pid for process in multiprocessing.active_children()} <= before
 
 
