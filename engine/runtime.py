@@ -16,7 +16,6 @@ import math
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future, wait
 from contextlib import suppress
@@ -33,6 +32,7 @@ from ..events.signal import unwrap
 from .observers import Observer
 from .openmp import end_idle_threads
 from .scope import InterruptedFit
+from .whereabouts import whereabouts
 
 if TYPE_CHECKING:
     from .fitting import Fitting
@@ -295,27 +295,6 @@ class Runtime:
             stream.end()
         for scope in self._observing.values():
             scope.deadline = deadline
-
-
-def whereabouts(thread: int | None) -> list[str]:
-    """Where a thread is: its three innermost frames, the innermost first.
-
-    And the first of the user's own code, and the first of ours, which may be further out.
-    """
-    frame = sys._current_frames().get(thread or 0)
-    stack = [] if frame is None else list(traceback.walk_stack(frame))
-    roots = [f.f_globals.get("__name__", "").partition(".")[0] for f, _ in stack]
-    users = [i for i, root in enumerate(roots) if root not in _LIBRARIES]
-    ours = [i for i, root in enumerate(roots) if root == "eventrain"]
-    shown = {0, 1, 2, *users[:1], *ours[:1]}
-    return [
-        f"{f.f_code.co_filename}:{line} in {f.f_code.co_qualname}"
-        for i, (f, line) in enumerate(stack)
-        if i in shown
-    ]
-
-
-_LIBRARIES = sys.stdlib_module_names | {"torch", "eventrain"}
 
 
 def _leave_event_loop() -> None:

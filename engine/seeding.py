@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+from contextlib import suppress
 
 import torch
 
@@ -46,11 +47,9 @@ def seed_everything(seed: int, deterministic: bool = False) -> int:
         raise ValueError(f"seed={seed!r}: give a whole number from 0 to 2**32 - 1")
     random.seed(seed)
     torch.manual_seed(seed)
-    try:
+    with suppress(ImportError):
         import numpy
-    except ImportError:
-        pass
-    else:
+
         numpy.random.seed(seed)
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

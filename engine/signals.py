@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import structlog
 
-from .runtime import whereabouts
+from .whereabouts import whereabouts
 
 if TYPE_CHECKING:
     from .fitting import Fitting
