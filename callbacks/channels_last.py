@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from ..engine.containers import map_tensors
 from ..events import BeforeBatch, BeforeFit, Callback
-from .device import map_tensors
 
 
 class ChannelLastCB(Callback):

@@ -2,49 +2,17 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any
 
 import torch
 
+from ..engine.containers import has_to, map_tensors
 from ..events import BeforeBatch, BeforeFit, Callback
 
 def_device = (
     "mps" if torch.backends.mps.is_available() else "cuda" if torch.cuda.is_available() else "cpu"
 )
 """The device of this machine: "mps", "cuda" or "cpu"."""
-
-
-def _is_tensor(x: Any) -> bool:
-    return isinstance(x, torch.Tensor)
-
-
-def map_tensors(x: Any, fn: Callable[[Any], Any], leaf: Callable[[Any], bool] = _is_tensor) -> Any:
-    """Apply `fn` to every tensor in nested mappings, tuples, lists and namedtuples.
-
-    Containers keep their type; what is neither container nor tensor is left as it is. With
-    `leaf` something else than tensors may be what `fn` is applied to.
-
-    Example:
-        >>> map_tensors({"x": (torch.ones(2), "a")}, lambda t: t.sum().item())
-        {'x': (2.0, 'a')}
-    """
-    if leaf(x):
-        return fn(x)
-    if isinstance(x, Mapping):
-        items = {k: map_tensors(v, fn, leaf) for k, v in x.items()}
-        if type(x) is dict or not isinstance(x, MutableMapping):
-            return items
-        same = copy.copy(x)  # a subclass may need more than items to be made
-        for k, v in items.items():  # not update(), which adds where it is a Counter
-            same[k] = v
-        return same
-    if isinstance(x, tuple) and hasattr(x, "_fields"):
-        return type(x)(*(map_tensors(item, fn, leaf) for item in x))
-    if isinstance(x, list | tuple):
-        return type(x)(map_tensors(item, fn, leaf) for item in x)
-    return x
 
 
 def to_device(x: Any, device: str | torch.device = def_device, non_blocking: bool = False) -> Any:
@@ -63,7 +31,7 @@ def to_device(x: Any, device: str | torch.device = def_device, non_blocking: boo
             return x.to(device, non_blocking=non_blocking)
         return x.to(device)  # a packed sequence, a tokenizer's encoding
 
-    return map_tensors(x, move, leaf=lambda x: callable(getattr(x, "to", None)))
+    return map_tensors(x, move, leaf=has_to)
 
 
 def to_cpu(x: Any) -> Any:

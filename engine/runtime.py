@@ -25,13 +25,13 @@ import anyio
 import anyio.from_thread
 import anyio.lowlevel
 import structlog
-import torch
 
 from ..events import Event
 from ..events.signal import unwrap
 from .observers import Observer
 from .openmp import end_idle_threads
 from .scope import InterruptedFit
+from .thread_state import torch_state
 from .whereabouts import whereabouts
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ class Runtime:
         context.run(_leave_event_loop)
         thread = threading.Thread(
             target=context.run,
-            args=(self._main, work, _torch_state()),
+            args=(self._main, work, torch_state()),
             name=f"eventrain-{self._learner.run_id}",
             daemon=True,
         )
@@ -301,18 +301,3 @@ def _leave_event_loop() -> None:
     """In the thread's context: the caller's event loop does not run there; another one may."""
     if sniffio := sys.modules.get("sniffio"):  # where trio is installed, anyio asks it
         sniffio.current_async_library_cvar.set(None)
-
-
-def _torch_state() -> Callable[[], None]:
-    """What a new thread does not inherit from this one: the default and the CUDA device."""
-    device = torch.get_default_device()
-    initialized = torch.cuda.is_initialized()
-    cuda = torch.cuda.current_device() if initialized else None
-
-    def enter() -> None:
-        if device.type != "cpu":
-            torch.set_default_device(device)
-        if cuda is not None:
-            torch.cuda.set_device(cuda)
-
-    return enter

@@ -19,8 +19,8 @@ from eventrain.callbacks import (
     to_cpu,
     to_device,
 )
-from eventrain.callbacks.device import map_tensors
 from eventrain.engine import DataLoaders, TrainLearner
+from eventrain.engine.containers import map_tensors
 from eventrain.events import AfterLoss, BeforeBatch
 from hypothesis import given, settings
 from hypothesis import strategies as st

@@ -1,0 +1,45 @@
+"""Nested containers of tensors, as batches are."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, MutableMapping
+from typing import Any
+
+import torch
+
+
+def _is_tensor(x: Any) -> bool:
+    return isinstance(x, torch.Tensor)
+
+
+def map_tensors(x: Any, fn: Callable[[Any], Any], leaf: Callable[[Any], bool] = _is_tensor) -> Any:
+    """Apply `fn` to every tensor in nested mappings, tuples, lists and namedtuples.
+
+    Containers keep their type; what is neither container nor tensor is left as it is. With
+    `leaf` something else than tensors may be what `fn` is applied to.
+
+    Example:
+        >>> map_tensors({"x": (torch.ones(2), "a")}, lambda t: t.sum().item())
+        {'x': (2.0, 'a')}
+    """
+    if leaf(x):
+        return fn(x)
+    if isinstance(x, Mapping):
+        items = {k: map_tensors(v, fn, leaf) for k, v in x.items()}
+        if type(x) is dict or not isinstance(x, MutableMapping):
+            return items
+        same = copy.copy(x)  # a subclass may need more than items to be made
+        for k, v in items.items():  # not update(), which adds where it is a Counter
+            same[k] = v
+        return same
+    if isinstance(x, tuple) and hasattr(x, "_fields"):
+        return type(x)(*(map_tensors(item, fn, leaf) for item in x))
+    if isinstance(x, list | tuple):
+        return type(x)(map_tensors(item, fn, leaf) for item in x)
+    return x
+
+
+def has_to(x: Any) -> bool:
+    """Whether it can be moved: a tensor, a packed sequence, a tokenizer's encoding."""
+    return callable(getattr(x, "to", None))
