@@ -13,9 +13,11 @@ from .data import DataLoaders
 from .learner import Learner
 from .learners import MomentumLearner, TrainLearner
 from .observers import EventStream, Observer
+from .prefetch import Prefetcher
 from .result import FitResult
 from .seeding import seed_everything
 from .state import CheckpointMismatchError
+from .tensor_loader import TensorLoader
 
 __all__ = [
     "Callback",
@@ -34,6 +36,8 @@ __all__ = [
     "Learner",
     "MomentumLearner",
     "Observer",
+    "Prefetcher",
+    "TensorLoader",
     "TrainLearner",
     "seed_everything",
 ]

@@ -10,6 +10,9 @@ from typing import Any, NamedTuple
 
 from torch.utils.data import DataLoader, IterableDataset
 
+from .prefetch import Prefetcher
+from .tensor_loader import TensorLoader
+
 
 @dataclass(frozen=True, slots=True)
 class Position:
@@ -49,6 +52,11 @@ class Reading(NamedTuple):
 
 def reading_of(loader: Any) -> Reading:
     """How this loader would be read on."""
+    if isinstance(loader, Prefetcher):
+        inner = reading_of(loader.loader)
+        if inner.how == "state":
+            return Reading("again", "a Prefetcher's loader is ahead of what is trained with")
+        return inner
     if hasattr(loader, "base_dataloader"):  # and a state_dict, whatever that is
         return Reading("again", "accelerate's loaders are a batch ahead of what is trained with")
     if hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict"):
@@ -57,7 +65,7 @@ def reading_of(loader: Any) -> Reading:
         return Reading("state")
     if isinstance(loader, Sequence):
         return Reading("again")
-    if type(loader) is not DataLoader:
+    if type(loader) not in (DataLoader, TensorLoader):
         return Reading(
             "again", f"of {type(loader).__name__} it is not known that it repeats itself"
         )
@@ -98,6 +106,14 @@ def read_on(loader: Iterable[Any], n: int, state: Any) -> Iterator[Any]:
         ValueError: the loader has no n batches any more.
     """
     how = reading_of(loader).how
+    if isinstance(loader, Prefetcher):
+        ahead = copy.copy(loader)
+        ahead.loader = _read_on(loader.loader, how, n, state)
+        return iter(ahead)
+    return _read_on(loader, how, n, state)
+
+
+def _read_on(loader: Iterable[Any], how: str, n: int, state: Any) -> Iterator[Any]:
     if how == "state":
         loader.load_state_dict(state)  # type: ignore[attr-defined]
         return iter(loader)

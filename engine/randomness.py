@@ -64,14 +64,14 @@ def random_state_differs(dls: Any, state: RandomState) -> str | None:
 
 def generators(dls: Any) -> list[torch.Generator]:
     """The random generators of both loaders: their own, their samplers', and those of the
-    samplers that these draw from."""
+    samplers and loaders that these draw from."""
     found: dict[int, torch.Generator] = {}
     owners = [getattr(dls, "train", None), getattr(dls, "valid", None)]
     for owner in owners:  # it grows
         generator = getattr(owner, "generator", None)
         if isinstance(generator, torch.Generator):
             found[id(generator)] = generator
-        for name in ("sampler", "batch_sampler"):
+        for name in ("sampler", "batch_sampler", "loader"):
             inner = getattr(owner, name, None)
             if inner is not None and all(inner is not known for known in owners):
                 owners.append(inner)

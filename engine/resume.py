@@ -13,7 +13,8 @@ import torch
 from .checkpoint import Checkpoint, checkpoints_in
 from .data import read
 from .position import Position, read_on, reading_of
-from .randomness import set_random_state
+from .prefetch import Prefetcher
+from .randomness import generators, set_random_state
 from .state import CheckpointMismatchError, Snapshot, check_state, set_state, state_of
 
 if TYPE_CHECKING:
@@ -100,7 +101,11 @@ class Resumption:
         learner.random_at_epoch = state["random_at_epoch"]
         set_random_state(learner.dls, learner.random_at_epoch)
         batches = read_on(learner.dl, position.batches, state["loader"])
+        passed_over = [generator.get_state() for generator in generators(learner.dls)]
         self._load(learner)
+        if isinstance(learner.dl, Prefetcher):  # had drawn ahead of the training, when saved
+            for generator, own in zip(generators(learner.dls), passed_over, strict=True):
+                generator.set_state(own)
         return read(batches, position.training, position.batches)
 
     def _load(self, learner: Loop) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from eventrain.engine import DataLoaders
+from eventrain.engine import DataLoaders, Prefetcher, TensorLoader
 from eventrain.engine.position import Position, read_on, reading_of
 from eventrain.engine.randomness import random_state, set_random_state
 from torch.utils.data import (
@@ -111,6 +111,11 @@ SKIPPED: dict[str, Callable[[Dataset[Any]], Any]] = {
         data, batch_size=None, sampler=BatchSampler(SequentialSampler(data), 2, False)
     ),
 }
+PREFETCHED: dict[str, Callable[[], Any]] = {
+    "skip": lambda: Prefetcher(DataLoader(Numbers(), 2, shuffle=True)),
+    "again": lambda: Prefetcher(DataLoader(Stream(), 2)),
+    "state": lambda: Prefetcher(Kept()),
+}
 
 AGAIN: dict[str, Callable[[Dataset[Any]], Any]] = {
     "list": lambda _: [torch.tensor([2 * i, 2 * i + 1]) for i in range(5)],
@@ -153,6 +158,13 @@ def test_what_is_read_on_is_the_rest_of_the_epoch(kind: str, n: int) -> None:
     whole, rest, loader = whole_and_rest(lambda: make(Numbers()), n)
     assert rest == whole[n:]
     assert reading_of(loader).how == ("skip" if kind in SKIPPED else "again")
+
+
+@pytest.mark.parametrize("n", [1, 3, 5])
+@pytest.mark.parametrize("kind", PREFETCHED)
+def test_what_is_prefetched_is_read_on_too(kind: str, n: int) -> None:
+    whole, rest, _ = whole_and_rest(PREFETCHED[kind], n)
+    assert rest == whole[n:]
 
 
 @pytest.mark.parametrize("kind", sorted(SKIPPED.keys() - {"batches by the dataset"}))
@@ -273,6 +285,14 @@ class Half:
         (lambda: iter([1]), "again", "of list_iterator it is not known that it repeats itself"),
         (Half, "again", "of Half it is not known that it repeats itself"),
         (Workers, "state", "the random states of its workers are not in its state"),
+        (lambda: TensorLoader(torch.ones(3)), "skip", None),
+        (lambda: Prefetcher([1, 2]), "again", None),
+        (lambda: Prefetcher(DataLoader(Numbers())), "skip", None),
+        (
+            lambda: Prefetcher(Kept()),
+            "again",
+            "a Prefetcher's loader is ahead of what is trained with",
+        ),
     ],
 )
 def test_it_is_known_of_which_loaders_one_cannot_know(

@@ -42,6 +42,8 @@ from eventrain.engine import (
     DataLoaders,
     FitResult,
     MomentumLearner,
+    Prefetcher,
+    TensorLoader,
     TrainLearner,
 )
 from eventrain.engine.checkpoint import checkpoints_in
@@ -311,6 +313,14 @@ LOADERS: dict[str, Callable[[], Any]] = {
         TRAINING,
         16,
         sampler=WeightedRandomSampler([*range(1, 73)], 72, generator=own_generator()),
+    ),
+    "in-memory": lambda: TensorLoader(*TRAINING.tensors, batch_size=16, shuffle=True),
+    "in-memory-own-generator": lambda: TensorLoader(
+        *TRAINING.tensors, batch_size=16, shuffle=True, generator=own_generator()
+    ),
+    "prefetched": lambda: Prefetcher(DataLoader(TRAINING, 16, shuffle=True), depth=2),
+    "prefetched-own-generator": lambda: Prefetcher(
+        DataLoader(TRAINING, 16, shuffle=True, generator=own_generator()), depth=2
     ),
     "list": list_of_batches,
     "streamed": lambda: DataLoader(Streamed(), 16),
