@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, Self
 
 import torch
+from torch.utils.data import Dataset
+
+from .loaders import loader_for
 
 
 class DataLoaders:
@@ -31,6 +34,66 @@ class DataLoaders:
     ) -> None:
         self.train = train
         self.valid = valid
+
+    @classmethod
+    def from_dataset(
+        cls,
+        train: Dataset[Any],
+        valid: Dataset[Any] | None = None,
+        batch_size: int = 64,
+        *,
+        shuffle: bool = True,
+        drop_last: bool = False,
+        device: str | torch.device | None = None,
+        **kwargs: Any,
+    ) -> Self:
+        """Loaders that yield what `DataLoader(dataset, batch_size, ...)` would, as fast as it goes.
+
+        Samples that are in memory anyway (a TensorDataset; torchvision's MNIST, FashionMNIST,
+        CIFAR10 and their kin, if their transforms look at one value at a time, such as ToTensor
+        and Normalize; a Subset of those) come in whole batches out of a `TensorLoader`: the same
+        bits, in the same order, from the same random state. A dataset with `__getitems__` is
+        asked for whole batches: it returns a list of samples, or a batch, as a tuple, mapping or
+        tensor. All others are read sample by sample. Which way it took, and why, is logged
+        ("data_path").
+
+        Args:
+            train: the dataset to train on.
+            valid: the one to validate on, None if there is none.
+            batch_size: samples a batch.
+            shuffle: whether to draw the training samples in random order.
+            drop_last: whether to leave out a last training batch that is smaller.
+            device: where the batches are to be: data in memory is put there once, if it takes no
+                more than half of what is free; else a `Prefetcher` copies each batch while the
+                one before it trains. By default batches are left in the host's memory.
+            kwargs: other arguments of both DataLoaders, such as `generator`; `num_workers` and
+                its like are only for datasets that are read sample by sample.
+
+        Raises:
+            TypeError, ValueError: as a DataLoader; and for `sampler` or `batch_sampler`, which
+                belong to one dataset.
+
+        Example:
+            >>> import torch
+            >>> from torch.utils.data import TensorDataset
+            >>> data = TensorDataset(torch.randn(8, 4), torch.randn(8, 2))
+            >>> dls = DataLoaders.from_dataset(data, batch_size=4)  # doctest: +ELLIPSIS
+            2... data_path ... path=tensors phase=train reason='its samples are in memory'
+            >>> [x.shape for x, y in dls.train]
+            [torch.Size([4, 4]), torch.Size([4, 4])]
+        """
+        for name in ("sampler", "batch_sampler"):
+            if name in kwargs:
+                raise TypeError(
+                    f"from_dataset({name}=...): it belongs to one dataset; make that loader"
+                    " yourself, and pass it to DataLoaders(train, valid)"
+                )
+        own = {"shuffle": shuffle, "drop_last": drop_last}
+        kwargs["batch_size"] = batch_size
+        return cls(
+            loader_for(train, "train", device, **own, **kwargs),
+            None if valid is None else loader_for(valid, "valid", device, **kwargs),
+        )
 
     def __repr__(self) -> str:
         return f"DataLoaders(train={self.train!r}, valid={self.valid!r})"
