@@ -7,6 +7,7 @@ from .channels_last import ChannelLastCB
 from .checkpoint import CheckpointCB
 from .clipping import GradientClippingCB
 from .compare import Difference, compare_runs
+from .compile import CompileCB
 from .curve import LossCurveCB
 from .device import DeviceCB, def_device, to_cpu, to_device
 from .early_stopping import EarlyStoppingCB
@@ -32,6 +33,7 @@ __all__ = [
     "Callback",
     "ChannelLastCB",
     "CheckpointCB",
+    "CompileCB",
     "DeviceCB",
     "Difference",
     "EarlyStoppingCB",
