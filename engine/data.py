@@ -141,7 +141,9 @@ def read(loader: Iterable[Any], training: bool, first: int = 0) -> Iterator[tupl
         for batch in loader:
             if batch.__class__ not in _COMMON:
                 _check_batch(batch, phase, count)
-            yield count, batch
+            handed_over = [batch]  # and not kept: a callback may put another in its place
+            del batch
+            yield count, handed_over.pop()
             count += 1
     except Exception as exc:
         exc.add_note(f"raised while reading batch {count} of dls.{phase}")
@@ -157,15 +159,17 @@ def batch_size(batch: Any) -> int:
         >>> batch_size((torch.zeros(8, 1, 28, 28), torch.zeros(8))), batch_size({"x": "text"})
         (8, 0)
     """
-    if isinstance(batch, torch.Tensor):
+    if isinstance(batch, (tuple, list)):  # asked first, and a Mapping last, which is slow
+        parts: Iterable[Any] = batch
+    elif isinstance(batch, torch.Tensor):
         shape = batch.shape
         return shape[0] if shape else 1
-    if not isinstance(batch, (tuple, list)):  # asked first: a check for Mapping is slow
-        if not isinstance(batch, Mapping):
-            return 0
-        batch = batch.values()
-    for item in batch:
-        if size := batch_size(item):
+    elif isinstance(batch, Mapping):
+        parts = batch.values()
+    else:
+        return 0
+    for part in parts:
+        if size := batch_size(part):
             return size
     return 0
 

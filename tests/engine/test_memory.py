@@ -132,6 +132,29 @@ async def test_no_event_keeps_a_batch_alive(
     observer.close()
 
 
+async def test_a_batch_that_a_callback_replaces_is_let_go(
+    make_model: Callable[[], nn.Module],
+) -> None:
+    """G12: where batches are converted or moved, only what they became is held."""
+    refs: list[weakref.ref[torch.Tensor]] = []
+
+    def make_batch(i: int) -> tuple[torch.Tensor, torch.Tensor]:
+        x = torch.randn(4, 3)
+        refs.append(weakref.ref(x))
+        return x, x.sum(1, keepdim=True)
+
+    learner = TrainLearner(make_model(), DataLoaders(map(make_batch, range(3))))
+    outlived: list[int] = []
+
+    @learner.on(BeforeBatch)
+    def convert(event: BeforeBatch) -> None:
+        learner.batch = tuple(part.clone() for part in learner.batch)
+
+    learner.on(AfterPredict)(lambda event: outlived.extend(alive(refs)))
+    await learner.fit(1, valid=False)
+    assert (len(refs), outlived) == (3, [])
+
+
 async def test_no_event_keeps_the_batch_of_a_failed_fit_alive(
     make_model: Callable[[], nn.Module],
 ) -> None:
