@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -82,7 +82,7 @@ class Learner(Fitting):
         self.opt_func = opt_func
         self.record = {}
         self.history = []
-        self._completed = Counter()
+        self._completed = defaultdict(int)
         self.add_cbs(cbs)
 
     async def validate(self, dl: Any = None) -> dict[str, Any]:

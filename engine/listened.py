@@ -28,6 +28,7 @@ class Listened:
 
     def __init__(self, bus: Bus | None) -> None:
         self.bus = Bus() if bus is None else bus
+        self.signals = self.bus.signals
         self.streams: list[EventStream[Any]] = []
         self.audience: list[EventStream[Any]] = []
         """All that listened to the running fit, those closed meanwhile among them."""

@@ -5,7 +5,7 @@ Source: "The Ultimate Training Loop", after fastai's miniai.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator
 from types import CoroutineType
 from typing import Any
@@ -56,7 +56,7 @@ class Loop(Listened):
     """Fit, epoch, batch, step: the four scopes, top to bottom. Runs in one thread, blocking."""
 
     def one_fit(self) -> None:
-        with self.scope(CancelFitException, CleanupFit):
+        with Scope(self, CancelFitException, CleanupFit):
             self.emit(BeforeFit)
             self._resume()
             for self.epoch in self.epochs:
@@ -71,7 +71,7 @@ class Loop(Listened):
         if self.start.is_beyond(self.epoch, training):
             return  # done before the checkpoint that is resumed
         self._start_epoch(training)
-        with self.scope(CancelEpochException, CleanupEpoch):
+        with Scope(self, CancelEpochException, CleanupEpoch):
             self.emit(BeforeEpoch)
             for self.iter, self.batch in self._batches():
                 self.one_batch()
@@ -80,7 +80,7 @@ class Loop(Listened):
     def one_batch(self) -> None:
         self.loss = None
         self.n_samples += batch_size(self.batch)
-        with self.scope(CancelBatchException, CleanupBatch):
+        with Scope(self, CancelBatchException, CleanupBatch):
             self.emit(BeforeBatch)
             self.perform(Predict)
             self.emit(AfterPredict)
@@ -93,7 +93,7 @@ class Loop(Listened):
             self.emit(AfterBatch)
 
     def one_step(self) -> None:
-        with self.scope(CancelStepException, CleanupStep):
+        with Scope(self, CancelStepException, CleanupStep):
             self.emit(BeforeStep)
             self.perform(Step)
             self.perform(ZeroGrad)
@@ -127,7 +127,7 @@ class Loop(Listened):
     start: Position = Position()
     """Where this fit begins: at the first batch, or where a checkpoint was saved."""
     _resumption: Resumption | None = None
-    _completed: Counter[tuple[type[Event], bool]]
+    _completed: defaultdict[tuple[type[Event], bool], int]
     _end: ScopeEnd
     _innermost: Scope | None = None
     going_on: bool = True
@@ -149,15 +149,14 @@ class Loop(Listened):
         """
         if self._requests and not self._cleaning:
             self._honour_requests()
-        signal = self.bus.signals[event_type]
+        signal = self.signals[event_type]
         if signal.receivers:
             signal.send(event_type.of(self, *extra), _async_wrapper=self._async_wrapper)
 
     def perform(self, action: type[ActionEvent]) -> None:
         """Have an action done: by the first receiver in order, or else by our own method."""
-        signal = self.bus.signals[action]
-        performer = signal.performer(self) if signal.receivers else None
-        if performer is not None:
+        signal = self.signals[action]
+        if signal.receivers and (performer := signal.performer(self)) is not None:
             signal.send_to(performer, action.of(self), self._async_wrapper)
             return
         method = getattr(self, action.hook, None)
@@ -165,7 +164,7 @@ class Loop(Listened):
             raise nobody_performs(self, action)
         try:
             result = method()
-            if result.__class__ is CoroutineType:
+            if result is not None and result.__class__ is CoroutineType:
                 assert self._async_wrapper is not None
                 self._async_wrapper(lambda _event: result)(action.of(self))
         except BaseException as exc:

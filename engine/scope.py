@@ -68,20 +68,23 @@ class Scope:
         traceback: TracebackType | None,
     ) -> bool:
         loop = self.loop
+        signal = loop.signals[self.cleanup]
         if exc is None:
-            error, end = None, _COMPLETED
             loop._completed[self.cleanup, loop.training] += 1
+            loop._end = _COMPLETED
+            if not signal.receivers and not loop._requests:
+                loop._innermost = self.outer
+                return True
+            error = None
         else:
             error = self._unless_stray(exc)
-            end = _end(error)
-        loop._end = end
+            loop._end = _end(error)
         loop.going_on = error is None or isinstance(error, self.cancel)
         loop.ending = bool(loop._requests) and self._ends_gracefully()
-        signal = loop.bus.signals[self.cleanup]
         if signal.receivers:
             outer, loop._cleaning = loop._cleaning, True
             try:
-                signal.send(self.cleanup.of(loop, end), _async_wrapper=loop._async_wrapper)
+                signal.send(self.cleanup.of(loop, loop._end), _async_wrapper=loop._async_wrapper)
             except BaseException as late:
                 late = self._unless_stray(late)
                 error = late if error is None else _first(error, late)

@@ -60,7 +60,8 @@ def set_state(learner: Loop, state: State) -> None:
     learner.history = [dict(row) for row in state["history"]]
     learner.record = learner.history[-1] if learner.history else {}
     learner.n_samples = state["n_samples"]
-    learner._completed = Counter(
+    learner._completed.clear()
+    learner._completed.update(
         {(HOOKS[hook], training): n for hook, training, n in state["completed"]}
     )
     try:
