@@ -1,17 +1,30 @@
-"""What the engine costs over a loop written by hand: python -m benchmarks.overhead.
+"""What the engine costs over a loop written by hand, and what other libraries cost.
 
 Every contender trains the same model on the same batches in memory, in turn, many times, in
-one process; all must end with the same weights. A figure is the time per batch over the loop
-written by hand, by the minimum and by the median of all repeats: absolute times mean little.
+one process; all must end with the same weights, and those that measure with the same numbers.
+A figure is the time per batch over a loop written by hand. What eventrain takes is the whole
+fit, its thread begun and ended; the clocks of the others run in their loops only.
+
+With --model cnn the largest difference of all is made by glibc, which gives freed memory back to
+the system and asks for it again, thousands of pages a batch, now for one contender, now for
+another. MALLOC_TRIM_THRESHOLD_=1000000000 MALLOC_MMAP_THRESHOLD_=33554432 in the environment
+keep it from that.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
+import math
+import os
 import statistics
-import time
-from collections.abc import Callable
-from tempfile import mkdtemp
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from copy import deepcopy
+from dataclasses import replace
+from functools import partial
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from eventrain.callbacks import (
@@ -22,153 +35,220 @@ from eventrain.callbacks import (
     TensorBoardCB,
 )
 from eventrain.engine import DataLoaders, TrainLearner
-from eventrain.events import AfterBatch, AfterLoss
-from opentelemetry.sdk.metrics import MeterProvider
-from opentelemetry.sdk.trace import TracerProvider
-from opentelemetry.sdk.trace.export import BatchSpanProcessor
-from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
-from prometheus_client import CollectorRegistry
-from torch import nn
-from torch.nn import functional as F
-from torcheval.metrics import Mean
+from eventrain.events import AfterBatch
 
-from examples.datasets import get_model
+from .by_hand import (
+    CALLS,
+    LR,
+    Outcome,
+    Task,
+    by_hand,
+    by_hand_calling,
+    by_hand_with_mean,
+    by_hand_with_metric,
+    cnn,
+    empty_function,
+    linear,
+    torcheval,
+)
+from .peers import PEERS, quiet
+from .report import Cell, Report, Table, interleaved, over
 
-Batches = list[tuple[torch.Tensor, torch.Tensor]]
-LR = 0.01
-
-
-def linear() -> tuple[nn.Module, Batches, int]:
-    """The smallest model: nn.Linear(4, 2) on batches of 8, in memory."""
-    batch = torch.randn(8, 4), torch.randn(8, 2)
-    return nn.Linear(4, 2), [batch] * 2000, 2000
-
-
-def cnn() -> tuple[nn.Module, Batches, int]:
-    """The post's CNN on batches of 64 images of 28x28."""
-    batch = torch.randn(64, 1, 28, 28), torch.randn(64, 10)
-    return get_model(), [batch] * 100, 100
+Contender = Callable[[Task], Outcome]
+COLUMNS = ("us a batch", "over", "by minima", "paired median", "median ratio")
 
 
-def by_hand(model: nn.Module, batches: Batches) -> float:
-    """Plain PyTorch."""
-    opt = torch.optim.SGD(model.parameters(), LR)
-    start = time.perf_counter()
-    model.train()
-    for x, y in batches:
-        loss = F.mse_loss(model(x), y)
-        loss.backward()
-        opt.step()
-        opt.zero_grad()
-    return time.perf_counter() - start
-
-
-def by_hand_with_metrics(model: nn.Module, batches: Batches) -> float:
-    """Plain PyTorch that updates torcheval's Mean of the loss every batch."""
-    opt = torch.optim.SGD(model.parameters(), LR)
-    mean = Mean()
-    start = time.perf_counter()
-    model.train()
-    for x, y in batches:
-        loss = F.mse_loss(model(x), y)
-        loss.backward()
-        opt.step()
-        opt.zero_grad()
-        mean.update(loss.detach(), weight=len(x))
-    mean.compute()
-    return time.perf_counter() - start
-
-
-def engine(prepare: Callable[[TrainLearner], object]) -> Callable[[nn.Module, Batches], float]:
+def eventrain(prepare: Callable[[TrainLearner, Task, ExitStack], object]) -> Contender:
     """A TrainLearner that `prepare` has attached something to."""
 
-    def run(model: nn.Module, batches: Batches) -> float:
-        learner = TrainLearner(model, DataLoaders(batches), lr=LR)
-        prepare(learner)
-        return learner.run(1, valid=False).seconds
+    def train(task: Task) -> Outcome:
+        with ExitStack() as stack:
+            learner = TrainLearner(task.model, DataLoaders(task.batches), task.loss_func, LR)
+            prepare(learner, task, stack)
+            result = learner.run(1, valid=False)
+        return Outcome(result.seconds, result.history[0] if result.history else {})
 
-    return run
+    return train
 
 
-def _subscribe(n: int) -> Callable[[TrainLearner], None]:
-    def prepare(learner: TrainLearner) -> None:
+def peer(train: Callable[[Task, bool], Outcome], measured: bool) -> Contender:
+    """One of `benchmarks.peers`, without what it has to say."""
+
+    def quietly(task: Task) -> Outcome:
+        with quiet():
+            return train(task, measured)
+
+    return quietly
+
+
+def _receivers(n: int) -> Contender:
+    def subscribe(learner: TrainLearner, task: Task, stack: ExitStack) -> None:
         for _ in range(n):
-            learner.subscribe(AfterBatch, lambda event: None)
+            learner.subscribe(AfterBatch, empty_function())
 
-    return prepare
+    return eventrain(subscribe)
 
 
-def _observers(learner: TrainLearner) -> None:
+def _mean(learner: TrainLearner, task: Task, stack: ExitStack) -> None:
+    learner.add_cbs(MetricsCB())
+
+
+def _metric(learner: TrainLearner, task: Task, stack: ExitStack) -> None:
+    learner.add_cbs(MetricsCB(metric=torcheval(task)[1]))
+
+
+def _logs(learner: TrainLearner, task: Task, stack: ExitStack) -> None:
+    file = stack.enter_context(open(os.devnull, "w"))  # noqa: SIM115 - closed by the stack
+    learner.add_cbs(StructlogCB(format="json", file=file))
+
+
+def _observers(learner: TrainLearner, task: Task, stack: ExitStack) -> None:
     """All that report a run, as a service would set them up."""
-    provider = TracerProvider()
-    provider.add_span_processor(BatchSpanProcessor(InMemorySpanExporter()))
+    from opentelemetry.sdk.metrics import MeterProvider
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import BatchSpanProcessor
+    from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+    from prometheus_client import CollectorRegistry
+
+    tracers, meters = TracerProvider(shutdown_on_exit=False), MeterProvider(shutdown_on_exit=False)
+    tracers.add_span_processor(BatchSpanProcessor(InMemorySpanExporter()))
+    stack.callback(tracers.shutdown)
+    stack.callback(meters.shutdown)
+    folder = stack.enter_context(TemporaryDirectory())
+    _logs(learner, task, stack)
     learner.add_cbs(
         [
-            StructlogCB(format="json", file=open("/dev/null", "w")),  # noqa: SIM115
-            OpenTelemetryCB(tracer_provider=provider, meter_provider=MeterProvider()),
+            OpenTelemetryCB(tracer_provider=tracers, meter_provider=meters),
             PrometheusCB(CollectorRegistry()),
-            TensorBoardCB(mkdtemp()),
+            TensorBoardCB(folder),
         ]
     )
 
 
-def _everywhere(learner: TrainLearner) -> None:
-    for event_type in (AfterBatch, AfterLoss):
-        learner.subscribe(event_type, lambda event: None)
-
-
-CONTENDERS: dict[str, Callable[[nn.Module, Batches], float]] = {
-    "by hand": by_hand,
-    "by hand, again": by_hand,
-    "eventrain, no subscriber": engine(lambda learner: None),
-    "eventrain, 1 receiver": engine(_subscribe(1)),
-    "eventrain, 8 receivers of one event": engine(_subscribe(8)),
-    "eventrain, 2 receivers of two events": engine(_everywhere),
-    "by hand, updating torcheval's Mean": by_hand_with_metrics,
-    "eventrain, MetricsCB": engine(lambda learner: learner.add_cbs(MetricsCB())),
-    "eventrain, StructlogCB": engine(
-        lambda learner: learner.add_cbs(StructlogCB(format="json", file=open("/dev/null", "w")))  # noqa: SIM115
-    ),
-    "eventrain, logs, traces, Prometheus and TensorBoard": engine(_observers),
+PLAIN, MEAN, METRIC = "by hand", "by hand, Mean", "by hand, Mean and metric"
+BASES: dict[str, Contender] = {
+    PLAIN: by_hand,
+    MEAN: by_hand_with_mean,
+    METRIC: by_hand_with_metric,
 }
+CALLING, ONE, ALL = (
+    f"by hand, calling {CALLS} empty functions",
+    "eventrain, 1 receiver",
+    f"eventrain, {CALLS} receivers of one event",
+)
+Rows = dict[str, tuple[Contender, str]]  # the second is the base that the row is compared with
+ENGINE: Rows = {
+    "by hand, again": (by_hand, PLAIN),
+    CALLING: (by_hand_calling, PLAIN),
+    "eventrain": (eventrain(lambda *_: None), PLAIN),
+    ONE: (_receivers(1), PLAIN),
+    ALL: (_receivers(CALLS), PLAIN),
+    "eventrain, StructlogCB": (eventrain(_logs), PLAIN),
+    "eventrain, logs, OTel, Prometheus and TensorBoard": (eventrain(_observers), PLAIN),
+}
+METRICS: Rows = {
+    "eventrain, MetricsCB()": (eventrain(_mean), MEAN),
+    "eventrain, MetricsCB(metric)": (eventrain(_metric), METRIC),
+}
+OTHERS: Rows = {
+    "eventrain": ENGINE["eventrain"],
+    **{name: (peer(train, measured=False), PLAIN) for name, train in PEERS.items()},
+    "eventrain, MetricsCB(metric)": METRICS["eventrain, MetricsCB(metric)"],
+    **{f"{name}, its metrics": (peer(train, True), METRIC) for name, train in PEERS.items()},
+}
+TABLES = {"The engine": ENGINE, "Its metrics": METRICS, "Other libraries": OTHERS}
+MODELS = {"linear": linear, "cnn": cnn}
 
 
-def main() -> None:
-    """Print the table."""
-    parser = argparse.ArgumentParser(prog="benchmarks.overhead", description=__doc__)
-    parser.add_argument("--model", choices=["linear", "cnn"], default="linear")
-    parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--only", nargs="*", default=list(CONTENDERS), help="names, or parts")
-    args = parser.parse_args()
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Its options."""
+    parser.add_argument("--model", choices=list(MODELS), default="linear")
+    parser.add_argument("--batches", type=int, metavar="N", help="2000 by default, 100 of cnn")
+    parser.add_argument("--repeats", type=int, default=20, metavar="N")
+    parser.add_argument("--only", nargs="+", default=[""], metavar="NAME", help="names, or parts")
+
+
+def run(args: argparse.Namespace) -> Report:
+    """Time them all."""
     torch.manual_seed(0)
-    model, batches, n = {"linear": linear, "cnn": cnn}[args.model]()
-    start = {k: v.clone() for k, v in model.state_dict().items()}
-
-    chosen = {
-        name: contender
-        for name, contender in CONTENDERS.items()
-        if name == "by hand" or any(part in name for part in args.only)
+    n = args.batches or (2000 if args.model == "linear" else 100)
+    task, report = MODELS[args.model](n), Report("overhead")
+    contenders = _chosen(args.only, task, report)
+    trained = _fresh(task)
+    numbers = by_hand_with_metric(trained).numbers
+    turns = {
+        name: partial(_turn, name, contender, task, trained, numbers)
+        for name, contender in contenders.items()
     }
-    times: dict[str, list[float]] = {name: [] for name in chosen}
-    reference: dict[str, torch.Tensor] = {}
-    for _ in range(args.repeats):
-        for name, contender in chosen.items():
-            model.load_state_dict(start)
-            times[name].append(contender(model, batches) / n * 1e6)
-            reference = reference or {k: v.clone() for k, v in model.state_dict().items()}
-            for key, value in model.state_dict().items():
-                assert torch.equal(value, reference[key]), f"{name} ends with other weights"
+    gc.freeze()  # what the libraries are made of is not looked through in every turn
+    try:
+        times = interleaved(turns, args.repeats)
+    finally:
+        gc.unfreeze()
 
-    base = times["by hand"]
-    print(f"{args.model}: {args.repeats} interleaved repeats of {n} batches")
-    print(f"by hand: {min(base):.0f} us a batch by minima, {statistics.median(base):.0f} median\n")
-    print("| over the loop by hand, us a batch | by minima | paired median | median ratio |")
-    print("|---|---|---|---|")
-    for name, measured in times.items():
-        over = statistics.median(a - b for a, b in zip(measured, base, strict=True))
-        ratio = statistics.median(a / b for a, b in zip(measured, base, strict=True))
-        print(f"| {name} | {min(measured) - min(base):+.1f} | {over:+.1f} | {ratio:.3f} |")
+    for title, rows in TABLES.items():
+        about = f"{title}: {args.model}, {args.repeats} repeats in turn of {n} batches"
+        table = Table(about, COLUMNS)
+        for name, (_, base) in rows.items():
+            if name in times:
+                table.rows.append((name, base, *over(times[name], times[base])))
+        if table.rows:
+            report.tables.append(table)
+    if {CALLING, ONE, ALL} <= set(times):
+        report.tables[0].rows.append(_one_receiver(times))
+        report.notes.append(
+            f"The last row of the first table is ({CALLS} receivers - 1) / {CALLS - 1} - "
+            f"({CALLS} calls by hand - none) / {CALLS}, by minima."
+        )
+    low, middle = min(times[PLAIN]), statistics.median(times[PLAIN])
+    report.notes.append(
+        f"The loop by hand took {low:.4g} us a batch by minima, {middle:.4g} median."
+    )
+    return report
 
 
-if __name__ == "__main__":
-    main()
+def _fresh(task: Task, batches: int | None = None) -> Task:
+    return replace(task, model=deepcopy(task.model), batches=task.batches[:batches])
+
+
+def _chosen(only: Sequence[str], task: Task, report: Report) -> dict[str, Contender]:
+    """Those of the names, or parts of names, that are installed; each has run once, in short."""
+    rows = {name: row for table in TABLES.values() for name, row in table.items()}
+    for part in only:
+        if not any(part in name for name in rows):
+            raise SystemExit(f"--only {part!r} is no part of {', '.join(map(repr, rows))}")
+    chosen = dict(BASES)
+    for name, (contender, _) in rows.items():
+        if not any(part in name for part in only):
+            continue
+        try:
+            contender(_fresh(task, batches=2))
+            chosen[name] = contender
+        except ImportError as exc:
+            missing = exc.name and exc.name.partition(".")[0]
+            told = f"{missing} is not installed: pip install 'eventrain[bench]'" if missing else exc
+            report.notes.append(f"{name}: {told}")
+    return chosen
+
+
+def _turn(
+    name: str, contender: Contender, task: Task, trained: Task, numbers: Mapping[str, Any]
+) -> float:
+    """Microseconds a batch of `contender`, which must come to the same as the loop by hand."""
+    mine = _fresh(task)
+    gc.collect()  # what the one before has left
+    outcome = contender(mine)
+    weights = trained.model.state_dict()
+    for key, value in mine.model.state_dict().items():
+        assert torch.equal(value, weights[key]), f"{name} ends with other weights"
+    for key in numbers.keys() & outcome.numbers.keys():
+        told, right = float(outcome.numbers[key]), float(numbers[key])
+        assert math.isclose(told, right, rel_tol=1e-4), f"{name}: {key} {told}, not {right}"
+    return outcome.seconds / len(task.batches) * 1e6
+
+
+def _one_receiver(times: Mapping[str, Sequence[float]]) -> tuple[Cell, ...]:
+    """What the engine adds to the call of a receiver, ordered and in its place."""
+    plain, calling, one, many = (min(times[name]) for name in (PLAIN, CALLING, ONE, ALL))
+    cost = (many - one) / (CALLS - 1) - (calling - plain) / CALLS
+    return "one receiver, beyond its own body", "an empty call by hand", cost, None, None

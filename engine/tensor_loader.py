@@ -90,8 +90,9 @@ class TensorBatches(Dataset[Any]):
         _check(tensors, transform)
         self.tensors = tuple(t if device is None else t.to(device) for t in tensors)
         self.device = self.tensors[0].device
-        module = isinstance(transform, nn.Module)
-        self.transform = transform.to(self.device) if module else transform
+        self.transform = transform
+        if isinstance(transform, nn.Module):
+            self.transform = transform.to(self.device)
 
     def __len__(self) -> int:
         return len(self.tensors[0])
