@@ -1,0 +1,42 @@
+"""Run a benchmark: python -m benchmarks NAME [--json FILE].
+
+Prints a markdown table; figures are ratios or differences measured in turn in one run, because
+absolute times mean little on a shared machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from . import data, endtoend, memory, monitor, overhead
+
+BENCHMARKS = {
+    "overhead": overhead,
+    "data": data,
+    "endtoend": endtoend,
+    "monitor": monitor,
+    "memory": memory,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure what was asked for, and tell it."""
+    parser = argparse.ArgumentParser(prog="benchmarks", description=__doc__)
+    which = parser.add_subparsers(dest="name", required=True, metavar="NAME")
+    for name, module in BENCHMARKS.items():
+        about = (module.__doc__ or "").partition("\n")[0]
+        sub = which.add_parser(name, help=about, description=module.__doc__)
+        sub.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
+        module.add_arguments(sub)
+    args = parser.parse_args(argv)
+    report = BENCHMARKS[args.name].run(args)
+    print(report.markdown())
+    if args.json:
+        args.json.write_text(json.dumps(report.json(), indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
