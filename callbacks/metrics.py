@@ -86,14 +86,15 @@ class MetricsCB(Callback):
         self._placed = False
 
     def after_batch(self, event: AfterBatch) -> None:
-        learner = event.learner
-        loss = check_scalar(learner.loss).detach()
+        learner, loss = event.learner, event.loss
+        if loss is None or loss.ndim:
+            loss = check_scalar(learner.loss).detach().reshape(())
         if not self._placed:
             self._place(loss.device)
         assert self._loss_sum is not None
         n = batch_size(learner.batch) or 1  # of a batch without tensors the size is unknown
         self._n_samples += n
-        self._loss_sum.add_(loss.reshape(()), alpha=n)
+        self._loss_sum.add_(loss, alpha=n)
         if self.metrics:
             preds, targets = learner.preds.detach(), targets_of(learner.batch)
             for metric in self.metrics.values():
