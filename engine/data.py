@@ -159,7 +159,11 @@ def batch_size(batch: Any) -> int:
         >>> batch_size((torch.zeros(8, 1, 28, 28), torch.zeros(8))), batch_size({"x": "text"})
         (8, 0)
     """
-    if isinstance(batch, (tuple, list)):  # asked first, and a Mapping last, which is slow
+    if type(batch) in (list, tuple) and batch and type(batch[0]) is torch.Tensor:
+        shape = batch[0].shape  # as nearly all batches are: in half the time
+        if shape and shape[0]:
+            return shape[0]
+    if isinstance(batch, (tuple, list)):
         parts: Iterable[Any] = batch
     elif isinstance(batch, torch.Tensor):
         shape = batch.shape

@@ -236,7 +236,7 @@ class Fitting(Loop):
         self.resumed_from = self._resumption = None
         self.epoch = self.iter = self.n_samples = 0
         self.history = []
-        self._completed.clear()
+        self._completed = {True: {}, False: {}}
         self._end = ScopeEnd("failed", None, "the training could not begin")
         self._requests.clear()
 
@@ -320,10 +320,10 @@ class Fitting(Loop):
             who=end.who,
             reason=end.reason,
             n_epochs=self.n_epochs,
-            epochs=self._completed[CleanupEpoch, self.train],
+            epochs=self.completed(CleanupEpoch, self.train),
             batches=self.batches_done,
-            valid_batches=self._completed[CleanupBatch, False],
-            steps=self._completed[CleanupStep, True],
+            valid_batches=self.completed(CleanupBatch, False),
+            steps=self.completed(CleanupStep, True),
             seconds=seconds,
             history=tuple(row for row in self.history if len(row) > 2),
             dropped=dict(+dropped),  # without the zeros

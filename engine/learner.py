@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -82,7 +81,6 @@ class Learner(Fitting):
         self.opt_func = opt_func
         self.record = {}
         self.history = []
-        self._completed = defaultdict(int)
         self.add_cbs(cbs)
 
     async def validate(self, dl: Any = None) -> dict[str, Any]:

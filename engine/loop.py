@@ -5,7 +5,6 @@ Source: "The Ultimate Training Loop", after fastai's miniai.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator
 from types import CoroutineType
 from typing import Any
@@ -127,7 +126,7 @@ class Loop(Listened):
     start: Position = Position()
     """Where this fit begins: at the first batch, or where a checkpoint was saved."""
     _resumption: Resumption | None = None
-    _completed: defaultdict[tuple[type[Event], bool], int]
+    _completed: dict[bool, dict[type[Event], int]]
     _end: ScopeEnd
     _innermost: Scope | None = None
     going_on: bool = True
@@ -183,10 +182,15 @@ class Loop(Listened):
         self.random_at_epoch = random_state(self.dls)
         return read(self.dl, self.training)
 
+    def completed(self, cleanup: type[Event], training: bool) -> int:
+        """How many scopes that end with `cleanup` were completed, in training or in validation,
+        those before the checkpoint that was resumed among them."""
+        return self._completed[training].get(cleanup, 0)
+
     @property
     def batches_done(self) -> int:
-        """Training batches completed, those before the checkpoint that was resumed among them."""
-        return self._completed[CleanupBatch, True]
+        """Training batches completed."""
+        return self.completed(CleanupBatch, True)
 
     def _start_epoch(self, training: bool) -> None:
         """Choose mode and loader, and begin a row of the history."""

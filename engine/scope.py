@@ -70,7 +70,8 @@ class Scope:
         loop = self.loop
         signal = loop.signals[self.cleanup]
         if exc is None:
-            loop._completed[self.cleanup, loop.training] += 1
+            counts = loop._completed[loop.training]
+            counts[self.cleanup] = counts.get(self.cleanup, 0) + 1
             loop._end = _COMPLETED
             if not signal.receivers and not loop._requests:
                 loop._innermost = self.outer

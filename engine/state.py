@@ -43,7 +43,8 @@ def state_of(learner: Loop) -> State:
         "n_samples": learner.n_samples,
         "completed": [
             [event_type.hook, training, n]
-            for (event_type, training), n in learner._completed.items()
+            for training, counts in learner._completed.items()
+            for event_type, n in counts.items()
         ],
     }
 
@@ -60,10 +61,9 @@ def set_state(learner: Loop, state: State) -> None:
     learner.history = [dict(row) for row in state["history"]]
     learner.record = learner.history[-1] if learner.history else {}
     learner.n_samples = state["n_samples"]
-    learner._completed.clear()
-    learner._completed.update(
-        {(HOOKS[hook], training): n for hook, training, n in state["completed"]}
-    )
+    learner._completed = {True: {}, False: {}}
+    for hook, training, n in state["completed"]:
+        learner._completed[training][HOOKS[hook]] = n
     try:
         for name, owner in stateful(learner):
             _load(name, owner, state["callbacks"][name])
