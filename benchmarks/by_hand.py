@@ -46,16 +46,16 @@ class Outcome(NamedTuple):
     numbers: Mapping[str, Any] = {}
 
 
-def linear(n: int) -> Task:
+def linear(n: int, device: str = "cpu") -> Task:
     """The smallest model: nn.Linear(4, 2) on batches of 8."""
-    batch = torch.randn(8, 4), torch.randn(8, 2)
-    return Task(nn.Linear(4, 2), [batch] * n, F.mse_loss)
+    batch = torch.randn(8, 4).to(device), torch.randn(8, 2).to(device)
+    return Task(nn.Linear(4, 2).to(device), [batch] * n, F.mse_loss)
 
 
-def cnn(n: int) -> Task:
+def cnn(n: int, device: str = "cpu") -> Task:
     """The post's CNN on batches of 64 images of 28x28."""
-    batch = torch.randn(64, 1, 28, 28), torch.randint(10, (64,))
-    return Task(get_model(), [batch] * n, F.cross_entropy, classes=10)
+    batch = torch.randn(64, 1, 28, 28).to(device), torch.randint(10, (64,)).to(device)
+    return Task(get_model().to(device), [batch] * n, F.cross_entropy, classes=10)
 
 
 def by_hand(task: Task) -> Outcome:
@@ -128,4 +128,6 @@ def empty_function() -> Callable[[object], None]:
 
 def torcheval(task: Task) -> tuple[Any, Any]:
     """Torcheval's mean of the loss, and its metric."""
-    return Mean(), MulticlassAccuracy() if task.classes else MeanSquaredError()
+    device = task.batches[0][0].device
+    metric = MulticlassAccuracy if task.classes else MeanSquaredError
+    return Mean(device=device), metric(device=device)

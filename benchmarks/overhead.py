@@ -3,7 +3,8 @@
 Every contender trains the same model on the same batches in memory, in turn, many times, in
 one process; all must end with the same weights, and those that measure with the same numbers.
 A figure is the time per batch over a loop written by hand. What eventrain takes is the whole
-fit, its thread begun and ended; the clocks of the others run in their loops only.
+fit, its thread begun and ended; the clocks of the others run in their loops only. On a GPU it is
+the time that the host takes to launch what the GPU does.
 
 With --model cnn the largest difference of all is made by glibc, which gives freed memory back to
 the system and asks for it again, thousands of pages a batch, now for one contender, now for
@@ -156,13 +157,15 @@ OTHERS: Rows = {
     "eventrain, MetricsCB(metric)": METRICS["eventrain, MetricsCB(metric)"],
     **{f"{name}, its metrics": (peer(train, True), METRIC) for name, train in PEERS.items()},
 }
-TABLES = {"The engine": ENGINE, "Its metrics": METRICS, "Other libraries": OTHERS}
+OWN = {"The engine": ENGINE, "Its metrics": METRICS}
+TABLES = {**OWN, "Other libraries": OTHERS}
 MODELS = {"linear": linear, "cnn": cnn}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Its options."""
     parser.add_argument("--model", choices=list(MODELS), default="linear")
+    parser.add_argument("--device", default="cpu", help="by default cpu; another leaves out peers")
     parser.add_argument("--batches", type=int, metavar="N", help="2000 by default, 100 of cnn")
     parser.add_argument("--repeats", type=int, default=20, metavar="N")
     parser.add_argument("--only", nargs="+", default=[""], metavar="NAME", help="names, or parts")
@@ -172,8 +175,9 @@ def run(args: argparse.Namespace) -> Report:
     """Time them all."""
     torch.manual_seed(0)
     n = args.batches or (2000 if args.model == "linear" else 100)
-    task, report = MODELS[args.model](n), Report("overhead")
-    contenders = _chosen(args.only, task, report)
+    task, report = MODELS[args.model](n, args.device), Report("overhead")
+    tables = TABLES if args.device == "cpu" else OWN  # the peers are set up for the CPU
+    contenders = _chosen(args.only, tables, task, report)
     trained = _fresh(task)
     numbers = by_hand_with_metric(trained).numbers
     turns = {
@@ -186,9 +190,9 @@ def run(args: argparse.Namespace) -> Report:
     finally:
         gc.unfreeze()
 
-    for title, rows in TABLES.items():
-        about = f"{title}: {args.model}, {args.repeats} repeats in turn of {n} batches"
-        table = Table(about, COLUMNS)
+    about = f"{args.model} on {args.device}, {args.repeats} repeats in turn of {n} batches"
+    for title, rows in tables.items():
+        table = Table(f"{title}: {about}", COLUMNS)
         for name, (_, base) in rows.items():
             if name in times:
                 table.rows.append((name, base, *over(times[name], times[base])))
@@ -211,9 +215,11 @@ def _fresh(task: Task, batches: int | None = None) -> Task:
     return replace(task, model=deepcopy(task.model), batches=task.batches[:batches])
 
 
-def _chosen(only: Sequence[str], task: Task, report: Report) -> dict[str, Contender]:
+def _chosen(
+    only: Sequence[str], tables: Mapping[str, Rows], task: Task, report: Report
+) -> dict[str, Contender]:
     """Those of the names, or parts of names, that are installed; each has run once, in short."""
-    rows = {name: row for table in TABLES.values() for name, row in table.items()}
+    rows = {name: row for table in tables.values() for name, row in table.items()}
     for part in only:
         if not any(part in name for name in rows):
             raise SystemExit(f"--only {part!r} is no part of {', '.join(map(repr, rows))}")

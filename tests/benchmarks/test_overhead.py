@@ -43,7 +43,7 @@ def test_every_row_of_the_engine_is_there() -> None:
     assert metrics == list(overhead.METRICS)
     assert others == ["eventrain", "eventrain, MetricsCB(metric)"]
     for table in report.tables:
-        assert "linear, 2 repeats in turn of 2 batches" in table.title
+        assert "linear on cpu, 2 repeats in turn of 2 batches" in table.title
     for row in report.json()["tables"][0]["rows"][:-1]:
         assert row["over"] == "by hand"
         assert row["median ratio"] > 0
@@ -62,6 +62,15 @@ def test_a_part_of_a_name_chooses_rows() -> None:
 def test_a_name_that_nothing_has_is_refused() -> None:
     with pytest.raises(SystemExit, match="--only 'kears' is no part of 'by hand, again', "):
         measure("--only", "kears")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_the_peers_are_left_out() -> None:
+    report = measure("--batches", "2", "--device", "cuda")
+    assert names(report) == [
+        [*overhead.ENGINE, "one receiver, beyond its own body"],
+        [*overhead.METRICS],
+    ]
 
 
 def test_one_receiver_is_what_seven_more_cost_without_their_own_bodies() -> None:
