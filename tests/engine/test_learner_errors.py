@@ -72,7 +72,9 @@ def only(phase: str) -> dict[str, bool]:
 
 
 @PHASES
-@pytest.mark.parametrize("dls", [None, DataLoaders(), object(), [1, 2]], ids=repr)
+@pytest.mark.parametrize(
+    "dls", [None, DataLoaders(), object(), [1, 2]], ids=["None", "DataLoaders", "object", "list"]
+)
 def test_no_data_for_a_phase_is_refused_with_the_way_out(
     phase: str, dls: Any, learner: TrainLearner
 ) -> None:
