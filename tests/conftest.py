@@ -13,6 +13,12 @@ from eventrain.engine import DataLoaders
 from sklearn.datasets import load_digits
 from torch import nn
 
+# Of torch one thread, here and in child processes: several, where as many tests run at once as
+# there are cores, only spin and wait for each other. What is about more of them asks for them.
+if "OMP_NUM_THREADS" not in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+
 BACKENDS = [
     pytest.param(("asyncio", {}), id="asyncio"),
     pytest.param(("asyncio", {"use_uvloop": True}), id="uvloop"),

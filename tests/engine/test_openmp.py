@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -44,9 +45,19 @@ def test_idle_threads_end_and_come_back() -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.fixture
+def _two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("_two_threads")
 def test_the_result_of_parallel_work_is_the_same_afterwards() -> None:
     """G11: the number of threads, and so the order of sums, does not change."""
     x = torch.randn(500_000, generator=torch.Generator().manual_seed(0))
     before = x.exp().sum()
     end_idle_threads()
+    assert torch.get_num_threads() == 2
     assert torch.equal(x.exp().sum(), before)
