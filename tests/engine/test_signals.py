@@ -46,6 +46,8 @@ from torch import nn
 
 GUARD = 20
 """Seconds after which something has hung."""
+GUARD_OF_A_PROCESS = 120
+"""The same for a process of its own, which imports torch first, perhaps beside others that do."""
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 both_signals = pytest.mark.parametrize("signum", SIGNALS, ids=["SIGINT", "SIGTERM"])
@@ -156,7 +158,7 @@ class Script:
     def __init__(self, *command: Any) -> None:
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True)
-        self._guard = threading.Timer(GUARD, self.process.kill)
+        self._guard = threading.Timer(GUARD_OF_A_PROCESS, self.process.kill)
         self._guard.start()
 
     def expect(self, line: str) -> None:
@@ -649,7 +651,9 @@ def test_a_handler_of_a_fit_of_long_ago_kills_as_python_would(tmp_path: Path) ->
         "signal.signal(signal.SIGTERM, _on_signal)\n"
         "signal.raise_signal(signal.SIGTERM)\n"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=GUARD)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, timeout=GUARD_OF_A_PROCESS
+    )
     assert (done.returncode, done.stderr) == (-signal.SIGTERM, b"")
 
 
@@ -807,7 +811,7 @@ def test_a_handler_that_is_not_pythons_is_not_lost(tmp_path: Path) -> None:
         env={**os.environ, "LD_PRELOAD": str(library)},
         capture_output=True,
         text=True,
-        timeout=GUARD,
+        timeout=GUARD_OF_A_PROCESS,
     )
     assert done.returncode == 1
     assert "SIGTERM has a handler that is not Python's" in done.stderr
