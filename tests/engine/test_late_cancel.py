@@ -192,13 +192,24 @@ async def test_a_loader_that_blocks_is_told_with_the_line_of_ones_own(
     assert (own, engines) == ("Blocks.__getitem__", "read")
 
 
+@pytest.fixture(scope="module")
+def processes() -> multiprocessing.context.ForkServerContext:
+    """Processes that are forks of a fresh one, which has begun and imported torch."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["eventrain.engine"])
+    first = context.Process(target=int)
+    first.start()
+    first.join()
+    return context
+
+
 async def test_a_worker_process_that_blocks_is_told_with_what_waits_for_it(
-    learner: TrainLearner, logs: list[Any]
+    learner: TrainLearner, logs: list[Any], processes: multiprocessing.context.ForkServerContext
 ) -> None:
     """None of the lines is the user's, but one says that it is the data that is waited for."""
-    released = multiprocessing.get_context("spawn").Event()
+    released = processes.Event()
     loader = DataLoader(
-        Blocks(released.wait), num_workers=1, multiprocessing_context="spawn", prefetch_factor=1
+        Blocks(released.wait), num_workers=1, multiprocessing_context=processes, prefetch_factor=1
     )
     threading.Thread(target=lambda: (wait_until(lambda: logs), released.set())).start()
     *_, engines = await where_it_waits_for(loader, learner, logs)
