@@ -42,9 +42,11 @@ def test_a_worker_that_is_killed_is_told_and_the_last_checkpoint_is_whole(
 
     @learner.on(AfterBatch, where=lambda event: event.iter == 5)
     def kill(event: AfterBatch) -> None:
-        for process in multiprocessing.active_children():
-            if process.pid not in before:
-                os.kill(process.pid or 0, signal.SIGKILL)
+        killed = [each for each in multiprocessing.active_children() if each.pid not in before]
+        for process in killed:
+            os.kill(process.pid or 0, signal.SIGKILL)
+        for process in killed:  # one that still dies is alive to torch, and has closed its sockets
+            process.join()
 
     # On a thread that is not the main one torch looks for dead workers every 5 seconds; if the
     # main thread has made a loader with workers before, it is told there by a signal, at once.
