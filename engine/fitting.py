@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 import uuid
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -236,7 +236,7 @@ class Fitting(Loop):
         self.resumed_from = self._resumption = None
         self.epoch = self.iter = self.n_samples = 0
         self.history = []
-        self._completed = {True: {}, False: {}}
+        self._completed = {True: defaultdict(int), False: defaultdict(int)}
         self._end = ScopeEnd("failed", None, "the training could not begin")
         self._requests.clear()
 

@@ -5,7 +5,9 @@ Source: "The Ultimate Training Loop", after fastai's miniai.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from types import CoroutineType
 from typing import Any
 
@@ -48,55 +50,52 @@ from .listened import Listened
 from .position import Position
 from .randomness import RandomState, random_state
 from .resume import Resumption
-from .scope import InterruptedFit, Scope
+from .scope import InterruptedFit, Open, innermost, scope, scope_within
 
 
 class Loop(Listened):
     """Fit, epoch, batch, step: the four scopes, top to bottom. Runs in one thread, blocking."""
 
+    @scope(CancelFitException, CleanupFit)
     def one_fit(self) -> None:
-        with Scope(self, CancelFitException, CleanupFit):
-            self.emit(BeforeFit)
-            self._resume()
-            for self.epoch in self.epochs:
-                if self.train:
-                    self.one_epoch(training=True)
-                if self.valid:
-                    with torch.no_grad():
-                        self.one_epoch(training=False)
-            self.emit(AfterFit)
+        self.emit(BeforeFit)
+        self._resume()
+        for self.epoch in self.epochs:
+            if self.train and self._start_epoch(training=True):
+                self.one_epoch()
+            if self.valid and self._start_epoch(training=False):
+                with torch.no_grad():
+                    self.one_epoch()
+        self.emit(AfterFit)
 
-    def one_epoch(self, training: bool) -> None:
-        if self.start.is_beyond(self.epoch, training):
-            return  # done before the checkpoint that is resumed
-        self._start_epoch(training)
-        with Scope(self, CancelEpochException, CleanupEpoch):
-            self.emit(BeforeEpoch)
-            for self.iter, self.batch in self._batches():
-                self.one_batch()
-            self.emit(AfterEpoch)
+    @scope(CancelEpochException, CleanupEpoch)
+    def one_epoch(self) -> None:
+        self.emit(BeforeEpoch)
+        for self.iter, self.batch in self._batches():
+            self.one_batch()
+        self.emit(AfterEpoch)
 
+    @scope(CancelBatchException, CleanupBatch)
     def one_batch(self) -> None:
         self.loss = None
         self.n_samples += batch_size(self.batch)
-        with Scope(self, CancelBatchException, CleanupBatch):
-            self.emit(BeforeBatch)
-            self.perform(Predict)
-            self.emit(AfterPredict)
-            self.perform(GetLoss)
-            self.emit(AfterLoss)
-            if self.training:
-                self.perform(Backward)
-                self.emit(AfterBackward)
-                self.one_step()
-            self.emit(AfterBatch)
+        self.emit(BeforeBatch)
+        self.perform(Predict)
+        self.emit(AfterPredict)
+        self.perform(GetLoss)
+        self.emit(AfterLoss)
+        if self.training:
+            self.perform(Backward)
+            self.emit(AfterBackward)
+            self.one_step()
+        self.emit(AfterBatch)
 
+    @scope(CancelStepException, CleanupStep)
     def one_step(self) -> None:
-        with Scope(self, CancelStepException, CleanupStep):
-            self.emit(BeforeStep)
-            self.perform(Step)
-            self.perform(ZeroGrad)
-            self.emit(AfterStep)
+        self.emit(BeforeStep)
+        self.perform(Step)
+        self.perform(ZeroGrad)
+        self.emit(AfterStep)
 
     # ------------------------------------------------------------- what the loop is made of
 
@@ -126,9 +125,9 @@ class Loop(Listened):
     start: Position = Position()
     """Where this fit begins: at the first batch, or where a checkpoint was saved."""
     _resumption: Resumption | None = None
-    _completed: dict[bool, dict[type[Event], int]]
+    _completed: dict[bool, defaultdict[type[Event], int]]
     _end: ScopeEnd
-    _innermost: Scope | None = None
+    _innermost: Open | None = None
     going_on: bool = True
     """For Cleanup* receivers: whether this scope alone is over, completed or by its own cancel."""
     ending: bool = False
@@ -137,9 +136,11 @@ class Loop(Listened):
     """Whether a Cleanup* event is being sent: what it emits is sent too, cancelled or not."""
     _async_wrapper: AsyncWrapper | None = None
 
-    def scope(self, cancel: type[CancelException], cleanup: type[Event]) -> Scope:
-        """Enter a scope: `cancel` leaves it, `cleanup` is emitted when it is left."""
-        return Scope(self, cancel, cleanup)
+    def scope(
+        self, cancel: type[CancelException], cleanup: type[Event]
+    ) -> AbstractContextManager[None]:
+        """A scope of your own: `cancel` leaves it, `cleanup` is emitted when it is left."""
+        return scope_within(self, cancel, cleanup)
 
     def emit(self, event_type: type[Event], *extra: Any) -> None:
         """Send an event of where the loop is now; not even made if nobody listens.
@@ -148,27 +149,33 @@ class Loop(Listened):
         """
         if self._requests and not self._cleaning:
             self._honour_requests()
-        signal = self.signals[event_type]
-        if signal.receivers:
-            signal.send(event_type.of(self, *extra), _async_wrapper=self._async_wrapper)
+        if self.signals[event_type].receivers:
+            event = event_type.of(self, *extra)
+            self.signals[event_type].send(event, _async_wrapper=self._async_wrapper)
 
     def perform(self, action: type[ActionEvent]) -> None:
         """Have an action done: by the first receiver in order, or else by our own method."""
-        signal = self.signals[action]
-        if signal.receivers and (performer := signal.performer(self)) is not None:
-            signal.send_to(performer, action.of(self), self._async_wrapper)
+        if self.signals[action].receivers and self._delegate(action):
             return
-        method = getattr(self, action.hook, None)
-        if method is None:  # who performed it has left in the middle of the fit
-            raise nobody_performs(self, action)
         try:
-            result = method()
+            result = getattr(self, action.hook)()
             if result is not None and result.__class__ is CoroutineType:
                 assert self._async_wrapper is not None
                 self._async_wrapper(lambda _event: result)(action.of(self))
         except BaseException as exc:
+            if not hasattr(self, action.hook):  # who performed it has left in the middle of the fit
+                raise nobody_performs(self, action) from None
             blame(exc, f"{type(self).__qualname__}.{action.hook}", action.of(self))
             raise
+
+    def _delegate(self, action: type[ActionEvent]) -> bool:
+        """Have a receiver perform an action, if there is one for this learner."""
+        signal = self.signals[action]
+        performer = signal.performer(self)
+        if performer is None:
+            return False
+        signal.send_to(performer, action.of(self), self._async_wrapper)
+        return True
 
     def _resume(self) -> None:
         """Load the checkpoint, if this fit resumes one."""
@@ -192,8 +199,11 @@ class Loop(Listened):
         """Training batches completed."""
         return self.completed(CleanupBatch, True)
 
-    def _start_epoch(self, training: bool) -> None:
-        """Choose mode and loader, and begin a row of the history."""
+    def _start_epoch(self, training: bool) -> bool:
+        """Choose mode and loader, and begin a row of the history; not if it is done before the
+        checkpoint that is resumed."""
+        if self.start.is_beyond(self.epoch, training):
+            return False
         if self._resumption is not None and not self.start.is_within(self.epoch, training):
             raise self._resumption.never_loaded()
         self.training = training
@@ -204,13 +214,11 @@ class Loop(Listened):
         self.loss = None
         self.record = {"epoch": self.epoch, "train": "train" if training else "eval"}
         self.history.append(self.record)
+        return True
 
-    def _open_scope(self, cancel: type[CancelException]) -> Scope | None:
+    def _open_scope(self, cancel: type[CancelException]) -> Open | None:
         """The innermost open scope that catches `cancel`."""
-        scope = self._innermost
-        while scope is not None and not issubclass(cancel, scope.cancel):
-            scope = scope.outer
-        return scope
+        return innermost(self._innermost, lambda own: issubclass(cancel, own))
 
     def _honour_requests(self, gracefully: bool = False) -> None:
         """Raise what `stop`, the host or an observer asked for, if it is still due."""
@@ -220,7 +228,7 @@ class Loop(Listened):
                 raise InterruptedFit  # stays requested until the fit has ended
             if isinstance(error, CancelException):
                 scope = self._open_scope(type(error))
-                if target not in (None, scope):
+                if target is not None and target is not scope:
                     self._requests.remove(request)
                     continue  # what was to be stopped has ended by itself
                 if scope is None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from types import TracebackType
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias, TypeVar
 
 from ..events import (
     CancelBatchException,
@@ -17,6 +19,8 @@ from ..events.signal import who_raised
 
 if TYPE_CHECKING:
     from .loop import Loop
+
+L = TypeVar("L", bound="Loop")
 
 
 class InterruptedFit(CancelException):
@@ -39,100 +43,139 @@ class Request(NamedTuple):
     """
 
     error: BaseException
-    target: Scope | None
+    target: Open | None
     graceful: bool = False
 
 
-class Scope:
-    """Catches the cancel that names it and emits its Cleanup* event, whatever ended it.
+Open: TypeAlias = "tuple[type[CancelException], Open | None]"
+"""A scope that has been entered: the cancel that leaves it, and the scope around it."""
+
+
+def scope(
+    cancel: type[CancelException], cleanup: type[Event]
+) -> Callable[[Callable[[L], None]], Callable[[L], None]]:
+    """Make a method of the loop a scope: `cancel` leaves it, `cleanup` is emitted when it is left.
 
     Source: the post's `_CbCtxInner`, without the names made up at run time, and with Before*
-    emitted inside, so that a cancel raised there is caught and cleaned up too.
+    emitted inside, so that a cancel raised there is caught and cleaned up too. A decorator: to
+    enter and leave a context manager takes twice as long, in every batch.
     """
 
-    __slots__ = ("cancel", "cleanup", "loop", "outer")
-
-    def __init__(self, loop: Loop, cancel: type[CancelException], cleanup: type[Event]) -> None:
-        self.loop = loop
-        self.cancel = cancel
-        self.cleanup = cleanup
-
-    def __enter__(self) -> None:
-        self.outer = self.loop._innermost
-        self.loop._innermost = self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> bool:
-        loop = self.loop
-        signal = loop.signals[self.cleanup]
-        if exc is None:
-            counts = loop._completed[loop.training]
-            counts[self.cleanup] = counts.get(self.cleanup, 0) + 1
-            loop._end = _COMPLETED
-            if not signal.receivers and not loop._requests:
-                loop._innermost = self.outer
-                return True
-            error = None
-        else:
-            error = self._unless_stray(exc)
-            loop._end = _end(error)
-        loop.going_on = error is None or isinstance(error, self.cancel)
-        loop.ending = bool(loop._requests) and self._ends_gracefully()
-        if signal.receivers:
-            outer, loop._cleaning = loop._cleaning, True
+    def decorate(method: Callable[[L], None]) -> Callable[[L], None]:
+        @wraps(method)
+        def scoped(loop: L) -> None:
+            entered = loop._innermost = cancel, loop._innermost
             try:
-                signal.send(self.cleanup.of(loop, loop._end), _async_wrapper=loop._async_wrapper)
-            except BaseException as late:
-                late = self._unless_stray(late)
-                error = late if error is None else _first(error, late)
-                if not isinstance(error, self.cancel):
-                    loop._end = _end(error)  # the result tells of it, too
-            finally:
-                loop._cleaning = outer
-        loop._innermost = self.outer
+                method(loop)
+            except BaseException as exc:
+                if not leave(loop, entered, cleanup, exc):
+                    raise
+            else:
+                complete(loop, entered, cleanup)
+
+        return scoped
+
+    return decorate
+
+
+@contextmanager
+def scope_within(loop: Loop, cancel: type[CancelException], cleanup: type[Event]) -> Iterator[None]:
+    """The same for a part of a callback, as a context manager."""
+    entered = loop._innermost = cancel, loop._innermost
+    try:
+        yield
+    except BaseException as exc:
+        if not leave(loop, entered, cleanup, exc):
+            raise
+    else:
+        complete(loop, entered, cleanup)
+
+
+def complete(loop: Loop, entered: Open, cleanup: type[Event]) -> None:
+    """Leave a scope whose end has been reached."""
+    loop._completed[loop.training][cleanup] += 1
+    loop._end = _COMPLETED
+    if loop._requests or loop.signals[cleanup].receivers:
+        leave(loop, entered, cleanup, None)
+    else:
+        loop._innermost = entered[1]
+
+
+def leave(loop: Loop, entered: Open, cleanup: type[Event], exc: BaseException | None) -> bool:
+    """Emit Cleanup*, whatever ended the scope.
+
+    Returns:
+        Whether the scope was completed, or `exc` the cancel that names it.
+
+    Raises:
+        BaseException: what is to be raised instead of `exc`.
+    """
+    cancel, outer = entered
+    error = None
+    if exc is not None:
+        error = _unless_stray(exc, entered)
+        loop._end = _end(error)
+    loop.going_on = error is None or isinstance(error, cancel)
+    loop.ending = bool(loop._requests) and _ends_gracefully(loop, entered)
+    signal = loop.signals[cleanup]
+    if signal.receivers:
+        before, loop._cleaning = loop._cleaning, True
         try:
-            if error is None or isinstance(error, self.cancel):
-                if loop.ending:
-                    loop._honour_requests(gracefully=True)
-                return True
-            if error is exc:
-                return False  # goes on as it came, traceback and all
-            raise error
+            signal.send(cleanup.of(loop, loop._end), _async_wrapper=loop._async_wrapper)
+        except BaseException as late:
+            late = _unless_stray(late, entered)
+            error = late if error is None else _first(error, late)
+            if not isinstance(error, cancel):
+                loop._end = _end(error)  # the result tells of it, too
         finally:
-            del error  # no circle of the error, its traceback and this frame: it holds the batch
+            loop._cleaning = before
+    loop._innermost = outer
+    try:
+        if error is None or isinstance(error, cancel):
+            if loop.ending:
+                loop._honour_requests(gracefully=True)
+            return True
+        if error is exc:
+            return False  # goes on as it came, traceback and all
+        raise error
+    finally:
+        del error  # no circle of the error, its traceback and this frame: it holds the batch
 
-    def _ends_gracefully(self) -> bool:
-        """Whether a graceful stop is due when this scope has been left: between two batches."""
-        between = self.cancel in (CancelBatchException, CancelEpochException)
-        due = self.loop.going_on and between
-        return due and any(map(self._is_left_by, tuple(self.loop._requests)))
 
-    def _is_left_by(self, request: Request) -> bool:
-        """Whether a graceful request is for a scope around this one, not for this one alone."""
-        scope = self.outer
-        while scope is not None and not isinstance(request.error, scope.cancel):
-            scope = scope.outer
-        return request.graceful and scope is not None and request.target in (None, scope)
+def _ends_gracefully(loop: Loop, entered: Open) -> bool:
+    """Whether a graceful stop is due when this scope has been left: between two batches."""
+    cancel, outer = entered
+    between = cancel in (CancelBatchException, CancelEpochException)
+    due = loop.going_on and between
+    return due and any(_leaves(request, outer) for request in tuple(loop._requests))
 
-    def _unless_stray(self, exc: BaseException) -> BaseException:
-        """A cancel that no open scope will catch is a mistake of whoever raised it."""
-        if not isinstance(exc, CancelException) or isinstance(exc, InterruptedFit):
-            return exc
-        scope: Scope | None = self
-        while scope is not None:
-            if isinstance(exc, scope.cancel):
-                return exc
-            scope = scope.outer
-        error = RuntimeError(
-            f"{exc.who or 'something'} raised {type(exc).__name__} where no scope of its kind"
-            " is open, so there is nothing for it to cancel"
-        )
-        error.__cause__ = exc
-        return error
+
+def _leaves(request: Request, scope: Open | None) -> bool:
+    """Whether a graceful request is for this scope, or for one around it."""
+    found = innermost(scope, lambda cancel: isinstance(request.error, cancel))
+    meant = request.target is None or request.target is found  # not merely equal to it
+    return request.graceful and found is not None and meant
+
+
+def innermost(scope: Open | None, catches: Callable[[type[CancelException]], bool]) -> Open | None:
+    """The first scope, from this one outwards, whose cancel is one of those asked for."""
+    while scope is not None and not catches(scope[0]):
+        scope = scope[1]
+    return scope
+
+
+def _unless_stray(exc: BaseException, entered: Open) -> BaseException:
+    """A cancel that no open scope will catch is a mistake of whoever raised it."""
+    if not isinstance(exc, CancelException) or isinstance(exc, InterruptedFit):
+        return exc
+    if innermost(entered, lambda cancel: isinstance(exc, cancel)) is not None:
+        return exc
+    error = RuntimeError(
+        f"{exc.who or 'something'} raised {type(exc).__name__} where no scope of its kind"
+        " is open, so there is nothing for it to cancel"
+    )
+    error.__cause__ = exc
+    return error
 
 
 def _first(exc: BaseException, late: BaseException) -> BaseException:

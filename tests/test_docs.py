@@ -68,7 +68,7 @@ def test_readme_code_runs_and_prints_what_it_says(
     namespace: dict[str, object] = {}
     printed = []
     for code in blocks("python"):
-        if code.startswith(("def one_fit", "async with", '"""Fits in a FastAPI app')):
+        if code.startswith(("@scope", "async with", '"""Fits in a FastAPI app')):
             continue  # parts of files: held to their sources below
         exec(compile(code, "README.md", "exec"), namespace)
         printed.append(numbers_masked(capsys.readouterr().out))
@@ -79,7 +79,7 @@ def test_readme_code_runs_and_prints_what_it_says(
 
 
 def test_readme_shows_the_loop_as_it_is() -> None:
-    (shown,) = (code for code in blocks("python") if code.startswith("def one_fit"))
+    (shown,) = (code for code in blocks("python") if code.startswith("@scope"))
     source = textwrap.dedent(
         "\n".join(
             inspect.getsource(method)

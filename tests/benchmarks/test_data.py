@@ -20,15 +20,6 @@ Measure = Callable[[], Report]
 Change = Callable[[list[Any]], list[Any]]
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """With more, batches this small wait for each other wherever the cores are busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def measure(fashion_mnist: Path, monkeypatch: pytest.MonkeyPatch) -> Measure:
     """On 70 images, on the CPU."""

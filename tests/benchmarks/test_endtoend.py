@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 from eventrain.callbacks import CompileCB
 from eventrain.engine import DataLoaders
 from eventrain.events import BeforeFit, Callback
@@ -19,15 +18,6 @@ from benchmarks.endtoend import BY_HAND, CHANGED, EQUAL, EVENTRAIN, Contender, N
 from benchmarks.report import Report
 
 Measure = Callable[[dict[str, Contender], dict[str, Contender]], Report]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """With more, batches this small wait for each other wherever the cores are busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 class NoCompilerCB(Callback):
