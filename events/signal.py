@@ -111,12 +111,12 @@ class EventSignal(blinker.Signal):
             return []
         results = []
         errors: list[BaseException] = []
-        for subscription in self.ordered:
+        for subscription in self._ordered or self.ordered:
             if not subscription.hears(sender):
                 continue
             try:
                 result = subscription.call(sender)
-                if result.__class__ is CoroutineType:
+                if result is not None and result.__class__ is CoroutineType:
                     result = _await(result, _async_wrapper, sender)
                 results.append((subscription.receiver, result))
             except BaseException as exc:
