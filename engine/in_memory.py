@@ -41,10 +41,8 @@ def in_memory(dataset: Any) -> InMemory:
         raise NotInMemoryError("it is empty, or has no length")
     found = _find(dataset)
     some = sorted({0, len(dataset) // 3, len(dataset) - 1})
-    batch, own = (
-        TensorBatches(*found).__getitems__(some),
-        default_collate([dataset[i] for i in some]),
-    )
+    batch = TensorBatches(*found).__getitems__(some)
+    own = default_collate([dataset[i] for i in some])
     if len(batch) != len(own) or not all(map(_equal, batch, own)):
         raise NotInMemoryError("its samples are not what its tensors and transform give")
     return found

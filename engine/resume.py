@@ -101,11 +101,12 @@ class Resumption:
         learner.random_at_epoch = state["random_at_epoch"]
         set_random_state(learner.dls, learner.random_at_epoch)
         batches = read_on(learner.dl, position.batches, state["loader"])
-        passed_over = [generator.get_state() for generator in generators(learner.dls)]
+        # One that had drawn ahead of the training when saved goes on from what is passed over.
+        ahead = generators(learner.dls) if isinstance(learner.dl, Prefetcher) else []
+        states = [generator.get_state() for generator in ahead]
         self._load(learner)
-        if isinstance(learner.dl, Prefetcher):  # had drawn ahead of the training, when saved
-            for generator, own in zip(generators(learner.dls), passed_over, strict=True):
-                generator.set_state(own)
+        for generator, state_there in zip(ahead, states, strict=True):
+            generator.set_state(state_there)
         return read(batches, position.training, position.batches)
 
     def _load(self, learner: Loop) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict, defaultdict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Iterator, Mapping
 from enum import Enum
 from os import PathLike, fspath
@@ -61,7 +61,8 @@ def set_state(learner: Loop, state: State) -> None:
     learner.history = [dict(row) for row in state["history"]]
     learner.record = learner.history[-1] if learner.history else {}
     learner.n_samples = state["n_samples"]
-    learner._completed = {True: defaultdict(int), False: defaultdict(int)}
+    for counts in learner._completed.values():
+        counts.clear()
     for hook, training, n in state["completed"]:
         learner._completed[training][HOOKS[hook]] = n
     try:

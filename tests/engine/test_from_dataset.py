@@ -79,12 +79,10 @@ def test_half_of_them_too(fashion_mnist: Path) -> None:
 def write_cifar(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A small one in CIFAR-10's own format."""
     rng = np.random.default_rng(0)
-    for name, key in [("batch", "data"), ("meta", "label_names")]:
-        content = {"data": rng.integers(0, 256, (20, 3072), np.uint8), "labels": [*range(10)] * 2}
-        content["label_names"] = list("abcdefghij")
-        (folder / "cifar").mkdir(exist_ok=True)
-        (folder / "cifar" / name).write_bytes(pickle.dumps(content))
-        assert key in content
+    batch = {"data": rng.integers(0, 256, (20, 3072), np.uint8), "labels": [*range(10)] * 2}
+    (folder / "cifar").mkdir()
+    (folder / "cifar/batch").write_bytes(pickle.dumps(batch))
+    (folder / "cifar/meta").write_bytes(pickle.dumps({"label_names": list("abcdefghij")}))
     monkeypatch.setattr(CIFAR10, "base_folder", "cifar")
     monkeypatch.setattr(CIFAR10, "train_list", [["batch", None]])
     monkeypatch.setattr(CIFAR10, "test_list", [])
