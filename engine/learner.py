@@ -79,8 +79,6 @@ class Learner(Fitting):
         self.loss_func = loss_func
         self.lr = lr
         self.opt_func = opt_func
-        self.record = {}
-        self.history = []
         self.add_cbs(cbs)
 
     async def validate(self, dl: Any = None) -> dict[str, Any]:

@@ -24,9 +24,19 @@ class Listened:
     may change and cancel; `events` and `observe` run beside it, on the host's event loop.
     """
 
-    run_id: str = ""
+    __slots__ = (
+        "_attachments",
+        "_requests",
+        "_thread",
+        "audience",
+        "bus",
+        "run_id",
+        "signals",
+        "streams",
+    )
 
     def __init__(self, bus: Bus | None) -> None:
+        self.run_id = ""
         self.bus = Bus() if bus is None else bus
         self.signals = self.bus.signals
         self.streams: list[EventStream[Any]] = []

@@ -27,6 +27,7 @@ from ..events import (
     BeforeEpoch,
     BeforeFit,
     BeforeStep,
+    Bus,
     CancelBatchException,
     CancelEpochException,
     CancelException,
@@ -99,42 +100,79 @@ class Loop(Listened):
 
     # ------------------------------------------------------------- what the loop is made of
 
+    # Slots, because CPython looks up whatever an instance has in its `__dict__`, its methods too,
+    # the slow way once there are more than thirty of it there: 2 us a batch.
+    __slots__ = (
+        "_async_wrapper",
+        "_cleaning",
+        "_completed",
+        "_end",
+        "_innermost",
+        "_resumption",
+        "batch",
+        "dl",
+        "dls",
+        "ending",
+        "epoch",
+        "epochs",
+        "going_on",
+        "history",
+        "iter",
+        "loss",
+        "model",
+        "n_epochs",
+        "n_iter",
+        "n_samples",
+        "opt",
+        "preds",
+        "random_at_epoch",
+        "record",
+        "start",
+        "train",
+        "training",
+        "valid",
+    )
+
     model: torch.nn.Module
     dls: Any
-    dl: Any = None
-    opt: Any = None
-
-    train: bool = True
-    valid: bool = True
-    n_epochs: int = 0
-    epochs: range = range(0)
-    epoch: int = 0
-    iter: int = 0
-    n_iter: int | None = None
-    n_samples: int = 0
-    training: bool = False
-    batch: Any = None
-    preds: Any = None
-    loss: Any = None
-
-    record: dict[str, Any]
-    """The numbers of this epoch: a row of the history, which receivers may add to."""
-    history: list[dict[str, Any]]
+    dl: Any
+    opt: Any
+    batch: Any
+    preds: Any
+    loss: Any
     random_at_epoch: RandomState
     """The random states when the loader of this epoch was begun with, for those who resume it."""
-    start: Position = Position()
-    """Where this fit begins: at the first batch, or where a checkpoint was saved."""
-    _resumption: Resumption | None = None
     _completed: dict[bool, defaultdict[type[Event], int]]
     _end: ScopeEnd
-    _innermost: Open | None = None
-    going_on: bool = True
-    """For Cleanup* receivers: whether this scope alone is over, completed or by its own cancel."""
-    ending: bool = False
-    """For Cleanup* receivers: whether a graceful `stop` takes effect when they are done."""
-    _cleaning: bool = False
-    """Whether a Cleanup* event is being sent: what it emits is sent too, cancelled or not."""
-    _async_wrapper: AsyncWrapper | None = None
+
+    def __init__(self, bus: Bus | None) -> None:
+        super().__init__(bus)
+        self.dl = self.opt = None
+        self.batch = self.preds = self.loss = None
+        self.train = True
+        self.valid = True
+        self.n_epochs = 0
+        self.epochs = range(0)
+        self.epoch = 0
+        self.iter = 0
+        self.n_iter: int | None = None
+        self.n_samples = 0
+        self.training = False
+        self.record: dict[str, Any] = {}
+        """The numbers of this epoch: a row of the history, which receivers may add to."""
+        self.history: list[dict[str, Any]] = []
+        self.start = Position()
+        """Where this fit begins: at the first batch, or where a checkpoint was saved."""
+        self.going_on = True
+        """For Cleanup* receivers: whether this scope alone is over, completed or by its own
+        cancel."""
+        self.ending = False
+        """For Cleanup* receivers: whether a graceful `stop` takes effect when they are done."""
+        self._resumption: Resumption | None = None
+        self._innermost: Open | None = None
+        self._cleaning = False
+        """Whether a Cleanup* event is being sent: what it emits is sent too, cancelled or not."""
+        self._async_wrapper: AsyncWrapper | None = None
 
     def scope(
         self, cancel: type[CancelException], cleanup: type[Event]
