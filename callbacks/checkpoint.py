@@ -142,7 +142,7 @@ class CheckpointCB(Callback):
         if self.every_seconds is not None and monotonic() >= self._due:
             return True
         n = self.every_batches
-        return event.training and n is not None and event.learner.batches_done % n == 0
+        return event.training and n is not None and event.learner.done.batches % n == 0
 
     def cleanup_epoch(self, event: CleanupEpoch) -> None:
         learner = event.learner

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch.utils.data import Dataset
 
 from .loaders import loader_for
+
+if TYPE_CHECKING:
+    from .loop import Loop
 
 
 class DataLoaders:
@@ -128,22 +131,25 @@ def length_of(loader: Any) -> int | None:
         return None
 
 
-def read(loader: Iterable[Any], training: bool, first: int = 0) -> Iterator[tuple[int, Any]]:
-    """Yield the batches of one epoch, numbered from `first`.
+def read(loop: Loop, loader: Iterable[Any], first: int = 0) -> Iterator[int]:
+    """Read the batches of one epoch into `loop.batch`, yield their numbers, from `first`, and
+    count their samples.
+
+    Nothing else refers to a batch, so one in whose place a callback puts another is freed.
 
     Raises:
         ValueError: there was none.
         TypeError: something is no batch; it must hold tensors, so a number cannot be one.
     """
-    phase = "train" if training else "valid"
+    phase = "train" if loop.training else "valid"
     count = first
     try:
-        for batch in loader:
-            if batch.__class__ not in _COMMON:
-                _check_batch(batch, phase, count)
-            handed_over = [batch]  # and not kept: a callback may put another in its place
-            del batch
-            yield count, handed_over.pop()
+        for loop.batch in loader:
+            size = batch_size(loop.batch)
+            if not size:
+                _check_batch(loop.batch, phase, count)
+            loop.n_samples += size
+            yield count
             count += 1
     except Exception as exc:
         exc.add_note(f"raised while reading batch {count} of dls.{phase}")
@@ -159,11 +165,11 @@ def batch_size(batch: Any) -> int:
         >>> batch_size((torch.zeros(8, 1, 28, 28), torch.zeros(8))), batch_size({"x": "text"})
         (8, 0)
     """
-    if type(batch) in (list, tuple) and batch and type(batch[0]) is torch.Tensor:
+    if type(batch) in _SEQUENCES and batch and type(batch[0]) is torch.Tensor:
         shape = batch[0].shape  # as nearly all batches are: in half the time
         if shape and shape[0]:
             return shape[0]
-    if isinstance(batch, (tuple, list)):
+    if isinstance(batch, _SEQUENCES):
         parts: Iterable[Any] = batch
     elif isinstance(batch, torch.Tensor):
         shape = batch.shape
@@ -180,7 +186,7 @@ def batch_size(batch: Any) -> int:
 
 def inputs_of(batch: Any) -> Any:
     """What the model is given: the first part of a tuple or list, or all of it."""
-    return batch[0] if isinstance(batch, (tuple, list)) else batch
+    return batch[0] if isinstance(batch, _SEQUENCES) else batch
 
 
 def targets_of(batch: Any) -> Any:
@@ -189,16 +195,16 @@ def targets_of(batch: Any) -> Any:
     Raises:
         TypeError: the batch has no second part.
     """
-    if isinstance(batch, (tuple, list)) and len(batch) > 1:
+    if isinstance(batch, _SEQUENCES) and len(batch) > 1:
         return batch[1]
-    what = f"{len(batch)} part(s)" if isinstance(batch, (tuple, list)) else type(batch).__qualname__
+    what = f"{len(batch)} part(s)" if isinstance(batch, _SEQUENCES) else type(batch).__qualname__
     raise TypeError(
         f"a batch of (inputs, targets) is needed here, but this one is {what}: perform Predict"
         " and GetLoss your own way, in a Learner subclass or a callback"
     )
 
 
-_COMMON = (list, tuple, dict, torch.Tensor)
+_SEQUENCES = (tuple, list)
 
 
 def _check_batch(batch: Any, phase: str, index: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 import uuid
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -23,9 +23,6 @@ from ..events import (
     CancelEpochException,
     CancelException,
     CancelFitException,
-    CleanupBatch,
-    CleanupEpoch,
-    CleanupStep,
     GetLoss,
     Predict,
     ScopeEnd,
@@ -35,11 +32,11 @@ from .checkpoint import Checkpoint
 from .data import loader_of
 from .explain import check_performers
 from .loop import Loop
-from .position import Position
+from .position import Done, Position
 from .result import FitResult
 from .resume import Resumption, find_checkpoint
 from .runtime import Runtime
-from .scope import Request
+from .scope import COMPLETED, Request
 from .signals import GracefulEnd
 
 _CANCELS: Mapping[str, type[CancelException]] = {
@@ -236,7 +233,7 @@ class Fitting(Loop):
         self.resumed_from = self._resumption = None
         self.epoch = self.iter = self.n_samples = 0
         self.history = []
-        self._completed = {True: defaultdict(int), False: defaultdict(int)}
+        self.done_in = {True: Done(), False: Done()}
         self._end = ScopeEnd("failed", None, "the training could not begin")
         self._requests.clear()
 
@@ -273,6 +270,7 @@ class Fitting(Loop):
         """What the training thread does."""
         if resume is not None:
             self._take_up(find_checkpoint(self, resume), run_id)
+        self._end = COMPLETED
         self.one_fit()
         if self._resumption is not None and self._end.status == "completed":
             error = self._resumption.never_loaded()
@@ -320,10 +318,10 @@ class Fitting(Loop):
             who=end.who,
             reason=end.reason,
             n_epochs=self.n_epochs,
-            epochs=self.completed(CleanupEpoch, self.train),
-            batches=self.batches_done,
-            valid_batches=self.completed(CleanupBatch, False),
-            steps=self.completed(CleanupStep, True),
+            epochs=self.done_in[self.train].epochs,
+            batches=self.done_in[True].batches,
+            valid_batches=self.done_in[False].batches,
+            steps=self.done_in[True].steps,
             seconds=seconds,
             history=tuple(row for row in self.history if len(row) > 2),
             dropped=dict(+dropped),  # without the zeros

@@ -5,7 +5,6 @@ Source: "The Ultimate Training Loop", after fastai's miniai.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from types import CoroutineType
@@ -45,10 +44,10 @@ from ..events import (
     ZeroGrad,
 )
 from ..events.signal import AsyncWrapper, blame
-from .data import batch_size, length_of, read
+from .data import length_of, read
 from .explain import nobody_performs
 from .listened import Listened
-from .position import Position
+from .position import Done, Position
 from .randomness import RandomState, random_state
 from .resume import Resumption
 from .scope import InterruptedFit, Open, innermost, scope, scope_within
@@ -72,14 +71,14 @@ class Loop(Listened):
     @scope(CancelEpochException, CleanupEpoch)
     def one_epoch(self) -> None:
         self.emit(BeforeEpoch)
-        for self.iter, self.batch in self._batches():
+        for self.iter in self._read_batches():  # into self.batch
             self.one_batch()
         self.emit(AfterEpoch)
+        self.done.epochs += 1
 
     @scope(CancelBatchException, CleanupBatch)
     def one_batch(self) -> None:
         self.loss = None
-        self.n_samples += batch_size(self.batch)
         self.emit(BeforeBatch)
         self.perform(Predict)
         self.emit(AfterPredict)
@@ -90,6 +89,7 @@ class Loop(Listened):
             self.emit(AfterBackward)
             self.one_step()
         self.emit(AfterBatch)
+        self.done.batches += 1
 
     @scope(CancelStepException, CleanupStep)
     def one_step(self) -> None:
@@ -97,6 +97,7 @@ class Loop(Listened):
         self.perform(Step)
         self.perform(ZeroGrad)
         self.emit(AfterStep)
+        self.done.steps += 1
 
     # ------------------------------------------------------------- what the loop is made of
 
@@ -105,13 +106,14 @@ class Loop(Listened):
     __slots__ = (
         "_async_wrapper",
         "_cleaning",
-        "_completed",
         "_end",
         "_innermost",
         "_resumption",
         "batch",
         "dl",
         "dls",
+        "done",
+        "done_in",
         "ending",
         "epoch",
         "epochs",
@@ -142,8 +144,12 @@ class Loop(Listened):
     loss: Any
     random_at_epoch: RandomState
     """The random states when the loader of this epoch was begun with, for those who resume it."""
-    _completed: dict[bool, defaultdict[type[Event], int]]
+    done_in: dict[bool, Done]
+    """What is done of this fit, in training and in validation."""
+    done: Done
+    """The one of the two that is being added to."""
     _end: ScopeEnd
+    """How the fit has ended; while a scope in it is left, how that has."""
 
     def __init__(self, bus: Bus | None) -> None:
         super().__init__(bus)
@@ -187,9 +193,9 @@ class Loop(Listened):
         """
         if self._requests and not self._cleaning:
             self._honour_requests()
-        if self.signals[event_type].receivers:
-            event = event_type.of(self, *extra)
-            self.signals[event_type].send(event, _async_wrapper=self._async_wrapper)
+        signal = self.signals[event_type]
+        if signal.receivers:
+            signal.send(event_type.of(self, *extra), _async_wrapper=self._async_wrapper)
 
     def perform(self, action: type[ActionEvent]) -> None:
         """Have an action done: by the first receiver in order, or else by our own method."""
@@ -198,8 +204,7 @@ class Loop(Listened):
         try:
             result = getattr(self, action.hook)()
             if result is not None and result.__class__ is CoroutineType:
-                assert self._async_wrapper is not None
-                self._async_wrapper(lambda _event: result)(action.of(self))
+                self._await(result, action)
         except BaseException as exc:
             if not hasattr(self, action.hook):  # who performed it has left in the middle of the fit
                 raise nobody_performs(self, action) from None
@@ -215,27 +220,23 @@ class Loop(Listened):
         signal.send_to(performer, action.of(self), self._async_wrapper)
         return True
 
+    def _await(self, coroutine: CoroutineType[Any, Any, Any], action: type[ActionEvent]) -> None:
+        """Have a method of our own that is async done by the host's event loop."""
+        assert self._async_wrapper is not None
+        self._async_wrapper(lambda _event: coroutine)(action.of(self))
+
     def _resume(self) -> None:
         """Load the checkpoint, if this fit resumes one."""
         if self._resumption is not None:
             self._resumption.begin(self)
 
-    def _batches(self) -> Iterator[tuple[int, Any]]:
-        """The batches of this epoch, numbered; of one that is resumed, those still to come."""
+    def _read_batches(self) -> Iterator[int]:
+        """Read the batches of this epoch, one by one, into `batch`, and yield their numbers; of
+        an epoch that is resumed, those still to come."""
         if self._resumption is not None:
             return self._resumption.batches(self)
         self.random_at_epoch = random_state(self.dls)
-        return read(self.dl, self.training)
-
-    def completed(self, cleanup: type[Event], training: bool) -> int:
-        """How many scopes that end with `cleanup` were completed, in training or in validation,
-        those before the checkpoint that was resumed among them."""
-        return self._completed[training].get(cleanup, 0)
-
-    @property
-    def batches_done(self) -> int:
-        """Training batches completed."""
-        return self.completed(CleanupBatch, True)
+        return read(self, self.dl)
 
     def _start_epoch(self, training: bool) -> bool:
         """Choose mode and loader, and begin a row of the history; not if it is done before the
@@ -245,6 +246,7 @@ class Loop(Listened):
         if self._resumption is not None and not self.start.is_within(self.epoch, training):
             raise self._resumption.never_loaded()
         self.training = training
+        self.done = self.done_in[training]
         self.model.train(training)
         self.dl = self.dls.train if training else self.dls.valid
         self.n_iter = length_of(self.dl)

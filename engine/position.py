@@ -37,6 +37,18 @@ class Position:
         return self.batches > 0 and (epoch, training) == (self.epoch, self.training)
 
 
+@dataclass(slots=True)
+class Done:
+    """How much of a fit is completed, in training or in validation.
+
+    What was done before the checkpoint that is resumed counts, too.
+    """
+
+    epochs: int = 0
+    batches: int = 0
+    steps: int = 0
+
+
 class Reading(NamedTuple):
     """How a loader is read on from the middle of an epoch.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import structlog
 import torch
@@ -90,7 +90,7 @@ class Resumption:
             " BeforeEpoch, before its state was loaded"
         )
 
-    def batches(self, learner: Loop) -> Iterator[tuple[int, Any]]:
+    def batches(self, learner: Loop) -> Iterator[int]:
         """After BeforeEpoch of the epoch that was interrupted: the batches that are to come."""
         position, state = self.position, self.checkpoint.state
         if learner.n_iter != state["n_iter"]:
@@ -107,7 +107,7 @@ class Resumption:
         self._load(learner)
         for generator, state_there in zip(ahead, states, strict=True):
             generator.set_state(state_there)
-        return read(batches, position.training, position.batches)
+        return read(learner, batches, position.batches)
 
     def _load(self, learner: Loop) -> None:
         before = Snapshot(state_of(learner)).wait()

@@ -71,7 +71,10 @@ def scope(
                 if not leave(loop, entered, cleanup, exc):
                     raise
             else:
-                complete(loop, entered, cleanup)
+                if loop._requests or loop.signals[cleanup].receivers:
+                    leave(loop, entered, cleanup, None)
+                else:
+                    loop._innermost = entered[1]
 
         return scoped
 
@@ -88,17 +91,7 @@ def scope_within(loop: Loop, cancel: type[CancelException], cleanup: type[Event]
         if not leave(loop, entered, cleanup, exc):
             raise
     else:
-        complete(loop, entered, cleanup)
-
-
-def complete(loop: Loop, entered: Open, cleanup: type[Event]) -> None:
-    """Leave a scope whose end has been reached."""
-    loop._completed[loop.training][cleanup] += 1
-    loop._end = _COMPLETED
-    if loop._requests or loop.signals[cleanup].receivers:
         leave(loop, entered, cleanup, None)
-    else:
-        loop._innermost = entered[1]
 
 
 def leave(loop: Loop, entered: Open, cleanup: type[Event], exc: BaseException | None) -> bool:
@@ -111,10 +104,9 @@ def leave(loop: Loop, entered: Open, cleanup: type[Event], exc: BaseException | 
         BaseException: what is to be raised instead of `exc`.
     """
     cancel, outer = entered
-    error = None
-    if exc is not None:
-        error = _unless_stray(exc, entered)
-        loop._end = _end(error)
+    end_around = loop._end
+    error = None if exc is None else _unless_stray(exc, entered)
+    loop._end = _end(error)
     loop.going_on = error is None or isinstance(error, cancel)
     loop.ending = bool(loop._requests) and _ends_gracefully(loop, entered)
     signal = loop.signals[cleanup]
@@ -126,10 +118,12 @@ def leave(loop: Loop, entered: Open, cleanup: type[Event], exc: BaseException | 
             late = _unless_stray(late, entered)
             error = late if error is None else _first(error, late)
             if not isinstance(error, cancel):
-                loop._end = _end(error)  # the result tells of it, too
+                loop._end = _end(error)
         finally:
             loop._cleaning = before
     loop._innermost = outer
+    if outer is not None:  # how the outermost has ended, the result tells
+        loop._end = end_around
     try:
         if error is None or isinstance(error, cancel):
             if loop.ending:
@@ -187,10 +181,12 @@ def _first(exc: BaseException, late: BaseException) -> BaseException:
     return first
 
 
-_COMPLETED = ScopeEnd("completed")
+COMPLETED = ScopeEnd("completed")
 
 
-def _end(exc: BaseException) -> ScopeEnd:
+def _end(exc: BaseException | None) -> ScopeEnd:
+    if exc is None:
+        return COMPLETED
     if isinstance(exc, CancelException):
         return ScopeEnd("cancelled", exc.who, exc.reason)
     return ScopeEnd("failed", who_raised(exc), f"{type(exc).__name__}: {exc}")

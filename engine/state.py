@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, OrderedDict, deque
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from enum import Enum
 from os import PathLike, fspath
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..events import Callback
-from ..events.types import HOOKS
+from .position import Done
 from .randomness import random_state, random_state_differs, set_random_state
 
 if TYPE_CHECKING:
@@ -41,11 +42,7 @@ def state_of(learner: Loop) -> State:
         "random": random_state(learner.dls),
         "history": learner.history,
         "n_samples": learner.n_samples,
-        "completed": [
-            [event_type.hook, training, n]
-            for training, counts in learner._completed.items()
-            for event_type, n in counts.items()
-        ],
+        "done_in": {training: asdict(done) for training, done in learner.done_in.items()},
     }
 
 
@@ -61,10 +58,8 @@ def set_state(learner: Loop, state: State) -> None:
     learner.history = [dict(row) for row in state["history"]]
     learner.record = learner.history[-1] if learner.history else {}
     learner.n_samples = state["n_samples"]
-    for counts in learner._completed.values():
-        counts.clear()
-    for hook, training, n in state["completed"]:
-        learner._completed[training][HOOKS[hook]] = n
+    learner.done_in = {training: Done(**done) for training, done in state["done_in"].items()}
+    learner.done = learner.done_in[learner.training]
     try:
         for name, owner in stateful(learner):
             _load(name, owner, state["callbacks"][name])

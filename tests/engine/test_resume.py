@@ -389,11 +389,8 @@ def in_pieces(
 
 def outcome(learner: TrainLearner, result: FitResult) -> dict[str, Any]:
     """All that is to be equal."""
-    state = Snapshot(state_of(learner)).wait()
-    counted = {tuple(key): n for *key, n in state.pop("completed") if key[0] != "cleanup_fit"}
     return {
-        **state,
-        "completed": counted,
+        **Snapshot(state_of(learner)).wait(),
         "history of the result": result.history,
         "counts": (result.epochs, result.batches, result.valid_batches, result.steps),
         "n_epochs": result.n_epochs,
@@ -1010,7 +1007,8 @@ def test_a_callback_that_cannot_load_leaves_everything_as_it_was(
 
 def outcome_of_state(learner: TrainLearner) -> dict[str, Any]:
     state: dict[str, Any] = Snapshot(state_of(learner)).wait()
-    state["completed"] = {tuple(k): n for *k, n in state["completed"] if k[0] != "cleanup_epoch"}
+    for done in state["done_in"].values():
+        del done["epochs"]  # one of them is not in the checkpoint, but ended before it could load
     return state
 
 

@@ -25,6 +25,7 @@ from eventrain.events import (
     AfterPredict,
     BatchEvent,
     BeforeBatch,
+    BeforeStep,
     Callback,
     CancelBatchException,
     CancelEpochException,
@@ -604,6 +605,42 @@ def test_a_callback_may_open_a_scope_of_its_own() -> None:
     result = learner.run(1)
     assert [end.reason for end in left] == ["batch 0", "batch 1", "batch 2"]
     assert (result.status, result.batches) == ("completed", 3)
+
+
+@pytest.mark.parametrize(
+    "cancel", [CancelStepException, CancelBatchException, CancelEpochException]
+)
+def test_a_fit_in_which_something_was_cancelled_is_completed(cancel: type[CancelException]) -> None:
+    learner = make_learner()
+
+    @learner.on(BeforeStep)
+    def cancels(event: BeforeStep) -> None:
+        raise cancel("enough")
+
+    assert [learner.run(1).status for _ in range(3)] == ["completed"] * 3
+
+
+@pytest.mark.parametrize("cancelled", [False, True])
+def test_a_scope_of_its_own_in_cleanup_fit_does_not_change_how_the_fit_ended(
+    cancelled: bool,
+) -> None:
+    learner = make_learner()
+    left: list[str] = []
+
+    @learner.on(AfterBatch)
+    def cancels(event: AfterBatch) -> None:
+        raise CancelFitException("enough")
+
+    @learner.on(CleanupFit)
+    def inspects(event: CleanupFit) -> None:
+        with event.learner.scope(CancelInspection, CleanupInspection):
+            if cancelled:
+                raise CancelInspection("not now")
+
+    learner.on(CleanupInspection)(lambda event: left.append(event.end.status))
+    result = learner.run(1)
+    assert (result.status, result.reason) == ("cancelled", "enough")
+    assert left == ["cancelled" if cancelled else "completed"]
 
 
 class CancelInspection(CancelException):
