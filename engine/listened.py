@@ -32,6 +32,7 @@ class Listened:
         "bus",
         "run_id",
         "signals",
+        "silent",
         "streams",
     )
 
@@ -39,6 +40,7 @@ class Listened:
         self.run_id = ""
         self.bus = Bus() if bus is None else bus
         self.signals = self.bus.signals
+        self.silent = self.bus.silent
         self.streams: list[EventStream[Any]] = []
         self.audience: list[EventStream[Any]] = []
         """All that listened to the running fit, those closed meanwhile among them."""

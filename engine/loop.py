@@ -193,13 +193,15 @@ class Loop(Listened):
         """
         if self._requests and not self._cleaning:
             self._honour_requests()
+        if event_type in self.silent:
+            return
         signal = self.signals[event_type]
         if signal.receivers:
             signal.send(event_type.of(self, *extra), _async_wrapper=self._async_wrapper)
 
     def perform(self, action: type[ActionEvent]) -> None:
         """Have an action done: by the first receiver in order, or else by our own method."""
-        if self.signals[action].receivers and self._delegate(action):
+        if action not in self.silent and self._delegate(action):
             return
         try:
             result = getattr(self, action.hook)()

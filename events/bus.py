@@ -127,6 +127,8 @@ class Bus:
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
+        self.silent: set[type[Event]] = set()
+        """Event classes without a receiver, of those whose signal has been asked for."""
         self.signals = _Signals(self)
         """The signal of each event class, made when first asked for."""
         self._subscriptions: dict[int, Subscription] = {}
@@ -248,6 +250,8 @@ class _Signals(dict[type[Event], EventSignal]):
             for subscription in self._bus.subscriptions():
                 if _reaches(subscription, signal):
                     signal.add(subscription)
+            if not signal.receivers:
+                self._bus.silent.add(event_type)
             self[event_type] = signal
             return signal
 
