@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from ..engine.data import inputs_of, targets_of
-from ..engine.learners import backward
+from ..engine.learners import TrainLearner
 from ..events import Backward, Callback, GetLoss, Predict, Step, ZeroGrad
 
 
@@ -28,18 +27,16 @@ class TrainCB(Callback):
     order = 1000
 
     def predict(self, event: Predict) -> None:
-        learner = event.learner
-        learner.preds = learner.model(inputs_of(learner.batch))
+        TrainLearner.predict(event.learner)
 
     def get_loss(self, event: GetLoss) -> None:
-        learner = event.learner
-        learner.loss = learner.loss_func(learner.preds, targets_of(learner.batch))
+        TrainLearner.get_loss(event.learner)
 
     def backward(self, event: Backward) -> None:
-        backward(event.learner.loss)
+        TrainLearner.backward(event.learner)
 
     def step(self, event: Step) -> None:
-        event.learner.opt.step()
+        TrainLearner.step(event.learner)
 
     def zero_grad(self, event: ZeroGrad) -> None:
-        event.learner.opt.zero_grad()
+        TrainLearner.zero_grad(event.learner)

@@ -47,21 +47,6 @@ def check_loss(loss: Any) -> Any:
     return loss
 
 
-def backward(loss: Any) -> None:
-    """Call `loss.backward()`; if it fails, say what is wrong with the loss.
-
-    The questions come only then: on a small model they cost as much as the rest of the engine.
-
-    Raises:
-        TypeError, ValueError: as `check_loss`.
-    """
-    try:
-        loss.backward()
-    except (AttributeError, RuntimeError):
-        check_loss(loss)
-        raise
-
-
 class TrainLearner(Learner):
     """A Learner for a batch of (inputs, targets), one model and one optimizer.
 
@@ -84,7 +69,11 @@ class TrainLearner(Learner):
         self.loss = self.loss_func(self.preds, targets_of(self.batch))
 
     def backward(self) -> None:
-        backward(self.loss)
+        try:
+            self.loss.backward()
+        except (AttributeError, RuntimeError):  # asked before, it costs as much as all the engine
+            check_loss(self.loss)
+            raise
 
     def step(self) -> None:
         self.opt.step()
