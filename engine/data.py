@@ -13,6 +13,8 @@ from .loaders import loader_for
 if TYPE_CHECKING:
     from .loop import Loop
 
+_SEQUENCES = (tuple, list)
+
 
 class DataLoaders:
     """The training and the validation loader, in one object.
@@ -202,9 +204,6 @@ def targets_of(batch: Any) -> Any:
         f"a batch of (inputs, targets) is needed here, but this one is {what}: perform Predict"
         " and GetLoss your own way, in a Learner subclass or a callback"
     )
-
-
-_SEQUENCES = (tuple, list)
 
 
 def _check_batch(batch: Any, phase: str, index: int) -> None:

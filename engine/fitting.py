@@ -234,6 +234,7 @@ class Fitting(Loop):
         self.epoch = self.iter = self.n_samples = 0
         self.history = []
         self.done_in = {True: Done(), False: Done()}
+        self.done = self.done_in[train]
         self._end = ScopeEnd("failed", None, "the training could not begin")
         self._requests.clear()
 

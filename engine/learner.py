@@ -53,6 +53,8 @@ class Learner(Fitting):
         opt: the optimizer of the last fit.
         batch, preds, loss: those of the current batch; receivers may replace them.
         epoch, n_epochs, iter, n_iter, training: where the loop is.
+        done: what is completed, in this fit's training (in validation, while that runs):
+            `done.epochs`, `done.batches`, `done.steps`.
         record: the numbers of the current epoch, which receivers may add to.
         result: the FitResult of the last fit, failed and cancelled ones too.
         cleanup_timeout: seconds that an async Cleanup* receiver gets once the host has

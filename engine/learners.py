@@ -71,7 +71,7 @@ class TrainLearner(Learner):
     def backward(self) -> None:
         try:
             self.loss.backward()
-        except (AttributeError, RuntimeError):  # asked before, it costs as much as all the engine
+        except (AttributeError, RuntimeError):  # asking first costs as much as all the engine
             check_loss(self.loss)
             raise
 

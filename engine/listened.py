@@ -28,11 +28,11 @@ class Listened:
         "_attachments",
         "_requests",
         "_thread",
+        "_unheard",
         "audience",
         "bus",
         "run_id",
         "signals",
-        "silent",
         "streams",
     )
 
@@ -40,7 +40,7 @@ class Listened:
         self.run_id = ""
         self.bus = Bus() if bus is None else bus
         self.signals = self.bus.signals
-        self.silent = self.bus.silent
+        self._unheard = self.bus.unheard
         self.streams: list[EventStream[Any]] = []
         self.audience: list[EventStream[Any]] = []
         """All that listened to the running fit, those closed meanwhile among them."""

@@ -144,10 +144,6 @@ class Loop(Listened):
     loss: Any
     random_at_epoch: RandomState
     """The random states when the loader of this epoch was begun with, for those who resume it."""
-    done_in: dict[bool, Done]
-    """What is done of this fit, in training and in validation."""
-    done: Done
-    """The one of the two that is being added to."""
     _end: ScopeEnd
     """How the fit has ended; while a scope in it is left, how that has."""
 
@@ -167,6 +163,10 @@ class Loop(Listened):
         self.record: dict[str, Any] = {}
         """The numbers of this epoch: a row of the history, which receivers may add to."""
         self.history: list[dict[str, Any]] = []
+        self.done_in = {True: Done(), False: Done()}
+        """What is done of this fit, in training and in validation."""
+        self.done = self.done_in[True]
+        """The one of the two that is being added to."""
         self.start = Position()
         """Where this fit begins: at the first batch, or where a checkpoint was saved."""
         self.going_on = True
@@ -193,7 +193,7 @@ class Loop(Listened):
         """
         if self._requests and not self._cleaning:
             self._honour_requests()
-        if event_type in self.silent:
+        if event_type in self._unheard:
             return
         signal = self.signals[event_type]
         if signal.receivers:
@@ -201,7 +201,7 @@ class Loop(Listened):
 
     def perform(self, action: type[ActionEvent]) -> None:
         """Have an action done: by the first receiver in order, or else by our own method."""
-        if action not in self.silent and self._delegate(action):
+        if action not in self._unheard and self._delegate(action):
             return
         try:
             result = getattr(self, action.hook)()

@@ -71,7 +71,7 @@ def scope(
                 if not leave(loop, entered, cleanup, exc):
                     raise
             else:
-                if loop._requests or cleanup not in loop.silent:
+                if loop._requests or cleanup not in loop._unheard:
                     leave(loop, entered, cleanup, None)
                 else:
                     loop._innermost = entered[1]

@@ -127,7 +127,7 @@ class Bus:
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
-        self.silent: set[type[Event]] = set()
+        self.unheard: set[type[Event]] = set()
         """Event classes without a receiver, of those whose signal has been asked for."""
         self.signals = _Signals(self)
         """The signal of each event class, made when first asked for."""
@@ -251,7 +251,7 @@ class _Signals(dict[type[Event], EventSignal]):
                 if _reaches(subscription, signal):
                     signal.add(subscription)
             if not signal.receivers:
-                self._bus.silent.add(event_type)
+                self._bus.unheard.add(event_type)
             self[event_type] = signal
             return signal
 

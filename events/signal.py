@@ -52,13 +52,13 @@ class EventSignal(blinker.Signal):
 
     def add(self, subscription: Any) -> None:
         super().connect(subscription, weak=False)
-        self._bus.silent.discard(self.event_type)
+        self._bus.unheard.discard(self.event_type)
         self._ordered = None
 
     def discard(self, subscription: Any) -> None:
         super().disconnect(subscription)
         if not self.receivers:
-            self._bus.silent.add(self.event_type)
+            self._bus.unheard.add(self.event_type)
         self._ordered = None
 
     def reorder(self) -> None:

@@ -159,6 +159,24 @@ async def test_each_run_has_an_id_of_its_own(learner: TrainLearner) -> None:
     assert len(set(ids)) == 5
 
 
+def test_what_is_done_is_counted_by_phase_and_anew_in_every_fit(learner: TrainLearner) -> None:
+    seen = [(learner.done.epochs, learner.done.batches, learner.done.steps)]
+
+    @learner.on(CleanupEpoch)
+    def look(event: CleanupEpoch) -> None:
+        seen.append((learner.done.epochs, learner.done.batches, learner.done.steps))
+
+    n_train, n_valid = len(learner.dls.train), len(learner.dls.valid)
+    for _ in range(2):
+        learner.run(2)
+    one_fit = [
+        (n, batches, steps)
+        for n in (1, 2)
+        for batches, steps in ((n * n_train, n * n_train), (n * n_valid, 0))
+    ]
+    assert seen == [(0, 0, 0), *one_fit, *one_fit]
+
+
 def test_a_result_cannot_be_changed(learner: TrainLearner) -> None:
     result = learner.run(1)
     with pytest.raises(FrozenInstanceError):
