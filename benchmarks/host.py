@@ -8,8 +8,7 @@ from typing import Any
 
 import anyio
 import torch
-from eventrain.engine import TrainLearner
-from eventrain.engine.observers import Observer
+from eventrain.engine import Observer, TrainLearner
 from eventrain.events import AfterBatch
 
 from .report import Cell

@@ -24,8 +24,7 @@ from typing import Any
 import anyio
 import torch
 from eventrain.callbacks import StructlogCB
-from eventrain.engine import DataLoaders, TrainLearner
-from eventrain.engine.observers import Observer
+from eventrain.engine import DataLoaders, Observer, TrainLearner
 from eventrain.events import AfterBatch, AfterFit, BeforeFit, Event
 from structlog.testing import capture_logs
 from torch import nn

@@ -1,36 +1,35 @@
-"""Callbacks: one idea a file. Any may be used with any other, in any order given."""
+"""Callbacks: one idea per file. They combine freely, in whatever order they are given."""
 
-from ..events import Callback
-from .accelerate import AccelerateCB
-from .accumulation import GradientAccumulationCB
-from .channels_last import ChannelLastCB
+from ..engine.run.lr_finder import LRFinderCB
 from .checkpoint import CheckpointCB
-from .clipping import GradientClippingCB
-from .compare import Difference, compare_runs
-from .compile import CompileCB
-from .curve import LossCurveCB
-from .device import DeviceCB, def_device, to_cpu, to_device
-from .early_stopping import EarlyStoppingCB
-from .journal import JournalCB
-from .logs import StructlogCB
-from .lr_finder import LRFinderCB
-from .metrics import MetricsCB
-from .mixed import MixedTrainingCB
-from .otel import OpenTelemetryCB
-from .progress import ProgressCB
-from .prometheus import PrometheusCB
-from .records import RecordCB
-from .scheduler import SchedulerCB
-from .single import SingleBatchCB, SingleEpochCB
-from .summary import LayerSummary, SummaryCB
-from .tensorboard import TensorBoardCB
-from .terminate_on_nan import TerminateOnNaNCB
-from .time_limit import TimeLimitCB
-from .train import TrainCB
+from .inspection.journal.compare import Difference, compare_runs
+from .inspection.journal.journal import JournalCB
+from .inspection.metrics import MetricsCB
+from .inspection.summary import LayerSummary, SummaryCB
+from .reporting.curve import LossCurveCB
+from .reporting.jsonable import to_jsonable
+from .reporting.logs import StructlogCB
+from .reporting.otel import OpenTelemetryCB
+from .reporting.progress import ProgressCB
+from .reporting.prometheus import PrometheusCB
+from .reporting.records import SCHEMA_VERSION, RecordCB
+from .reporting.tensorboard import TensorBoardCB
+from .stopping.early_stopping import EarlyStoppingCB
+from .stopping.single import SingleBatchCB, SingleEpochCB
+from .stopping.terminate_on_nan import TerminateOnNaNCB
+from .stopping.time_limit import TimeLimitCB
+from .training.accelerate import AccelerateCB
+from .training.accumulation import GradientAccumulationCB
+from .training.channels_last import ChannelLastCB
+from .training.clipping import GradientClippingCB
+from .training.compile import CompileCB
+from .training.device import DeviceCB, def_device, to_cpu, to_device
+from .training.mixed import MixedTrainingCB
+from .training.scheduler import SchedulerCB
+from .training.train import TrainCB
 
 __all__ = [
     "AccelerateCB",
-    "Callback",
     "ChannelLastCB",
     "CheckpointCB",
     "CompileCB",
@@ -48,6 +47,7 @@ __all__ = [
     "OpenTelemetryCB",
     "ProgressCB",
     "PrometheusCB",
+    "SCHEMA_VERSION",
     "RecordCB",
     "SchedulerCB",
     "SingleBatchCB",
@@ -62,4 +62,5 @@ __all__ = [
     "def_device",
     "to_cpu",
     "to_device",
+    "to_jsonable",
 ]

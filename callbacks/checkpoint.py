@@ -9,15 +9,20 @@ from functools import partial
 from numbers import Real
 from pathlib import Path
 from time import monotonic
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import structlog
 
-from ..engine.position import Position, reading_of
-from ..engine.shelf import Shelf, Writer
-from ..engine.state import Snapshot, state_of, stateless
+from ..engine import Learner
+from ..engine.checkpoint.background import BackgroundWriter
+from ..engine.checkpoint.folder import CheckpointFolder
+from ..engine.checkpoint.loader_position import resume_strategy
+from ..engine.checkpoint.resume import ResumableReader
+from ..engine.checkpoint.snapshot import Snapshot
+from ..engine.checkpoint.state import state_of, stateless
+from ..engine.loop.state import Position
 from ..events import BeforeFit, Callback, CleanupBatch, CleanupEpoch, CleanupFit, Event
-from .monitor import is_training
+from ._monitor import is_training
 
 log = structlog.get_logger("eventrain")
 
@@ -106,37 +111,44 @@ class CheckpointCB(Callback):
         self.background = background
         self.last: Path | None = None
         self.best: Path | None = None
-        self._shelf: Shelf | None = None  # while a run is saved
+        self._checkpoints: CheckpointFolder | None = None  # while a run is saved
         self._copy: Snapshot | None = None
+
+    @property
+    def checkpoint_folder(self) -> Path:
+        """The folder that `fit(resume="last")` resumes from."""
+        return self.folder
 
     # ------------------------------------------------------------------------- when it is saved
 
     def before_fit(self, event: BeforeFit) -> None:
-        learner = event.learner
+        learner = _learner_of(event)
         if not is_training(learner):
             return
         Snapshot(state_of(learner))  # what cannot be saved is told before work is lost
-        self._tell_doubts(learner)
-        self._shelf = Shelf(self.folder, event.run_id, self.keep_last, self.keep_best)
-        self.last, self.best = self._shelf.last, self._shelf.best
-        self._writer = Writer(self.background)
+        self._log_caveats(learner)
+        self._checkpoints = CheckpointFolder(
+            self.folder, event.run_id, self.keep_last, self.keep_best
+        )
+        self.last, self.best = self._checkpoints.last, self._checkpoints.best
+        self._writer = BackgroundWriter(self.background)
         self._begin_interval()
 
     def _saves(self, event: Event) -> bool:
         """Whether it is this fit that is saved: not one that may not, nor another learner's."""
-        return self._shelf is not None and self._shelf.run_id == event.run_id
+        return self._checkpoints is not None and self._checkpoints.run_id == event.run_id
 
     def _is_itself(self, event: Event) -> bool:
         """Whether a fit that is saved has loaded what it resumes."""
-        return self._saves(event) and event.learner._resumption is None
+        return self._saves(event) and _reader_of(_learner_of(event)).loaded
 
     def cleanup_batch(self, event: CleanupBatch) -> None:
         if not self._is_itself(event):
             return
         self._writer.check()
         whole = event.end.status == "completed"
-        if event.learner.ending or (whole and self._is_due(event)):
-            self._save(event.learner, Position(event.epoch, event.training, event.iter + 1))
+        if event.learner.graceful_stop_due or (whole and self._is_due(event)):
+            self._save(_learner_of(event), Position(event.epoch, event.training, event.iter + 1))
 
     def _is_due(self, event: CleanupBatch) -> bool:
         if self.every_seconds is not None and monotonic() >= self._due:
@@ -145,58 +157,59 @@ class CheckpointCB(Callback):
         return event.training and n is not None and event.learner.done.batches % n == 0
 
     def cleanup_epoch(self, event: CleanupEpoch) -> None:
-        learner = event.learner
+        learner = _learner_of(event)
         if not self._is_itself(event):
             return
         done = event.epoch + 1
-        is_over = not event.training or not learner.valid
+        is_over = not event.training or not learner.validates
         due = self.every_epochs is not None and done % self.every_epochs == 0
-        due = is_over and learner.going_on and (due or done == event.n_epochs)
-        if learner.ending or due:
-            after = Position(done, learner.train) if is_over else Position(event.epoch, False)
+        due = is_over and learner.outer_continues and (due or done == event.n_epochs)
+        if learner.graceful_stop_due or due:
+            after = Position(done, learner.trains) if is_over else Position(event.epoch, False)
             measured = is_over and event.end.status == "completed"  # all of it
             self._save(learner, after, event.metrics if measured else {})
 
     def cleanup_fit(self, event: CleanupFit) -> None:
-        if self._shelf is not None and self._saves(event):
-            shelf, self._shelf, self._copy = self._shelf, None, None
+        if self._checkpoints is not None and self._saves(event):
+            checkpoints, self._checkpoints, self._copy = self._checkpoints, None, None
             try:
                 self._writer.close()
             finally:
-                shelf.close()
+                checkpoints.close()
 
     # -------------------------------------------------------------------------- how it is saved
 
     def _save(
-        self, learner: Any, position: Position, metrics: Mapping[str, Any] | None = None
+        self, learner: Learner, position: Position, metrics: Mapping[str, Any] | None = None
     ) -> None:
-        assert self._shelf is not None
+        assert self._checkpoints is not None
         state = state_of(learner)
         if position.batches:
-            state["random_at_epoch"] = learner.random_at_epoch
-            state["n_iter"] = learner.n_iter
-            by_state = reading_of(learner.dl).how == "state"
-            state["loader"] = learner.dl.state_dict() if by_state else None
+            state |= _reader_of(learner).position_state(learner)
         self._writer.wait()
         self._copy = copy = Snapshot(state, over=self._copy)
-        self._writer.write(partial(self._put, self._shelf, position, metrics or {}, copy))
+        self._writer.write(partial(self._put, self._checkpoints, position, metrics or {}, copy))
         self._begin_interval()
 
     def _put(
-        self, shelf: Shelf, position: Position, metrics: Mapping[str, Any], copy: Snapshot
+        self,
+        checkpoints: CheckpointFolder,
+        position: Position,
+        metrics: Mapping[str, Any],
+        copy: Snapshot,
     ) -> None:
-        shelf.put(position, metrics, copy.wait())
-        self.last, self.best = shelf.last, shelf.best
+        checkpoints.put(position, metrics, copy.wait())
+        self.last, self.best = checkpoints.last, checkpoints.best
 
     def _begin_interval(self) -> None:
         self._due = monotonic() + (self.every_seconds or 0)
 
-    def _tell_doubts(self, learner: Any) -> None:
+    def _log_caveats(self, learner: Learner) -> None:
         """What would not be resumed exactly is told before it is needed."""
         if self.every_batches is not None or self.every_seconds is not None:
-            for loader in (learner.dls.train, *([learner.dls.valid] if learner.valid else [])):
-                if doubt := reading_of(loader).doubt:
-                    log.warning("resume_may_not_be_exact", run_id=learner.run_id, reason=doubt)
+            for loader in (learner.dls.train, *([learner.dls.valid] if learner.validates else [])):
+                if caveat := resume_strategy(loader).caveat:
+                    log.warning("resume_may_not_be_exact", run_id=learner.run_id, reason=caveat)
         if found := stateless(learner):
             log.warning(
                 "callback_state_not_saved",
@@ -204,6 +217,14 @@ class CheckpointCB(Callback):
                 found=found,
                 hint="give the callback state_dict and load_state_dict",
             )
+
+
+def _learner_of(event: Event) -> Learner:
+    return cast(Learner, event.learner)
+
+
+def _reader_of(learner: Learner) -> ResumableReader:
+    return cast(ResumableReader, learner.reader)
 
 
 def _check_seconds(seconds: Any) -> None:

@@ -1,31 +1,19 @@
-"""The Learner, its scopes and its runtime."""
+"""The Learner, its data loaders, its checkpoints, and how a fit runs."""
 
-from ..events import (
-    Callback,
-    CancelBatchException,
-    CancelEpochException,
-    CancelException,
-    CancelFitException,
-    CancelStepException,
-)
-from .checkpoint import Checkpoint, CheckpointDamagedError, CheckpointError
-from .data import DataLoaders
+from .checkpoint.compatibility import CheckpointMismatchError
+from .checkpoint.reader import Checkpoint, CheckpointDamagedError, CheckpointError
+from .data.dataloaders import DataLoaders
+from .data.prefetch import Prefetcher
+from .data.tensor_loader import TensorLoader
 from .learner import Learner
 from .learners import MomentumLearner, TrainLearner
-from .observers import EventStream, Observer
-from .prefetch import Prefetcher
-from .result import FitResult
+from .listeners.observers import Observer
+from .listeners.streams import EventStream
+from .loop.state import Position, Progress
+from .run.result import FitResult
 from .seeding import seed_everything
-from .state import CheckpointMismatchError
-from .tensor_loader import TensorLoader
 
 __all__ = [
-    "Callback",
-    "CancelBatchException",
-    "CancelEpochException",
-    "CancelException",
-    "CancelFitException",
-    "CancelStepException",
     "Checkpoint",
     "CheckpointDamagedError",
     "CheckpointError",
@@ -36,7 +24,9 @@ __all__ = [
     "Learner",
     "MomentumLearner",
     "Observer",
+    "Position",
     "Prefetcher",
+    "Progress",
     "TensorLoader",
     "TrainLearner",
     "seed_everything",

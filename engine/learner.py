@@ -1,28 +1,33 @@
-"""The Learner: the loop with its model, data and callbacks, awaited by an async host."""
+"""The Learner: a model, its data and its callbacks, with a fit that an async host awaits."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+import os
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
 
+import anyio
+import anyio.lowlevel
 from torch import nn, optim
 from torch.nn import functional as F
 
-from ..events import Bus, Callback, Predict
-from .data import DataLoaders
-from .fitting import Fitting
-from .predictions import CollectPredictions, concatenate
-from .preserve import preserved
+from ..events import Bus, Callback
+from .checkpoint.preserve import preserved
+from .run.fit import Fit, check_idle, numbers_of
+from .run.fittable import Fittable
+from .run.lr_finder import LRFinderCB
+from .run.mean_loss import RecordMeanLoss
+from .run.plan import FitPlan
+from .run.predictions import CollectPredictions, concatenate
+from .run.result import FitResult
+from .run.validation import validating_on
 
-if TYPE_CHECKING:
-    from ..callbacks import LRFinderCB
 
+class Learner(Fittable):
+    """Trains a model and emits events; what happens in a batch is up to a subclass or callbacks.
 
-class Learner(Fitting):
-    """Trains a model, emitting events; what a batch does is up to a subclass or to callbacks.
-
-    The loop, in full (`engine/loop.py`):
+    The loop, in full (`engine/loop/loop.py`):
 
         BeforeFit
         for epoch in epochs, training and then validating:
@@ -46,20 +51,22 @@ class Learner(Fitting):
         cbs: one callback, or several.
         opt_func: called as `opt_func(model.parameters(), lr)` for every fit that trains; None
             keeps `learner.opt`.
-        bus: one to share with other learners; a new one by default.
+        bus: one to share with other learners; by default a new one.
 
     Attributes:
         model, dls, loss_func, lr, opt_func, bus: as given.
         opt: the optimizer of the last fit.
         batch, preds, loss: those of the current batch; receivers may replace them.
-        epoch, n_epochs, iter, n_iter, training: where the loop is.
-        done: what is completed, in this fit's training (in validation, while that runs):
-            `done.epochs`, `done.batches`, `done.steps`.
+        epoch, n_epochs, iter, n_iter, training: the current position.
+        trains, validates: whether the fit has training epochs, and validating ones.
+        purpose: what the running fit, or the last one, is for: "fit", "validate", "predict" or
+            "lr_find".
+        done: what is completed in the current phase of the fit: `done.epochs`, `done.batches`,
+            `done.steps`.
         record: the numbers of the current epoch, which receivers may add to.
-        result: the FitResult of the last fit, failed and cancelled ones too.
-        cleanup_timeout: seconds that an async Cleanup* receiver gets once the host has
-            cancelled.
-        drain_timeout: seconds that observers get for what is left when the fit has ended.
+        result: the FitResult of the last fit, including failed and cancelled ones.
+        cleanup_timeout: seconds that an async Cleanup* receiver gets after the host has cancelled.
+        drain_timeout: seconds that observers get for their buffers after the fit has ended.
 
     Source: the post's `Learner`, after fastai's miniai.
     """
@@ -83,28 +90,118 @@ class Learner(Fitting):
         self.opt_func = opt_func
         self.add_cbs(cbs)
 
+    async def fit(
+        self,
+        n_epochs: int = 1,
+        train: bool = True,
+        valid: bool = True,
+        cbs: Callback | Iterable[Callback] | None = None,
+        lr: float | None = None,
+        *,
+        run_id: str | None = None,
+        resume: str | os.PathLike[str] | None = None,
+        graceful: bool | float = False,
+    ) -> FitResult:
+        """Train and validate for `n_epochs`, in a thread of its own.
+
+        Returns, or raises, only when that thread has ended, however often the caller's task is
+        cancelled meanwhile; a cancellation takes effect at the next event.
+
+        Args:
+            n_epochs: the number of epochs; each trains and then validates.
+            train: whether to train.
+            valid: whether to validate.
+            cbs: callbacks for this fit only.
+            lr: the learning rate for this fit only.
+            run_id: identifies the fit in its events, logs and result; by default a new random one,
+                or the one of the run that is resumed.
+            resume: a checkpoint to resume as if the run had not been interrupted: its path, the
+                path of a folder of checkpoints, or "last", which is the last whole checkpoint of
+                the `CheckpointCB` among the callbacks; if there is none yet, the fit begins at the
+                beginning. `n_epochs` includes the epochs before the checkpoint.
+            graceful: let the first SIGTERM or SIGINT end the fit after the current batch, and let
+                `CheckpointCB` save there; a second signal has its usual effect. A number is the
+                seconds after which the fit is stopped at its next event instead; True means 25.
+                For scripts; a host with its own signal handlers calls `stop(graceful=True)`.
+
+        Raises:
+            RuntimeError: this learner is fitting already.
+            TypeError, ValueError: an argument, callback or loader is missing or wrong; raised
+                before any work.
+            CheckpointError: there is no checkpoint to resume, or it is damaged.
+            CheckpointMismatchError: the checkpoint does not fit; nothing has been changed.
+            Exception: what a receiver, the model or the data raised, with a note saying where.
+        """
+        return await self._fit(
+            FitPlan(
+                n_epochs=n_epochs,
+                train=train,
+                valid=valid,
+                cbs=cbs,
+                lr=lr,
+                run_id=run_id,
+                resume=resume,
+                graceful=graceful,
+            )
+        )
+
+    async def _fit(self, plan: FitPlan) -> FitResult:
+        return await Fit(self, plan).run()
+
+    def run(
+        self,
+        n_epochs: int = 1,
+        train: bool = True,
+        valid: bool = True,
+        cbs: Callback | Iterable[Callback] | None = None,
+        lr: float | None = None,
+        *,
+        run_id: str | None = None,
+        resume: str | os.PathLike[str] | None = None,
+        graceful: bool | float = False,
+        backend: str = "asyncio",
+        backend_options: dict[str, Any] | None = None,
+    ) -> FitResult:
+        """`fit` for scripts: starts an event loop, fits, and ends the event loop.
+
+        Args:
+            n_epochs, train, valid, cbs, lr, run_id, resume, graceful: as in `fit`.
+            backend: "asyncio" or "trio".
+            backend_options: for `anyio.run`, such as {"use_uvloop": True}.
+
+        Raises:
+            RuntimeError: an event loop is running in this thread.
+            KeyboardInterrupt: on Ctrl-C, after the training has stopped and cleaned up.
+        """
+        if _event_loop_runs():
+            raise RuntimeError(
+                "run() starts an event loop, and one is running in this thread already: use"
+                " `await learner.fit(...)` here"
+            )
+        fit = partial(self.fit, run_id=run_id, resume=resume, graceful=graceful)
+        return anyio.run(
+            fit, n_epochs, train, valid, cbs, lr, backend=backend, backend_options=backend_options
+        )
+
     async def validate(self, dl: Any = None) -> dict[str, Any]:
         """Run one validating epoch; return its numbers, such as "loss" and the metrics.
 
         Args:
-            dl: the loader to use, `dls.valid` by default.
+            dl: the loader to use, by default `dls.valid`.
 
         Raises:
             RuntimeError, ValueError, TypeError: as `fit`.
         """
-        from ..callbacks import MetricsCB  # at call time: callbacks are built on the engine
-
-        measured = any(isinstance(cb, MetricsCB) for cb in self.cbs)
-        with self._validating(dl):
-            result = await self.fit(1, train=False, cbs=None if measured else MetricsCB())
-        numbers = dict(result.history[-1]) if result.history else {}
-        return {key: value for key, value in numbers.items() if key not in ("epoch", "train")}
+        plan = FitPlan(train=False, cbs=RecordMeanLoss(), purpose="validate")
+        with validating_on(self, dl):
+            result = await self._fit(plan)
+        return numbers_of(result.history[-1]) if result.history else {}
 
     async def get_preds(self, dl: Any = None, with_targets: bool = False) -> Any:
         """Predict for every sample of a loader, without a loss.
 
         Args:
-            dl: the loader to use, `dls.valid` by default.
+            dl: the loader to use, by default `dls.valid`.
             with_targets: whether to return the targets, too.
 
         Returns:
@@ -115,8 +212,8 @@ class Learner(Fitting):
             RuntimeError, ValueError, TypeError: as `fit`.
         """
         collected = CollectPredictions(with_targets)
-        with self._validating(dl):
-            result = await self._fit(1, False, True, collected, None, actions=(Predict,))
+        with validating_on(self, dl):
+            result = await self._fit(FitPlan(train=False, cbs=collected, purpose="predict"))
         if not collected.preds:
             raise RuntimeError(
                 f"no predictions: {result.who or 'nobody'} ended the run before the first"
@@ -128,12 +225,12 @@ class Learner(Fitting):
     async def lr_find(
         self, lr_mult: float = 1.3, start_lr: float = 1e-5, max_epochs: int = 10
     ) -> LRFinderCB:
-        """Try rising learning rates; leave model, optimizer and random states as they were.
+        """Try rising learning rates; restore model, optimizer and random states afterwards.
 
         Args:
             lr_mult: the factor from one step to the next.
             start_lr: the first learning rate.
-            max_epochs: end after these, if the loss has not exploded before.
+            max_epochs: end after so many epochs if the loss has not exploded before.
 
         Returns:
             The finder: its `suggestion("valley")`, `suggestions`, `lrs`, `losses`, `plot()`.
@@ -143,30 +240,17 @@ class Learner(Fitting):
 
         Source: the post's `lr_find`, after fastai's.
         """
-        from ..callbacks import LRFinderCB  # at call time: callbacks are built on the engine
-
-        self._check_idle()
+        check_idle(self)
         finder = LRFinderCB(lr_mult)
+        plan = FitPlan(n_epochs=max_epochs, valid=False, cbs=finder, lr=start_lr, purpose="lr_find")
         with preserved(self):
-            await self.fit(max_epochs, valid=False, cbs=finder, lr=start_lr)
+            await self._fit(plan)
         return finder
 
-    @contextmanager
-    def _validating(self, dl: Any) -> Iterator[None]:
-        """Use `dl`, if given, and leave the model in the mode that it was in."""
-        self._check_idle()
-        dls = self.dls
-        modes = [(module, module.training) for module in self.model.modules()]
-        if dl is not None:
-            self.dls = DataLoaders(valid=dl)
-        elif getattr(dls, "valid", None) is None:
-            raise ValueError(
-                "there is no data for this: dls.valid is missing. Give DataLoaders a valid loader,"
-                " or pass one here: dl=..."
-            )
-        try:
-            yield
-        finally:
-            self.dls = dls
-            for module, training in modes:
-                module.training = training
+
+def _event_loop_runs() -> bool:
+    try:
+        anyio.lowlevel.current_token()
+    except anyio.NoEventLoopError:
+        return False
+    return True

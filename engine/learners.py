@@ -1,50 +1,17 @@
-"""The post's two learners: the five actions as methods."""
+"""The post's two learners, with the five actions as methods."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import torch
 from torch import nn, optim
 from torch.nn import functional as F
 
 from ..events import Bus, Callback
-from .data import inputs_of, targets_of
+from .data.batches import inputs_of, targets_of
 from .learner import Learner
-
-
-def check_scalar(loss: Any) -> Any:
-    """Return `loss` if it is a tensor of one number.
-
-    Raises:
-        TypeError: it is no tensor.
-        ValueError: it is not a scalar.
-    """
-    if not isinstance(loss, torch.Tensor):
-        raise TypeError(f"the loss must be a tensor: {loss!r} is a {type(loss).__qualname__}")
-    if loss.ndim and loss.numel() != 1:
-        raise ValueError(
-            f"the loss must be a scalar: its shape is {tuple(loss.shape)}; reduce it, with"
-            " .mean() or the loss function's reduction='mean'"
-        )
-    return loss
-
-
-def check_loss(loss: Any) -> Any:
-    """Return `loss` if one can call `backward()` on it.
-
-    Raises:
-        TypeError: it is no tensor.
-        ValueError: it is not a scalar, or does not require grad.
-    """
-    check_scalar(loss)
-    if not loss.requires_grad:
-        raise ValueError(
-            "the loss does not require grad: no parameter of the model took part in it, all are"
-            " frozen, or it was detached or computed under torch.no_grad()"
-        )
-    return loss
+from .loop.loss import check_loss
 
 
 class TrainLearner(Learner):
@@ -71,7 +38,7 @@ class TrainLearner(Learner):
     def backward(self) -> None:
         try:
             self.loss.backward()
-        except (AttributeError, RuntimeError):  # asking first costs as much as all the engine
+        except (AttributeError, RuntimeError):  # checking first would cost as much as the engine
             check_loss(self.loss)
             raise
 
@@ -86,9 +53,9 @@ class MomentumLearner(TrainLearner):
     """A TrainLearner whose gradients decay instead of being zeroed.
 
     Args:
-        mom: what is kept of the gradients from one step to the next; 0 forgets them.
+        mom: the factor by which the gradients decay from one step to the next; 0 zeroes them.
 
-    Source: the post's `MomentumLearner`; parameters without a gradient are passed over.
+    Source: the post's `MomentumLearner`; parameters without a gradient are skipped.
     """
 
     def __init__(

@@ -1,7 +1,11 @@
-"""The typed events of a training run and the bus they travel on. Knows no engine."""
+"""The typed events of a training run, the bus that delivers them, and the callback class.
 
-from .bus import Bus, Subscription
-from .callback import Callback
+This package does not depend on the engine.
+"""
+
+from .base import ActionEvent, BatchEvent, EpochEvent, Event, FitEvent, ScopeEnd, StepEvent
+from .bus import Bus
+from .callback import Callback, Watcher
 from .cancel import (
     CancelBatchException,
     CancelEpochException,
@@ -9,10 +13,11 @@ from .cancel import (
     CancelFitException,
     CancelStepException,
 )
+from .learner import LearnerLike
 from .record import record_events
 from .signal import EventSignal
+from .subscription import Subscription
 from .types import (
-    ActionEvent,
     AfterBackward,
     AfterBatch,
     AfterEpoch,
@@ -21,7 +26,6 @@ from .types import (
     AfterPredict,
     AfterStep,
     Backward,
-    BatchEvent,
     BeforeBatch,
     BeforeEpoch,
     BeforeFit,
@@ -30,14 +34,9 @@ from .types import (
     CleanupEpoch,
     CleanupFit,
     CleanupStep,
-    EpochEvent,
-    Event,
-    FitEvent,
     GetLoss,
     Predict,
-    ScopeEnd,
     Step,
-    StepEvent,
     ZeroGrad,
 )
 
@@ -72,11 +71,13 @@ __all__ = [
     "EventSignal",
     "FitEvent",
     "GetLoss",
+    "LearnerLike",
     "Predict",
     "ScopeEnd",
     "Step",
     "StepEvent",
     "Subscription",
+    "Watcher",
     "ZeroGrad",
     "record_events",
 ]

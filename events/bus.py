@@ -1,109 +1,21 @@
 """The bus: typed subscriptions, one ordered blinker signal per event class.
 
-Data takes one way: `Learner.emit` -> `EventSignal.send` -> `Subscription` -> the receiver.
+An event takes one way: `Learner.emit` -> `EventSignal.send` -> `Subscription` -> the receiver.
 """
 
 from __future__ import annotations
 
 import inspect
-import itertools
 import threading
 from collections.abc import Callable
-from functools import partial
 from typing import Any, TypeVar
 
-from .closing import Closing
+from .base import ActionEvent, Event
 from .signal import EventSignal
-from .types import ActionEvent, Event
+from .subscription import Subscription, check_event_type, check_receiver
 
 E = TypeVar("E", bound=Event)
 R = TypeVar("R", bound=Callable[..., Any])
-
-
-class Subscription(Closing):
-    """One receiver of one class of events. Close it, or use it as a context manager.
-
-    Attributes:
-        event_type: the class subscribed to; classes below it are heard too.
-        receiver: the callable, given the event as its one argument.
-        order: lower is called earlier; equal ones in the order they were connected in.
-        time: when it was connected, as a running number.
-        closed: whether it has been closed.
-    """
-
-    _times = itertools.count()
-
-    __slots__ = (
-        "_bus",
-        "_counter",
-        "_every",
-        "_learner",
-        "_once",
-        "_where",
-        "call",
-        "closed",
-        "event_type",
-        "key",
-        "order",
-        "receiver",
-        "time",
-    )
-
-    def __init__(
-        self,
-        bus: Bus,
-        event_type: type[Event],
-        receiver: Callable[[Any], Any],
-        order: float,
-        every: int,
-        once: bool,
-        where: Callable[[Any], bool] | None,
-        learner: object | None,
-    ) -> None:
-        self._bus = bus
-        self.event_type = event_type
-        self.receiver = receiver
-        self.order = order
-        self.closed = False
-        self.time = next(self._times)
-        self.key: tuple[float, int, int] = (order, self.time, 0)
-        self._learner = learner
-        self._every = every
-        self._counter = itertools.count(1)
-        self._once = once
-        self._where = where
-        plain = every == 1 and not once and where is None
-        self.call = receiver if plain else self._filter
-
-    @property
-    def name(self) -> str:
-        """The receiver's name, as it stands in notes, results and `explain`."""
-        return name_of(self.receiver)
-
-    def hears(self, event: Event) -> bool:
-        """Whether it is open and the event is one of its learner's."""
-        return not self.closed and (self._learner is None or self._learner is event.learner)
-
-    def serves(self, learner: object) -> bool:
-        """Whether it is subscribed to this learner, or to all that share the bus."""
-        return self._learner is None or self._learner is learner
-
-    def _filter(self, event: Event) -> Any:
-        if self._where is not None and not self._where(event):
-            return None
-        if next(self._counter) % self._every:
-            return None
-        if self._once and not self.close():
-            return None  # another thread was first
-        return self.receiver(event)
-
-    def close(self) -> bool:
-        """End it; again is harmless. Says whether this call was the one that ended it."""
-        return self._bus.unsubscribe(self)
-
-    def __repr__(self) -> str:
-        state = "closed" if self.closed else f"order={self.order:g}"
-        return f"<Subscription of {self.name} to {self.event_type.__name__}, {state}>"
 
 
 class Bus:
@@ -127,10 +39,10 @@ class Bus:
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
-        self.unheard: set[type[Event]] = set()
-        """Event classes without a receiver, of those whose signal has been asked for."""
+        self.without_receivers: set[type[Event]] = set()
+        """The event classes without receivers, among those whose signal has been made."""
         self.signals = _Signals(self)
-        """The signal of each event class, made when first asked for."""
+        """The signal of each event class, made on first access."""
         self._subscriptions: dict[int, Subscription] = {}
 
     def signal(self, event_type: type[Event]) -> EventSignal:
@@ -138,7 +50,7 @@ class Bus:
         return self.signals[check_event_type(event_type)]
 
     def send(self, event: Event) -> None:
-        """Send an event to its receivers. For events of your own, sent from outside a fit."""
+        """Send an event to its receivers. For events of your own, sent outside a fit."""
         self.signal(type(event)).send(event)
 
     def on(
@@ -172,18 +84,18 @@ class Bus:
         """Call `receiver` with every event of `event_type`, until the subscription is closed.
 
         Args:
-            event_type: an event class; a base class means all below it but the actions.
-            receiver: takes the event. An `async def` is awaited in its place in the order.
-            order: lower is earlier; equal ones are called in the order they came in.
-            every: call it with the n-th, 2n-th, ... event only.
+            event_type: an event class; a base class means all its subclasses except the actions.
+            receiver: called with the event. An `async def` is awaited in its place in the order.
+            order: lower is earlier; equal ones are called in the order of connection.
+            every: call it only with every n-th event.
             once: close after the first call.
-            where: call it only with events for which this is true; asked before `every`.
-            learner: hear only this learner, on a bus that several share.
+            where: call it only with events for which this is true; checked before `every`.
+            learner: receive only the events of this learner, on a bus that several share.
 
         Raises:
-            TypeError: `event_type` is no event class, `receiver` cannot take one argument, or
-                `where` cannot be called.
-            ValueError: `every` is no positive integer, or `order` no number.
+            TypeError: `event_type` is not an event class, `receiver` cannot take one argument,
+                or `where` cannot be called.
+            ValueError: `every` is not a positive integer, or `order` is not a number.
         """
         check_event_type(event_type)
         if event_type is ActionEvent:
@@ -196,24 +108,33 @@ class Bus:
             raise ValueError(f"every={every!r}: give a positive integer, 1 for all events")
         if issubclass(event_type, ActionEvent) and (every != 1 or where is not None):
             raise ValueError(
-                f"every and where are not for {event_type.__name__}: where they say no, nobody"
-                " would perform it; decide inside the receiver"
+                f"every and where cannot be used with {event_type.__name__}: an event that they"
+                " filter out would be performed by nobody; decide inside the receiver"
             )
         if not isinstance(order, int | float) or order != order:
             raise ValueError(f"order={order!r}: give a number; lower is called earlier")
         if where is not None and (not callable(where) or inspect.iscoroutinefunction(where)):
-            raise TypeError(f"where={where!r}: give a plain function of the event that is asked")
-        subscription = Subscription(self, event_type, receiver, order, every, once, where, learner)
+            raise TypeError(f"where={where!r}: give a plain function that takes the event")
+        subscription = Subscription(
+            event_type,
+            receiver,
+            order=order,
+            every=every,
+            once=once,
+            where=where,
+            learner=learner,
+            unsubscribe=self.unsubscribe,
+        )
         with self.lock:
             self._subscriptions[id(subscription)] = subscription
             signals = [self.signals[event_type], *self.signals.values()]
             for signal in dict.fromkeys(signals):
-                if _reaches(subscription, signal):
+                if subscription.reaches(signal.event_type):
                     signal.add(subscription)
         return subscription
 
     def unsubscribe(self, subscription: Subscription) -> bool:
-        """Close `subscription`. False if it was closed before."""
+        """Close `subscription`. Returns False if it was closed before."""
         with self.lock:
             if subscription.closed:
                 return False
@@ -224,19 +145,19 @@ class Bus:
             return True
 
     def reorder(self) -> None:
-        """Sort all receivers again, after their keys were changed."""
+        """Sort all receivers again, after their keys have changed."""
         with self.lock:
             for signal in self.signals.values():
                 signal.reorder()
 
     def subscriptions(self) -> tuple[Subscription, ...]:
-        """The open subscriptions, in the order they were made in."""
+        """The open subscriptions, in the order in which they were made."""
         with self.lock:
             return tuple(self._subscriptions.values())
 
 
 class _Signals(dict[type[Event], EventSignal]):
-    """Makes the signal of an event class when it is first asked for."""
+    """Makes the signal of an event class on first access."""
 
     def __init__(self, bus: Bus) -> None:
         super().__init__()
@@ -248,56 +169,9 @@ class _Signals(dict[type[Event], EventSignal]):
                 return self[event_type]
             signal = EventSignal(self._bus, event_type)
             for subscription in self._bus.subscriptions():
-                if _reaches(subscription, signal):
+                if subscription.reaches(signal.event_type):
                     signal.add(subscription)
             if not signal.receivers:
-                self._bus.unheard.add(event_type)
+                self._bus.without_receivers.add(event_type)
             self[event_type] = signal
             return signal
-
-
-def _reaches(subscription: Subscription, signal: EventSignal) -> bool:
-    event_type = signal.event_type
-    if issubclass(event_type, ActionEvent):
-        return subscription.event_type is event_type
-    return issubclass(event_type, subscription.event_type)
-
-
-def name_of(receiver: Callable[..., Any]) -> str:
-    """A callable's name as a person would say it: `Class.method`, `function`, `Class`."""
-    while isinstance(receiver, partial):
-        receiver = receiver.func
-    owner = getattr(receiver, "__self__", None)
-    if owner is not None and not inspect.ismodule(owner):
-        cls = owner if inspect.isclass(owner) else type(owner)
-        return f"{cls.__qualname__}.{receiver.__name__}"
-    return getattr(receiver, "__qualname__", type(receiver).__qualname__)
-
-
-def check_event_type(event_type: Any) -> Any:
-    """Return `event_type` if it is an event class; raise a TypeError that says what is."""
-    if isinstance(event_type, type) and issubclass(event_type, Event):
-        return event_type
-    raise TypeError(
-        f"{event_type!r} is no event class; events are classes of eventrain.events, such as"
-        " AfterBatch, or subclasses of Event that you define"
-    )
-
-
-def check_receiver(receiver: Callable[..., Any], event_type: type[Event]) -> None:
-    """Raise a TypeError unless `receiver` can be called with the event."""
-    if not callable(receiver):
-        raise TypeError(f"a receiver of {event_type.__name__} must be callable: {receiver!r}")
-    if inspect.isgeneratorfunction(receiver) or inspect.isasyncgenfunction(receiver):
-        raise TypeError(f"{name_of(receiver)} is a generator: called as a receiver, it never runs")
-    try:
-        signature = inspect.signature(receiver)
-    except ValueError:  # some builtins have none: nothing to check
-        return
-    try:
-        signature.bind(None)
-    except TypeError as exc:
-        raise TypeError(
-            f"{name_of(receiver)}{signature} cannot receive {event_type.__name__}: a receiver"
-            f" takes one argument, the event ({exc})"
-        ) from None

@@ -8,28 +8,50 @@ attached to a learner; a method named after an action (`predict`, `get_loss`, `b
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, ClassVar, Literal
+import inspect
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import suppress
+from typing import Any, ClassVar, Literal, Protocol
 
-from .types import HOOKS, ActionEvent, Event
+from .base import HOOKS, ActionEvent, Event
+from .learner import Purpose
 
 Overflow = Literal["drop_oldest", "latest", "block"]
+
+
+class Watcher(Protocol):
+    """What `Callback.watcher` returns: it gets the observed events of one fit.
+
+    It may also have a method `close()`, which is called on the event loop when no more events of
+    this fit will come.
+    """
+
+    def wants(self, event: Any) -> bool:
+        """Whether to observe this event. Called in the training thread, so it must be quick."""
+        ...
+
+    def observe(self, event: Any) -> Awaitable[Any] | None:
+        """Called on the event loop with each event that is wanted. May be an `async def`."""
+        ...
 
 
 class Callback:
     """Base class of all callbacks.
 
     Attributes:
-        order: lower ones run earlier; equal ones in the order they were attached in.
-        run_after: callback classes, or their names, that run before this one if present,
+        order: callbacks of lower order run earlier; equal ones in the order of attachment.
+        run_after: callback classes, or their names, that run before this one if they are attached,
             whatever their `order`.
-        run_before: the same, for those that run after it.
-        observes: events given to its method `observe(event)`, plain or async, beside the
-            training on the host's event loop instead of inside it.
-        buffer, overflow: for those; see `Learner.observe`.
+        run_before: the same, for callbacks that run after this one.
+        observes: event classes that are given to the method `observe(event)`, plain or async, on
+            the host's event loop, concurrently with the training.
+        buffer, overflow: the buffer for observed events; see `Learner.observe`.
+        fit_purpose: "lr_find" in LRFinderCB: what a fit is for while this callback is attached. A
+            fit whose purpose is not "fit" is not saved, scheduled or stopped early.
 
     Raises:
-        TypeError: when the class is made, for a method that looks like an event's and is none.
+        TypeError: when a subclass is defined, if a method looks like a misspelt event name, or
+            several event classes belong to its name.
 
     Example:
         >>> from eventrain.events import AfterBatch, Callback, CancelFitException
@@ -44,7 +66,7 @@ class Callback:
         ...     def after_bach(self, event): ...
         Traceback (most recent call last):
             ...
-        TypeError: Typo.after_bach receives no event: did you mean 'after_batch'? ...
+        TypeError: Typo.after_bach does not receive an event: did you mean 'after_batch'? ...
 
     Source: fastai's miniai; `run_after` and `run_before` are fastai's.
     """
@@ -55,41 +77,122 @@ class Callback:
     observes: tuple[type[Event], ...] = ()
     buffer: int = 1024
     overflow: Overflow = "drop_oldest"
-
-    _PREFIXES: ClassVar = ("before_", "after_", "cleanup_")
+    fit_purpose: ClassVar[Purpose] = "fit"
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         for name, value in vars(cls).items():
-            if HOOKS.get(name) is ActionEvent:
-                raise TypeError(
-                    f"{cls.__qualname__}.{name} would never be called: exactly one receiver"
-                    " performs each action, by a method of the action's own name"
-                )
-            if name.startswith("_") or name in HOOKS:
+            if name.startswith("_") or isinstance(value, type) or name in vars(Callback):
                 continue
-            if isinstance(value, type) or name in vars(Callback):
-                continue
-            if not callable(getattr(cls, name)):  # of a classmethod, say, only the bound one is
-                continue
-            near = difflib.get_close_matches(name, HOOKS, n=1, cutoff=0.85)
-            if near or name.startswith(cls._PREFIXES):
-                hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(HOOKS)}."
-                raise TypeError(
-                    f"{cls.__qualname__}.{name} receives no event: {hint} A method of your own"
-                    f" needs another name, or an underscore in front: _{name}"
-                )
-        if cls.observes and not callable(getattr(cls, "observe", None)):
+            method = getattr(cls, name)  # of a classmethod, say, only the bound one is callable
+            if name in HOOKS:
+                if callable(method):
+                    _event_class(cls, name, method)
+            elif callable(method):
+                _check_name(cls, name, method)
+        observed = callable(getattr(cls, "observe", None)) or cls.watcher is not Callback.watcher
+        if cls.observes and not observed:
             raise TypeError(f"{cls.__qualname__} has `observes`, but no method `observe`")
 
     def receivers(self, learner: Any) -> Iterator[tuple[type[Event], Callable[[Any], Any]]]:
-        """Yield (event class, method) for each event it receives from `learner`."""
-        for hook, event_type in HOOKS.items():
+        """Yield (event class, method) for each event it receives from `learner`.
+
+        Raises:
+            TypeError: a method could mean one of several event classes of the same name.
+        """
+        for hook in tuple(HOOKS):
             method = getattr(self, hook, None)
-            if callable(method) and event_type is not ActionEvent:
-                yield event_type, method
+            if callable(method) and hook not in _NEVER_RECEIVED:
+                yield _event_class(type(self), hook, method), method
 
     def wants(self, event: Event) -> bool:
-        """Whether an event of `observes` is worth handing to `observe`; asked in the training
-        thread, so it must be quick."""
+        """Whether to give an event of `observes` to `observe`. Called in the training thread, so
+        it must be quick."""
         return True
+
+    def watcher(self, event: Event) -> Watcher:
+        """Return the object that observes the fit of `event`.
+
+        It is called once per fit and learner, in the training thread, with the first observed event
+        of the fit. By default it returns the callback itself, whose attributes then serve all
+        fits. A callback that keeps state for each fit returns a new object here.
+        """
+        return self  # type: ignore[return-value]  # its `observe` is checked where it has `observes`
+
+
+_NEVER_RECEIVED = {ActionEvent.hook}
+_PREFIXES = ("before_", "after_", "cleanup_")
+
+
+def _event_class(cls: type[Callback], name: str, method: Callable[..., Any]) -> type[Event]:
+    """The event class that a method receives: the one of its name or, of several, the annotated.
+
+    Raises:
+        TypeError: it cannot be told which; or the name is that of ActionEvent.
+    """
+    if name in _NEVER_RECEIVED:
+        raise TypeError(
+            f"{cls.__qualname__}.{name} would never be called: exactly one receiver performs each"
+            " action, in a method with the name of that action"
+        )
+    classes = HOOKS[name]
+    if len(classes) == 1:
+        return classes[0]
+    annotated = _annotation(method)
+    if annotated in classes:
+        return annotated
+    names = " and ".join(f"{c.__module__}.{c.__name__}" for c in classes)
+    raise TypeError(
+        f"{cls.__qualname__}.{name} could receive {names}: annotate its parameter with the class"
+        f" that it receives, as in `def {name}(self, event: {classes[0].__name__})`"
+    )
+
+
+def _annotation(method: Callable[..., Any]) -> type[Event] | None:
+    """The event class with which a parameter is annotated; None if it cannot be told."""
+    try:
+        parameters = inspect.signature(method).parameters.values()
+    except (TypeError, ValueError):  # some builtins have no signature
+        return None
+    function = inspect.unwrap(getattr(method, "__func__", method))
+    for parameter in parameters:
+        annotation = parameter.annotation
+        if isinstance(annotation, str):
+            # A name that only a type checker or the enclosing function knows cannot be evaluated.
+            with suppress(Exception):
+                annotation = eval(annotation, getattr(function, "__globals__", {}))
+        if isinstance(annotation, type) and issubclass(annotation, Event):
+            return annotation
+    return None
+
+
+def _check_name(cls: type[Callback], name: str, method: Callable[..., Any]) -> None:
+    """Refuse a method whose name must be a misspelt event name."""
+    near = difflib.get_close_matches(name, HOOKS, n=1, cutoff=0.85)
+    prefixed = name.startswith(_PREFIXES)
+    if not prefixed and not (near and _takes_an_event(near[0], method)):
+        return  # a name of the user's own, such as `steps`
+    hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(HOOKS)}."
+    raise TypeError(
+        f"{cls.__qualname__}.{name} does not receive an event: {hint} Give a method of your own"
+        f" another name, or begin it with an underscore: _{name}"
+    )
+
+
+def _takes_an_event(near: str, method: Callable[..., Any]) -> bool:
+    """Whether a method with a name like that of the event `near` must be meant to receive it.
+
+    Names such as `befor_batch` have no other meaning. The short ones are near to honest names
+    (`steps`, `events`): there, the method has to take one argument that is called `event`, or is
+    annotated with an event class.
+    """
+    if near.startswith(_PREFIXES):
+        return True
+    try:
+        parameters = list(inspect.signature(method).parameters.values())
+    except (TypeError, ValueError):
+        return False
+    parameters = [parameter for parameter in parameters if parameter.name != "self"]
+    if len(parameters) != 1:
+        return False
+    return parameters[0].name == "event" or _annotation(method) is not None

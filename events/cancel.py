@@ -24,7 +24,6 @@ Source: fastai's miniai, where they are plain exceptions without a reason.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import ClassVar
 
 
@@ -39,7 +38,7 @@ class CancelException(BaseException):
     """Rank of the scope it ends, narrowest first."""
 
     who: str | None = None
-    """The receiver that raised it, set by the bus."""
+    """The receiver that raised it; set by the bus."""
 
     def __init__(self, reason: str | None = None) -> None:
         super().__init__(*([] if reason is None else [reason]))
@@ -68,15 +67,3 @@ class CancelStepException(CancelException):
     """Ends the optimizer step (no `Step`, no `ZeroGrad`); the batch goes on to AfterBatch."""
 
     width = 1
-
-
-def weightiest(errors: Iterable[BaseException]) -> BaseException:
-    """The one to raise where several were: an error, else the widest cancel, else the first.
-
-    Example:
-        >>> weightiest([CancelBatchException(), KeyError("x"), ValueError()])
-        KeyError('x')
-    """
-    return max(
-        errors, key=lambda exc: exc.width if isinstance(exc, CancelException) else float("inf")
-    )

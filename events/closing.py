@@ -1,4 +1,4 @@
-"""What can be closed can be used in a `with`."""
+"""Objects that can be closed, as context managers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Closing(ABC):
 
     @abstractmethod
     def close(self) -> object:
-        """End it; again must be harmless."""
+        """End it; closing again must be harmless."""
 
     def __enter__(self) -> Self:
         return self

@@ -1,4 +1,4 @@
-"""A testing helper, ours and the user's: what was emitted, as a list.
+"""A helper for tests: the emitted events as a list.
 
 Source: the idea is structlog's `capture_logs`.
 """
@@ -8,9 +8,9 @@ from __future__ import annotations
 import math
 from typing import Protocol
 
-from .bus import Subscription
+from .base import Event
 from .closing import Closing
-from .types import Event
+from .subscription import Subscription
 
 
 class _Source(Protocol):
@@ -20,12 +20,12 @@ class _Source(Protocol):
 
 
 class record_events(list[Event], Closing):  # noqa: N801 - reads as the function it replaces
-    """A list that grows by every event a bus or a learner emits, until it is closed.
+    """A list to which every event of a bus or a learner is appended, until it is closed.
 
-    It is recorded first, before any other receiver can cancel. The actions are not recorded.
+    Events are recorded before any other receiver can cancel. Actions are not recorded.
 
     Args:
-        source: a `Bus`, or a `Learner` (on a shared bus: its events alone).
+        source: a `Bus`, or a `Learner` (on a shared bus: only its events).
 
     Example:
         >>> from eventrain.events import BeforeFit, Bus, record_events
@@ -42,7 +42,7 @@ class record_events(list[Event], Closing):  # noqa: N801 - reads as the function
 
     @property
     def names(self) -> list[str]:
-        """The names of the events' classes."""
+        """The class names of the events."""
         return [type(event).__name__ for event in self]
 
     def close(self) -> None:

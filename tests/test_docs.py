@@ -14,7 +14,7 @@ import eventrain.callbacks
 import eventrain.engine
 import eventrain.events
 import pytest
-from eventrain.engine.loop import Loop
+from eventrain.engine.loop.loop import Loop
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

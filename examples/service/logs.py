@@ -6,7 +6,7 @@ import logging
 import sys
 
 import structlog
-from eventrain.callbacks.records import SCHEMA_VERSION, plain
+from eventrain.callbacks import SCHEMA_VERSION, to_jsonable
 from structlog.typing import EventDict, Processor
 
 from .journal import current_journal
@@ -47,7 +47,7 @@ def _needless(logger: object, method: str, line: EventDict) -> EventDict:
 def tell_clients(logger: object, method: str, line: EventDict) -> EventDict:
     """Put what is logged in the context of a run into its journal, too."""
     if journal := current_journal.get():
-        fields = plain(line)
+        fields = to_jsonable(line)
         fields.pop("exception", None)  # a traceback, with this machine's paths, is the log's
         journal.append(
             {

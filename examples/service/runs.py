@@ -15,8 +15,14 @@ import anyio.lowlevel
 import structlog
 import torch
 from anyio.abc import TaskStatus
-from eventrain.callbacks import DeviceCB, MetricsCB, StructlogCB, to_cpu
-from eventrain.callbacks.records import SCHEMA_VERSION, plain
+from eventrain.callbacks import (
+    SCHEMA_VERSION,
+    DeviceCB,
+    MetricsCB,
+    StructlogCB,
+    to_cpu,
+    to_jsonable,
+)
 from eventrain.engine import DataLoaders, MomentumLearner
 from pydantic import BaseModel, ConfigDict, Field
 from torch.nn import functional as F
@@ -192,12 +198,14 @@ def _progress(learner: MomentumLearner) -> dict[str, Any]:
         "iter": learner.iter,
         "n_iter": learner.n_iter,
         "steps": None,
-        "dropped": {stream.name: stream.dropped for stream in learner.audience if stream.dropped},
+        "dropped": {
+            stream.name: stream.dropped for stream in learner.fit_streams if stream.dropped
+        },
     }
 
 
 def _history(learner: MomentumLearner) -> list[dict[str, Any]]:
-    return [plain(row) for row in list(learner.history) if len(row) > 2]
+    return [to_jsonable(row) for row in list(learner.history) if len(row) > 2]
 
 
 class Runs:

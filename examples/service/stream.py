@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator
 
 import anyio
 import structlog
-from eventrain.callbacks.records import SCHEMA_VERSION
+from eventrain.callbacks import SCHEMA_VERSION
 from fastapi.responses import JSONResponse
 from sse_starlette import EventSourceResponse, ServerSentEvent
 from sse_starlette.sse import SendTimeoutError

@@ -15,7 +15,6 @@ import pytest
 import torch
 from eventrain.callbacks import (
     AccelerateCB,
-    Callback,
     GradientAccumulationCB,
     GradientClippingCB,
     MetricsCB,
@@ -30,6 +29,7 @@ from eventrain.events import (
     BeforeEpoch,
     BeforeFit,
     BeforeStep,
+    Callback,
     CancelFitException,
     CancelStepException,
     CleanupEpoch,

@@ -16,8 +16,9 @@ import anyio
 import pytest
 import torch
 from eventrain.callbacks import CheckpointCB, MetricsCB
-from eventrain.engine import Checkpoint, DataLoaders, TrainLearner, shelf
-from eventrain.engine.state import Snapshot
+from eventrain.engine import Checkpoint, DataLoaders, TrainLearner
+from eventrain.engine.checkpoint import folder as checkpoint_folder
+from eventrain.engine.checkpoint.snapshot import Snapshot
 from eventrain.events import (
     AfterBatch,
     AfterEpoch,
@@ -537,8 +538,8 @@ class SlowDisk:
         self.begun, self.over = threading.Event(), threading.Event()
         self.told: list[str] = []
         self._lock = threading.Lock()
-        self._write = shelf.write_checkpoint
-        monkeypatch.setattr(shelf, "write_checkpoint", self)
+        self._write = checkpoint_folder.write_checkpoint
+        monkeypatch.setattr(checkpoint_folder, "write_checkpoint", self)
 
     def __call__(self, *args: Any) -> Path:
         assert self._lock.acquire(blocking=False)  # one after the other
@@ -653,7 +654,7 @@ def test_what_the_disk_says_is_what_the_fit_raises(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The n-th write fails: one of several, or the last one, of which only the end can hear."""
-    write, calls = shelf.write_checkpoint, []
+    write, calls = checkpoint_folder.write_checkpoint, []
 
     def full(*args: Any) -> Path:
         calls.append(args)
@@ -661,7 +662,7 @@ def test_what_the_disk_says_is_what_the_fit_raises(
             raise OSError(errno.ENOSPC, "No space left on device")
         return write(*args)
 
-    monkeypatch.setattr(shelf, "write_checkpoint", full)
+    monkeypatch.setattr(checkpoint_folder, "write_checkpoint", full)
     cb = CheckpointCB(tmp_path, keep_last=None, background=background)
     with pytest.raises(OSError, match="No space left on device"):
         learner.run(3, cbs=cb)

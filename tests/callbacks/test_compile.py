@@ -16,7 +16,6 @@ import pytest
 import torch
 from eventrain.callbacks import (
     AccelerateCB,
-    Callback,
     ChannelLastCB,
     CheckpointCB,
     CompileCB,
@@ -29,7 +28,7 @@ from eventrain.callbacks import (
     SummaryCB,
 )
 from eventrain.engine import DataLoaders, MomentumLearner, TrainLearner
-from eventrain.events import AfterBatch, BeforeBatch, BeforeFit, CancelFitException
+from eventrain.events import AfterBatch, BeforeBatch, BeforeFit, Callback, CancelFitException
 from structlog.testing import capture_logs
 from torch import nn
 from torch._inductor import config as inductor

@@ -13,7 +13,8 @@ from typing import Any
 import anyio
 import pytest
 import torch
-from eventrain.callbacks import LossCurveCB, MetricsCB, curve
+from eventrain.callbacks import LossCurveCB, MetricsCB
+from eventrain.callbacks.reporting import curve
 from eventrain.engine import DataLoaders, TrainLearner
 from eventrain.events import (
     AfterBatch,
@@ -387,8 +388,8 @@ def test_drawing_does_without_pyplot_and_its_global_figures(
 
 
 def test_without_matplotlib_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "eventrain.callbacks.picture", raising=False)
-    monkeypatch.delattr("eventrain.callbacks.picture", raising=False)
+    monkeypatch.delitem(sys.modules, "eventrain.engine.run.notebook_figure", raising=False)
+    monkeypatch.delattr("eventrain.engine.run.notebook_figure", raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib.axes", None)
     with pytest.raises(ImportError, match=re.escape("pip install 'eventrain[plot]'")):
         LossCurveCB()

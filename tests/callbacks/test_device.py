@@ -10,18 +10,10 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from eventrain.callbacks import (
-    Callback,
-    ChannelLastCB,
-    DeviceCB,
-    MetricsCB,
-    def_device,
-    to_cpu,
-    to_device,
-)
+from eventrain.callbacks import ChannelLastCB, DeviceCB, MetricsCB, def_device, to_cpu, to_device
 from eventrain.engine import DataLoaders, TrainLearner
-from eventrain.engine.containers import map_tensors
-from eventrain.events import AfterLoss, BeforeBatch
+from eventrain.engine.data.containers import map_tensors
+from eventrain.events import AfterLoss, BeforeBatch, Callback
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn

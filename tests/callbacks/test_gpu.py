@@ -14,7 +14,6 @@ import pytest
 import torch
 from eventrain.callbacks import (
     AccelerateCB,
-    Callback,
     ChannelLastCB,
     CheckpointCB,
     DeviceCB,
@@ -25,12 +24,13 @@ from eventrain.callbacks import (
     to_cpu,
 )
 from eventrain.engine import DataLoaders, MomentumLearner, TrainLearner
-from eventrain.engine.state import Snapshot
+from eventrain.engine.checkpoint.snapshot import Snapshot
 from eventrain.events import (
     AfterBackward,
     AfterBatch,
     BeforeBatch,
     BeforeStep,
+    Callback,
     CleanupBatch,
     CleanupStep,
     record_events,

@@ -470,7 +470,7 @@ def test_plotting_does_without_pyplot_and_its_global_figures(
 
 
 def test_without_matplotlib_it_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "eventrain.callbacks.picture", raising=False)
+    monkeypatch.delitem(sys.modules, "eventrain.engine.run.notebook_figure", raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"pip install 'eventrain\[plot\]'"):
         found([3.0, 2.0, 1.0]).plot()

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from eventrain.callbacks import (
-    Callback,
     GradientAccumulationCB,
     GradientClippingCB,
     MetricsCB,
@@ -26,6 +25,7 @@ from eventrain.events import (
     BeforeBatch,
     BeforeFit,
     BeforeStep,
+    Callback,
     CancelBatchException,
     CancelException,
     CancelFitException,

@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 import structlog
 import torch
-from eventrain.callbacks import MetricsCB, OpenTelemetryCB, otel, sampling
-from eventrain.callbacks.host_number import HostNumber
+from eventrain.callbacks import MetricsCB, OpenTelemetryCB
+from eventrain.callbacks.reporting import _sampling, otel
+from eventrain.callbacks.reporting._pending_scalar import PendingScalar
 from eventrain.engine import DataLoaders, TrainLearner
 from eventrain.events import (
     AfterBatch,
@@ -272,9 +273,9 @@ def test_the_losses_start_on_their_way_in_the_training_thread(
     """So that the event loop only waits for them, and gives the device nothing to do."""
     threads = set()
 
-    def starts(event: BatchEvent) -> HostNumber | None:
+    def starts(event: BatchEvent) -> PendingScalar | None:
         threads.add(threading.get_ident())
-        return sampling.loss_on_its_way(event)
+        return _sampling.loss_on_its_way(event)
 
     monkeypatch.setattr(otel, "loss_on_its_way", starts)
     learn, in_training = learner(4, 1), set()
@@ -722,7 +723,7 @@ def test_a_clock_that_is_set_back_makes_no_span_of_negative_length(
     host: Telemetry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = itertools.count(2_000_000_000, -1)
-    monkeypatch.setattr("eventrain.events.types.time", lambda: float(next(clock)))
+    monkeypatch.setattr("eventrain.events.base.time", lambda: float(next(clock)))
     learner(1, 1).run(1, cbs=host.callback(every=1))
     spans = host.exporter.get_finished_spans()
     assert [span.name for span in spans] == ["train batch", "train epoch", "valid epoch", "fit"]

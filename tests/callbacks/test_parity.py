@@ -11,7 +11,6 @@ import pytest
 import torch
 from eventrain.callbacks import (
     AccelerateCB,
-    Callback,
     ChannelLastCB,
     DeviceCB,
     GradientAccumulationCB,
@@ -23,6 +22,7 @@ from eventrain.callbacks import (
     TrainCB,
 )
 from eventrain.engine import DataLoaders, Learner, MomentumLearner, TrainLearner
+from eventrain.events import Callback
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset

@@ -17,21 +17,18 @@ import anyio
 import pytest
 import structlog
 import torch
-from eventrain.callbacks import progress
-from eventrain.callbacks.progress import ProgressCB
-from eventrain.engine import (
-    Callback,
-    CancelEpochException,
-    CancelFitException,
-    DataLoaders,
-    TrainLearner,
-)
+from eventrain.callbacks import ProgressCB
+from eventrain.callbacks.reporting import progress
+from eventrain.engine import DataLoaders, TrainLearner
 from eventrain.events import (
     AfterBatch,
     AfterEpoch,
     BeforeBatch,
     BeforeEpoch,
     BeforeFit,
+    Callback,
+    CancelEpochException,
+    CancelFitException,
     CleanupEpoch,
     CleanupFit,
     ScopeEnd,
@@ -656,7 +653,7 @@ def test_without_rich_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -
 
 SCRIPT = """
 import threading, torch
-from eventrain.callbacks.progress import ProgressCB
+from eventrain.callbacks import ProgressCB
 from eventrain.engine import DataLoaders, TrainLearner
 from eventrain.events import AfterBatch, AfterEpoch
 

@@ -18,8 +18,8 @@ import anyio
 import anyio.lowlevel
 import pytest
 import torch
-from eventrain.callbacks.metrics import MetricsCB
-from eventrain.callbacks.prometheus import MAX_METRICS, PrometheusCB
+from eventrain.callbacks import MetricsCB, PrometheusCB
+from eventrain.callbacks.reporting.prometheus import MAX_METRICS
 from eventrain.engine import DataLoaders, TrainLearner
 from eventrain.events import (
     AfterBatch,
@@ -488,8 +488,8 @@ def test_a_registry_is_let_go_with_its_metrics(dls: DataLoaders) -> None:
 
 PROCESS = """
 import torch
-from eventrain.callbacks.metrics import MetricsCB
-from eventrain.callbacks.prometheus import PrometheusCB
+from eventrain.callbacks import MetricsCB
+from eventrain.callbacks import PrometheusCB
 from eventrain.engine import DataLoaders, TrainLearner
 from eventrain.events import AfterEpoch
 from prometheus_client import CollectorRegistry

@@ -18,9 +18,10 @@ import numpy as np
 import pytest
 import structlog
 import torch
-from eventrain.callbacks import LRFinderCB, MetricsCB, RecordCB, sampling
+from eventrain.callbacks import LRFinderCB, MetricsCB, RecordCB
+from eventrain.callbacks.reporting import _sampling
 from eventrain.engine import DataLoaders, TrainLearner
-from eventrain.engine.runtime import Runtime
+from eventrain.engine.run.thread import TrainingThread
 from eventrain.events import (
     AfterBatch,
     AfterEpoch,
@@ -348,7 +349,7 @@ def test_every_seconds_counts_from_the_last_batch_that_had_a_record(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """On a clock on which a training batch takes three seconds."""
-    monkeypatch.setattr(sampling, "monotonic", lambda: clock.iter * 3.0)
+    monkeypatch.setattr(_sampling, "monotonic", lambda: clock.iter * 3.0)
     clock = learner(9)
     assert iters(recorded(clock, every=1, every_seconds=7)) == [0, 3, 6]
     assert iters(recorded(clock, every=1, every_seconds=6)) == [0, 2, 4, 6, 8]
@@ -386,7 +387,7 @@ def test_the_run_id_that_is_given_is_the_one_everywhere(backend: dict[str, Any])
 def test_a_run_id_that_is_no_text_is_refused_before_any_work(run_id: Any) -> None:
     learn = learner()
     with record_events(learn) as events:
-        with pytest.raises(ValueError, match=re.escape(f"run_id={run_id!r}: give a text")):
+        with pytest.raises(ValueError, match=re.escape(f"run_id={run_id!r}: give a non-empty")):
             learn.run(run_id=run_id)
         assert (list(events), learn.result, learn.fitting) == ([], None, False)
 
@@ -695,7 +696,7 @@ def test_the_code_in_the_page_runs(
 
 async def test_the_page_lists_the_engines_own_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each of them brought about, with its level and its keys."""
-    monkeypatch.setattr(Runtime, "_told_of_rng", False)
+    monkeypatch.setattr(TrainingThread, "_warned_of_shared_rng", False)
     capture = LogCapture()
     structlog.configure(processors=[capture])
     one, two = learner(), learner()

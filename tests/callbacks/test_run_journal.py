@@ -28,7 +28,7 @@ from eventrain.callbacks import (
     SingleBatchCB,
     compare_runs,
 )
-from eventrain.callbacks.digest import digest
+from eventrain.callbacks.inspection.journal._digest import digest
 from eventrain.engine import DataLoaders, MomentumLearner, TrainLearner
 from eventrain.events import (
     AfterBatch,
@@ -43,7 +43,7 @@ from eventrain.events import (
     Event,
     FitEvent,
 )
-from eventrain.events.types import HOOKS
+from eventrain.events.base import HOOKS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.datasets import load_digits

@@ -12,17 +12,18 @@ from typing import Any
 import anyio
 import pytest
 import torch
-from eventrain.callbacks.single import SingleBatchCB
-from eventrain.callbacks.summary import LayerSummary, SummaryCB
-from eventrain.engine import (
+from eventrain.callbacks import LayerSummary, SingleBatchCB, SummaryCB
+from eventrain.engine import DataLoaders, TrainLearner
+from eventrain.events import (
+    AfterPredict,
+    BeforeBatch,
     Callback,
     CancelBatchException,
     CancelEpochException,
     CancelFitException,
-    DataLoaders,
-    TrainLearner,
+    CleanupBatch,
+    Predict,
 )
-from eventrain.events import AfterPredict, BeforeBatch, CleanupBatch, Predict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn

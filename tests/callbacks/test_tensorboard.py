@@ -16,8 +16,7 @@ import anyio
 import anyio.lowlevel
 import pytest
 import torch
-from eventrain.callbacks import TensorBoardCB
-from eventrain.callbacks.metrics import MetricsCB
+from eventrain.callbacks import MetricsCB, TensorBoardCB
 from eventrain.engine import DataLoaders, TrainLearner
 from eventrain.events import (
     AfterBatch,

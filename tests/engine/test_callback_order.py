@@ -281,9 +281,9 @@ def test_a_circle_is_refused_and_nothing_is_attached(cbs: list[Callback]) -> Non
     for permutation in itertools.permutations(cbs):
         learner = make_learner(named("Z", after=["Y"]), named("Y", 1))
         before = learner.cbs, learner.bus.subscriptions()
-        with pytest.raises(ValueError, match=r"run_after and run_before of .* make a circle") as e:
+        with pytest.raises(ValueError, match=r"run_after and run_before of .* form a cycle") as e:
             learner.add_cbs([named("fine"), *permutation])
-        circle = re.search("of (.*) make", str(e.value))
+        circle = re.search("of (.*) form", str(e.value))
         assert circle is not None
         assert {"B"} <= set(circle[1].split(", "))
         assert not {"Y", "Z", "fine"} & set(circle[1].split(", "))
@@ -294,7 +294,7 @@ def test_a_circle_is_refused_and_nothing_is_attached(cbs: list[Callback]) -> Non
 def test_a_circle_closed_by_a_temporary_callback_is_refused_before_the_fit() -> None:
     """G9."""
     learner = make_learner(named("A", after=["B"]), named("C"))
-    with pytest.raises(ValueError, match=r"A, B make a circle|B, A make a circle"):
+    with pytest.raises(ValueError, match=r"A, B form a cycle|B, A form a cycle"):
         learner.run(1, cbs=named("B", after=["A"]))
     assert learner.heard == []
     assert heard_by(learner) == ["A", "C"]
@@ -515,7 +515,7 @@ def test_explain_is_silent_about_other_learners_and_tells_of_observers() -> None
     with one.observe(beside, CleanupFit, AfterBatch):
         told = one.explain(io.StringIO())
         assert mine.__qualname__ in told
-        assert told.endswith(f"{beside.__qualname__}, beside the training: CleanupFit, AfterBatch")
+        assert told.endswith(f"{beside.__qualname__}, on the event loop: CleanupFit, AfterBatch")
         assert all(": performed by" in line for line in other.explain(io.StringIO()).splitlines())
     assert "beside" not in one.explain(io.StringIO()).replace(mine.__qualname__, "")
 

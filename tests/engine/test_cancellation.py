@@ -417,7 +417,9 @@ def test_cancelling_every_task_of_the_loop_waits_for_the_thread(
 
 
 @natively
-@pytest.mark.filterwarnings("ignore:coroutine 'Runtime._serve' was never awaited")  # and is told
+@pytest.mark.filterwarnings(
+    "ignore:coroutine 'TrainingThread._serve' was never awaited"
+)  # and is told
 @pytest.mark.parametrize("receiver_event", [BeforeBatch, CleanupBatch])
 def test_cancelling_every_task_just_before_an_async_receiver_starts_does_not_hang(
     learner: TrainLearner, run_native: Callable[..., Any], receiver_event: type[Event]

@@ -16,17 +16,17 @@ import numpy as np
 import pytest
 import torch
 from eventrain.callbacks import CheckpointCB
-from eventrain.engine import Checkpoint, DataLoaders, MomentumLearner
-from eventrain.engine.checkpoint import (
+from eventrain.engine import Checkpoint, DataLoaders, MomentumLearner, Position
+from eventrain.engine.checkpoint.background import BackgroundWriter
+from eventrain.engine.checkpoint.folder import CheckpointFolder
+from eventrain.engine.checkpoint.reader import (
     CheckpointDamagedError,
     CheckpointError,
     checkpoints_in,
     read_manifest,
 )
-from eventrain.engine.checkpoint_writing import write_checkpoint
-from eventrain.engine.position import Position
-from eventrain.engine.shelf import Shelf, Writer
-from eventrain.engine.state import Snapshot
+from eventrain.engine.checkpoint.snapshot import Snapshot
+from eventrain.engine.checkpoint.writer import write_checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
@@ -46,28 +46,28 @@ def round_trip(folder: Path, value: Any) -> Any:
 
 
 @pytest.fixture
-def shelf_of(tmp_path: Path) -> Iterator[Callable[..., Shelf]]:
-    """Shelves in one folder, one at a time."""
-    opened: list[Shelf] = []
+def folder_of(tmp_path: Path) -> Iterator[Callable[..., CheckpointFolder]]:
+    """Objects for one folder, one at a time."""
+    opened: list[CheckpointFolder] = []
 
     def make(
         keep_last: int | None = None,
         keep_best: tuple[str, str] | None = None,
         run_id: str = RUN,
-    ) -> Shelf:
-        for shelf in opened:
-            shelf.close()
-        opened[:] = [Shelf(tmp_path, run_id, keep_last, keep_best)]
+    ) -> CheckpointFolder:
+        for checkpoints in opened:
+            checkpoints.close()
+        opened[:] = [CheckpointFolder(tmp_path, run_id, keep_last, keep_best)]
         return opened[0]
 
     yield make
-    for shelf in opened:
-        shelf.close()
+    for checkpoints in opened:
+        checkpoints.close()
 
 
-def put(shelf: Shelf, *losses: float) -> None:
+def put(checkpoints: CheckpointFolder, *losses: float) -> None:
     for loss in losses:
-        shelf.put(Position(1), {"loss": loss}, {"n": 1})
+        checkpoints.put(Position(1), {"loss": loss}, {"n": 1})
 
 
 def numbers(folder: Path) -> list[int]:
@@ -149,31 +149,31 @@ def test_numbering_goes_on_after_the_last_that_is_there(tmp_path: Path) -> None:
     assert write(tmp_path).name == "checkpoint-000042"
 
 
-def test_numbering_goes_on_beyond_six_digits(tmp_path: Path, shelf_of: Any) -> None:
+def test_numbering_goes_on_beyond_six_digits(tmp_path: Path, folder_of: Any) -> None:
     write(tmp_path).rename(tmp_path / "checkpoint-999999")
-    put(shelf_of(keep_last=2), 1, 1, 1)
+    put(folder_of(keep_last=2), 1, 1, 1)
     assert numbers(tmp_path) == [1000001, 1000002]
     assert Checkpoint.load(tmp_path).path.name == "checkpoint-1000002"
 
 
-def test_the_last_ones_are_kept(tmp_path: Path, shelf_of: Any) -> None:
-    shelf = shelf_of(keep_last=2)
-    assert shelf.last is None
-    put(shelf, 1, 2, 3, 4)
+def test_the_last_ones_are_kept(tmp_path: Path, folder_of: Any) -> None:
+    checkpoints = folder_of(keep_last=2)
+    assert checkpoints.last is None
+    put(checkpoints, 1, 2, 3, 4)
     assert numbers(tmp_path) == [3, 4]
-    assert shelf.last == tmp_path / "checkpoint-000004"
+    assert checkpoints.last == tmp_path / "checkpoint-000004"
 
 
-def test_one_that_somebody_has_removed_is_removed(tmp_path: Path, shelf_of: Any) -> None:
-    shelf = shelf_of(keep_last=2)
-    put(shelf, 1, 2)
+def test_one_that_somebody_has_removed_is_removed(tmp_path: Path, folder_of: Any) -> None:
+    checkpoints = folder_of(keep_last=2)
+    put(checkpoints, 1, 2)
     shutil.rmtree(tmp_path / "checkpoint-000001")
-    put(shelf, 3)
+    put(checkpoints, 3)
     assert numbers(tmp_path) == [2, 3]
 
 
-def test_all_are_kept_without_a_number(tmp_path: Path, shelf_of: Any) -> None:
-    put(shelf_of(keep_last=None, keep_best=("loss", "min")), 3, 1, 2)
+def test_all_are_kept_without_a_number(tmp_path: Path, folder_of: Any) -> None:
+    put(folder_of(keep_last=None, keep_best=("loss", "min")), 3, 1, 2)
     assert numbers(tmp_path) == [1, 2, 3]
 
 
@@ -186,51 +186,51 @@ def test_all_are_kept_without_a_number(tmp_path: Path, shelf_of: Any) -> None:
     ("max", (math.inf, 2, -math.inf, 1), 2),  # no number that is none is the best
 ])  # fmt: skip
 def test_the_best_is_kept_with_the_last(
-    tmp_path: Path, shelf_of: Any, mode: str, losses: tuple[float, ...], best: int
+    tmp_path: Path, folder_of: Any, mode: str, losses: tuple[float, ...], best: int
 ) -> None:
-    shelf = shelf_of(1, ("loss", mode))
-    put(shelf, *losses)
+    checkpoints = folder_of(1, ("loss", mode))
+    put(checkpoints, *losses)
     assert numbers(tmp_path) == [best, len(losses)]
-    assert shelf.best == tmp_path / f"checkpoint-{best:06}"
+    assert checkpoints.best == tmp_path / f"checkpoint-{best:06}"
 
 
-def test_without_any_number_there_is_no_best(tmp_path: Path, shelf_of: Any) -> None:
-    shelf = shelf_of(1, ("loss", "min"))
-    put(shelf, math.nan, math.nan)
-    assert shelf.best is None
+def test_without_any_number_there_is_no_best(tmp_path: Path, folder_of: Any) -> None:
+    checkpoints = folder_of(1, ("loss", "min"))
+    put(checkpoints, math.nan, math.nan)
+    assert checkpoints.best is None
     assert numbers(tmp_path) == [2]
-    assert read_manifest(shelf.last)["metrics"] == {"loss": None}
+    assert read_manifest(checkpoints.last)["metrics"] == {"loss": None}
 
 
-def test_the_best_of_a_number_that_is_not_there_is_told(tmp_path: Path, shelf_of: Any) -> None:
-    shelf = shelf_of(1, ("accuracy", "max"))
+def test_the_best_of_a_number_that_is_not_there_is_told(tmp_path: Path, folder_of: Any) -> None:
+    checkpoints = folder_of(1, ("accuracy", "max"))
     with pytest.raises(ValueError, match="no number 'accuracy' of an epoch, but loss"):
-        put(shelf, 1)
+        put(checkpoints, 1)
     assert numbers(tmp_path) == [1]
 
 
 def test_one_between_epochs_has_no_number_and_is_never_the_best(
-    tmp_path: Path, shelf_of: Any
+    tmp_path: Path, folder_of: Any
 ) -> None:
-    shelf = shelf_of(1, ("loss", "min"))
-    put(shelf, 1)
-    shelf.put(Position(1, True, 2), {}, {"n": 1})
-    shelf.put(Position(1, True, 3), {}, {"n": 1})
+    checkpoints = folder_of(1, ("loss", "min"))
+    put(checkpoints, 1)
+    checkpoints.put(Position(1, True, 2), {}, {"n": 1})
+    checkpoints.put(Position(1, True, 3), {}, {"n": 1})
     assert numbers(tmp_path) == [1, 3]
 
 
-def test_a_resumed_run_knows_its_own(tmp_path: Path, shelf_of: Any) -> None:
-    put(shelf_of(2, ("loss", "min")), 0, 5, 4)
-    again = shelf_of(2, ("loss", "min"))
+def test_a_resumed_run_knows_its_own(tmp_path: Path, folder_of: Any) -> None:
+    put(folder_of(2, ("loss", "min")), 0, 5, 4)
+    again = folder_of(2, ("loss", "min"))
     assert again.last == tmp_path / "checkpoint-000003"
     assert again.best == tmp_path / "checkpoint-000001"
     put(again, 3)
     assert numbers(tmp_path) == [1, 3, 4]
 
 
-def test_checkpoints_of_other_runs_are_left_alone(tmp_path: Path, shelf_of: Any) -> None:
-    put(shelf_of(run_id="another"), 0, 0)
-    put(shelf_of(1, ("loss", "min")), 2, 1, 3)
+def test_checkpoints_of_other_runs_are_left_alone(tmp_path: Path, folder_of: Any) -> None:
+    put(folder_of(run_id="another"), 0, 0)
+    put(folder_of(1, ("loss", "min")), 2, 1, 3)
     assert numbers(tmp_path) == [1, 2, 4, 5]
     assert [read_manifest(path)["run_id"] for path in checkpoints_in(tmp_path)] == [
         "another",
@@ -240,37 +240,37 @@ def test_checkpoints_of_other_runs_are_left_alone(tmp_path: Path, shelf_of: Any)
     ]
 
 
-def test_damaged_ones_are_told_and_left_alone(tmp_path: Path, shelf_of: Any) -> None:
-    put(shelf_of(run_id="another"), 0)
-    put(shelf_of(), 0)
+def test_damaged_ones_are_told_and_left_alone(tmp_path: Path, folder_of: Any) -> None:
+    put(folder_of(run_id="another"), 0)
+    put(folder_of(), 0)
     for path in checkpoints_in(tmp_path):
         (path / "manifest.json").write_bytes(b"{}")
     with capture_logs() as logs:
-        shelf = shelf_of(keep_last=1)
+        checkpoints = folder_of(keep_last=1)
     assert [line["path"] for line in logs] == [str(path) for path in checkpoints_in(tmp_path)]
     assert {line["event"] for line in logs} == {"checkpoint_damaged"}
-    put(shelf, 1, 2)
+    put(checkpoints, 1, 2)
     assert numbers(tmp_path) == [1, 2, 4]
 
 
 def test_what_a_run_that_died_left_is_removed_and_nothing_else(
-    tmp_path: Path, shelf_of: Any
+    tmp_path: Path, folder_of: Any
 ) -> None:
-    put(shelf_of(), 0)
+    put(folder_of(), 0)
     half = tmp_path / ".unfinished-checkpoint-000002"
     half.mkdir()
     (half / "state.pt").write_bytes(b"half")
     (tmp_path / ".unfinished-probe").mkdir()
     (tmp_path / "notes.txt").touch()
     (tmp_path / ".hidden").mkdir()
-    shelf_of()
+    folder_of()
     left = sorted(path.name for path in tmp_path.iterdir())
     assert left == [".hidden", "checkpoint-000001", "notes.txt"]
 
 
 def test_a_folder_is_made_and_its_parents_too(tmp_path: Path) -> None:
     folder = tmp_path / "a" / "b"
-    Shelf(folder, RUN, None, None).close()
+    CheckpointFolder(folder, RUN, None, None).close()
     assert list(folder.iterdir()) == []
 
 
@@ -279,16 +279,16 @@ def test_a_folder_is_free_again_when_a_run_has_ended_wherever_that_was(
 ) -> None:
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path)
-    shelf = Shelf(Path("checkpoints"), RUN, None, None)
+    checkpoints = CheckpointFolder(Path("checkpoints"), RUN, None, None)
     with pytest.raises(RuntimeError, match=f"run {RUN} writes its checkpoints into"):
-        Shelf(tmp_path / "elsewhere" / ".." / "checkpoints", "another", None, None)
+        CheckpointFolder(tmp_path / "elsewhere" / ".." / "checkpoints", "another", None, None)
     monkeypatch.chdir(tmp_path / "elsewhere")
-    shelf.close()
-    Shelf(tmp_path / "checkpoints", "another", None, None).close()
+    checkpoints.close()
+    CheckpointFolder(tmp_path / "checkpoints", "another", None, None).close()
 
 
 def test_jobs_beside_the_caller_are_done_one_after_the_other() -> None:
-    writer, done, may_go_on = Writer(background=True), [], threading.Event()
+    writer, done, may_go_on = BackgroundWriter(background=True), [], threading.Event()
 
     def first() -> None:
         may_go_on.wait(10)
@@ -305,7 +305,7 @@ def test_jobs_beside_the_caller_are_done_one_after_the_other() -> None:
 
 @pytest.mark.parametrize("background", [True, False])
 def test_what_a_job_raises_comes_out_once(background: bool) -> None:
-    writer = Writer(background)
+    writer = BackgroundWriter(background)
 
     def fail() -> None:
         raise OSError("full")

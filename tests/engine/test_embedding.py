@@ -19,7 +19,7 @@ import anyio.lowlevel
 import pytest
 import torch
 from eventrain.engine import DataLoaders, TrainLearner
-from eventrain.engine.runtime import Runtime
+from eventrain.engine.run.thread import TrainingThread
 from eventrain.events import (
     AfterBatch,
     BeforeBatch,
@@ -247,7 +247,7 @@ async def test_fits_at_the_same_time_share_the_global_rng_and_are_told_so_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """G10: a warning, at the first time that two fits overlap, and never again."""
-    monkeypatch.setattr(Runtime, "_told_of_rng", False)
+    monkeypatch.setattr(TrainingThread, "_warned_of_shared_rng", False)
     learners = [TrainLearner(make_model(), dls) for _ in range(3)]
     together = threading.Barrier(3)
     for learner in learners:
@@ -266,7 +266,7 @@ async def test_fits_one_after_the_other_are_told_nothing(
     learner: TrainLearner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """G10: they share nothing at the same time, also after one that failed."""
-    monkeypatch.setattr(Runtime, "_told_of_rng", False)
+    monkeypatch.setattr(TrainingThread, "_warned_of_shared_rng", False)
     with capture_logs() as logs:
         await learner.fit()
         with learner.subscribe(AfterBatch, lambda event: 1 / 0), pytest.raises(ZeroDivisionError):

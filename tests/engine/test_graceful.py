@@ -87,7 +87,7 @@ class At(Callback):
 
     def event(self, event: Event) -> None:
         self._index += 1
-        if event.learner.ending:
+        if event.learner.graceful_stop_due:
             self.ending.append(self._index)
         if self._index == self._at:
             self._act()
@@ -149,7 +149,11 @@ async def test_a_graceful_stop_at_every_event_takes_effect_when_the_batch_is_don
         assert (result.status, result.who, result.reason) == (
             ("cancelled", "somebody", "enough") if of_fit else ("completed", None, None)
         )
-        assert (learner.ending, learner.stopping, learner.fitting) == (False, False, False)
+        assert (learner.graceful_stop_due, learner.stopping, learner.fitting) == (
+            False,
+            False,
+            False,
+        )
 
 
 async def test_after_a_graceful_stop_at_any_event_the_next_fit_is_a_whole_one(
@@ -353,7 +357,7 @@ async def test_a_receiver_that_ends_the_fit_meanwhile_is_the_one_that_did(
         result = await learner.fit(2, cbs=At(2, lambda: stop(learner)))
     assert events.names == LEFT_AFTER_THE_FIRST_BATCH
     assert result.reason == "found it"
-    assert not learner.ending
+    assert not learner.graceful_stop_due
 
 
 @pytest.mark.parametrize("event_type", [AfterPredict, CleanupBatch, CleanupEpoch])
@@ -370,7 +374,7 @@ async def test_an_error_outweighs_it(learner: TrainLearner, event_type: type[Eve
     assert learner.result.status == "failed"
     cleaned = [name for name in events.names if name.startswith("Cleanup")]
     assert cleaned[-3:] == ["CleanupBatch", "CleanupEpoch", "CleanupFit"]
-    assert not learner.ending
+    assert not learner.graceful_stop_due
 
 
 # ----------------------------------------------------------------------------- and the host
@@ -384,9 +388,9 @@ async def test_a_cancel_of_the_host_does_not_wait_for_it(learner: TrainLearner, 
             token = anyio.lowlevel.current_token()
 
             def cancel() -> None:
-                waiting = len(learner._requests)
+                waiting = len(learner.requests)
                 anyio.from_thread.run_sync(scope.cancel, token=token)
-                wait_until(lambda: len(learner._requests) > waiting)
+                wait_until(lambda: len(learner.requests) > waiting)
 
             steps = [lambda: stop(learner), cancel]
             both = steps if first == "graceful" else steps[::-1]
@@ -410,9 +414,9 @@ async def test_a_cancel_of_the_host_in_the_cleanup_that_precedes_it_is_not_swall
 
             @learner.on(CleanupBatch)
             def cancel(event: CleanupBatch) -> None:
-                assert learner.ending
+                assert learner.graceful_stop_due
                 anyio.from_thread.run_sync(scope.cancel, token=token)
-                wait_until(lambda: len(learner._requests) == 2)
+                wait_until(lambda: len(learner.requests) == 2)
 
             await learner.fit(2, cbs=At(2, lambda: stop(learner)))
     assert scope.cancelled_caught

@@ -18,7 +18,8 @@ import anyio.lowlevel
 import pytest
 import structlog
 import torch
-from eventrain.engine import DataLoaders, TrainLearner, runtime
+from eventrain.engine import DataLoaders, TrainLearner
+from eventrain.engine.run import thread as training_thread
 from eventrain.events import (
     AfterEpoch,
     BeforeBatch,
@@ -42,7 +43,7 @@ def learner(make_model: Callable[[], nn.Module], dls: DataLoaders) -> TrainLearn
 
 @pytest.fixture(autouse=True)
 def _hasty(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runtime, "CANCEL_PATIENCE", 0.05)
+    monkeypatch.setattr(training_thread, "CANCEL_PATIENCE", 0.05)
 
 
 @pytest.fixture
@@ -125,7 +126,7 @@ async def test_it_is_told_once_however_long_it_lasts(
             with anyio.CancelScope(shield=True):
                 while not logs:
                     await anyio.sleep(0.01)
-                await anyio.sleep(4 * runtime.CANCEL_PATIENCE)
+                await anyio.sleep(4 * training_thread.CANCEL_PATIENCE)
             released.append(True)
     assert returned == [True]
     assert [line["event"] for line in logs] == ["cancel_waits"]
@@ -134,7 +135,7 @@ async def test_it_is_told_once_however_long_it_lasts(
 async def test_a_fit_that_returns_in_time_says_nothing(
     learner: TrainLearner, logs: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runtime, "CANCEL_PATIENCE", GUARD)
+    monkeypatch.setattr(training_thread, "CANCEL_PATIENCE", GUARD)
     with anyio.fail_after(GUARD):
         hangs = Hangs(lambda: learner.stopping)
         await cancelled(lambda: learner.fit(cbs=hangs), hangs)
@@ -144,7 +145,9 @@ async def test_a_fit_that_returns_in_time_says_nothing(
 async def test_a_fit_that_nobody_cancels_may_take_its_time(
     learner: TrainLearner, logs: list[Any]
 ) -> None:
-    learner.on(BeforeBatch, once=True)(lambda event: time.sleep(4 * runtime.CANCEL_PATIENCE))
+    learner.on(BeforeBatch, once=True)(
+        lambda event: time.sleep(4 * training_thread.CANCEL_PATIENCE)
+    )
     learner.on(AfterEpoch, once=True)(lambda event: learner.stop("epoch"))
     with anyio.fail_after(GUARD):
         assert (await learner.fit()).status == "completed"
@@ -249,7 +252,7 @@ def test_cancelling_again_and_again_neither_puts_it_off_nor_repeats_it(
         await hangs.reached.wait()
         since = time.monotonic()
         async with asyncio.timeout(GUARD):
-            while not logs or time.monotonic() < since + 4 * runtime.CANCEL_PATIENCE:
+            while not logs or time.monotonic() < since + 4 * training_thread.CANCEL_PATIENCE:
                 task.cancel()
                 await asyncio.sleep(0.001)
         assert not task.done()

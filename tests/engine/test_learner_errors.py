@@ -167,7 +167,10 @@ def test_what_is_no_batch_is_named_with_its_place(
 ) -> None:
     good = (torch.ones(4, 3), torch.ones(4, 1))
     setattr(learner.dls, phase, [good, junk])
-    with record_events(learner) as recorded, pytest.raises(TypeError, match="no batch") as raised:
+    with (
+        record_events(learner) as recorded,
+        pytest.raises(TypeError, match="not a batch") as raised,
+    ):
         learner.run(1, **only(phase))
     assert f"dls.{phase} yielded {junk!r} as batch 1" in str(raised.value)
     assert f"raised while reading batch 1 of dls.{phase}" in notes_of(raised)
@@ -333,7 +336,7 @@ def test_a_model_without_parameters_is_told_by_its_optimizer(dls: DataLoaders) -
 @pytest.mark.parametrize("junk", [None, 3, "opt", nn.Linear(1, 1)], ids=lambda x: type(x).__name__)
 def test_an_opt_func_that_returns_no_optimizer_is_refused(junk: Any, learner: TrainLearner) -> None:
     learner.opt_func = lambda parameters, lr: junk
-    with refused(learner, TypeError, "opt_func=", f"returned {junk!r}", "no optimizer"):
+    with refused(learner, TypeError, "opt_func=", f"returned {junk!r}", "not an optimizer"):
         learner.run(1)
 
 
@@ -348,7 +351,7 @@ def test_a_failed_fit_keeps_the_optimizer_of_the_last_one(learner: TrainLearner)
     learner.run(1)
     opt = learner.opt
     learner.opt_func = lambda parameters, lr: None
-    with refused(learner, TypeError, "no optimizer"):
+    with refused(learner, TypeError, "not an optimizer"):
         learner.run(1)
     assert learner.opt is opt
 
@@ -364,7 +367,9 @@ def test_a_number_of_epochs_that_is_none_is_refused(n_epochs: Any, learner: Trai
 
 def test_the_same_callback_twice_is_refused_and_neither_stays(learner: TrainLearner) -> None:
     metrics = MetricsCB()
-    with refused(learner, ValueError, "MetricsCB is attached already", "this same instance"):
+    with refused(
+        learner, ValueError, "this MetricsCB is attached already", "an instance is attached once"
+    ):
         learner.add_cbs([metrics, metrics])
     with refused(learner, ValueError, "MetricsCB is attached already"):
         learner.run(1, cbs=[metrics, metrics])
@@ -397,11 +402,11 @@ def test_two_instances_of_one_class_are_fine(learner: TrainLearner) -> None:
 @pytest.mark.parametrize(
     ("junk", "says"),
     [
-        (TrainCB, "TrainCB'> is no Callback: pass an instance"),
-        (Callback, "Callback'> is no Callback: pass an instance"),
-        (7, "7 is no Callback"),
-        (print, "<built-in function print> is no Callback"),
-        ("TrainCB", "'TrainCB' is no Callback"),
+        (TrainCB, "TrainCB'> is not a Callback: pass an instance"),
+        (Callback, "Callback'> is not a Callback: pass an instance"),
+        (7, "7 is not a Callback"),
+        (print, "<built-in function print> is not a Callback"),
+        ("TrainCB", "'TrainCB' is not a Callback"),
     ],
     ids=["a class", "the base class", "a number", "a function", "a name"],
 )
@@ -418,7 +423,7 @@ def test_what_is_no_callback_is_refused(
 
 
 def test_none_among_the_callbacks_is_refused(learner: TrainLearner) -> None:
-    with refused(learner, TypeError, "None is no Callback"):
+    with refused(learner, TypeError, "None is not a Callback"):
         learner.add_cbs([None])  # type: ignore[list-item]
 
 
@@ -444,11 +449,11 @@ class Egg(Callback):
 
 
 def test_callbacks_that_wait_for_each_other_are_refused(learner: TrainLearner) -> None:
-    with refused(learner, ValueError, "run_after and run_before of", "Hen", "Egg", "circle"):
+    with refused(learner, ValueError, "run_after and run_before of", "Hen", "Egg", "cycle"):
         learner.add_cbs([Hen(), Egg()])
     hen = Hen()
     learner.add_cbs(hen)
-    with refused(learner, ValueError, "Hen", "Egg", "circle"):
+    with refused(learner, ValueError, "Hen", "Egg", "cycle"):
         learner.run(1, cbs=Egg())
     assert learner.cbs == (hen,)
     assert learner.run(1).status == "completed"
@@ -462,7 +467,7 @@ def test_callbacks_that_wait_for_each_other_are_refused(learner: TrainLearner) -
 def test_what_is_no_event_class_is_refused(
     event_type: Any, how: str, learner: TrainLearner
 ) -> None:
-    with refused(learner, TypeError, f"{event_type!r} is no event class", "eventrain.events"):
+    with refused(learner, TypeError, f"{event_type!r} is not an event class", "eventrain.events"):
         if how == "on":
             learner.on(event_type)(print)
         elif how == "subscribe":
@@ -594,7 +599,7 @@ async def test_a_second_fit_is_refused_and_leaves_the_first_alone(
             assert learner.model.training
             gate.open()
     assert f"fitting already (run {learner.run_id})" in str(raised.value)
-    assert "await that, or use another learner" in str(raised.value)
+    assert "await that fit, or use another learner" in str(raised.value)
     assert [(r.status, r.epochs, r.steps) for r in results] == [("completed", 2, 6)] * 2
     for p, q in zip(learner.model.parameters(), undisturbed.model.parameters(), strict=True):
         assert torch.equal(p, q)

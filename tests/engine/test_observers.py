@@ -247,7 +247,7 @@ def test_wrong_arguments_are_told_when_they_are_given(
 
 def test_a_stream_of_what_is_no_event_is_refused(learner: TrainLearner) -> None:
     """Before any fit."""
-    with pytest.raises(TypeError, match="is no event class"):
+    with pytest.raises(TypeError, match="is not an event class"):
         learner.events(nn.Module)
     with pytest.raises(TypeError, match="cannot receive AfterBatch"):
         learner.observe(lambda: None, AfterBatch)

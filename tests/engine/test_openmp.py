@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from eventrain.engine.openmp import _omp_pause, end_idle_threads
+from eventrain.engine.run.openmp import _omp_pause, end_idle_threads
 
 SCRIPT = """
 import os

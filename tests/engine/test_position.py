@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from eventrain.engine import DataLoaders, Prefetcher, TensorLoader
-from eventrain.engine.position import Position, read_on, reading_of
-from eventrain.engine.randomness import random_state, set_random_state
+from eventrain.engine import DataLoaders, Position, Prefetcher, TensorLoader
+from eventrain.engine.checkpoint.loader_position import resume_strategy, skip_to
+from eventrain.engine.checkpoint.random_state import random_state, set_random_state
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -113,7 +113,7 @@ SKIPPED: dict[str, Callable[[Dataset[Any]], Any]] = {
 }
 PREFETCHED: dict[str, Callable[[], Any]] = {
     "skip": lambda: Prefetcher(DataLoader(Numbers(), 2, shuffle=True)),
-    "again": lambda: Prefetcher(DataLoader(Stream(), 2)),
+    "replay": lambda: Prefetcher(DataLoader(Stream(), 2)),
     "state": lambda: Prefetcher(Kept()),
 }
 
@@ -146,7 +146,7 @@ def whole_and_rest(make: Callable[[], Any], n: int) -> tuple[list[Any], list[Any
     seed(2)
     loader = make()
     set_random_state(DataLoaders(loader), start)
-    rest = read_on(loader, n, None)
+    rest = skip_to(loader, n, None)
     set_random_state(DataLoaders(loader), there)
     return whole, listed(rest), loader
 
@@ -157,7 +157,7 @@ def test_what_is_read_on_is_the_rest_of_the_epoch(kind: str, n: int) -> None:
     make = {**SKIPPED, **AGAIN}[kind]
     whole, rest, loader = whole_and_rest(lambda: make(Numbers()), n)
     assert rest == whole[n:]
-    assert reading_of(loader).how == ("skip" if kind in SKIPPED else "again")
+    assert resume_strategy(loader).how == ("skip" if kind in SKIPPED else "replay")
 
 
 @pytest.mark.parametrize("n", [1, 3, 5])
@@ -178,7 +178,7 @@ def test_what_the_dataset_draws_goes_on_too(kind: str) -> None:
 @pytest.mark.parametrize("kind", SKIPPED)
 def test_nothing_is_loaded_of_what_is_passed_over(kind: str, n: int) -> None:
     data = Numbers()
-    rest = read_on(SKIPPED[kind](data), n, None)
+    rest = skip_to(SKIPPED[kind](data), n, None)
     assert data.read == []
     batches = [batch.flatten().tolist() for batch in rest]
     assert data.read == [i for batch in batches for i in batch]
@@ -188,7 +188,7 @@ def test_nothing_is_loaded_of_what_is_passed_over(kind: str, n: int) -> None:
 def test_the_loader_itself_is_left_as_it_was(kind: str) -> None:
     loader = SKIPPED[kind](Numbers())
     before = dict(vars(loader))
-    list(read_on(loader, 3, None))
+    list(skip_to(loader, 3, None))
     assert vars(loader) == before
     assert len(listed(loader)) == len(listed(loader)) >= 4  # whole epochs, again and again
 
@@ -200,7 +200,7 @@ def test_worker_processes_read_again_and_draw_again(data: Callable[[], Dataset[A
 
     whole, rest, loader = whole_and_rest(make, 3)
     assert rest == whole[3:]
-    assert reading_of(loader) == ("again", None)
+    assert resume_strategy(loader) == ("replay", None)
 
 
 @pytest.mark.parametrize(
@@ -215,8 +215,8 @@ def test_worker_processes_read_again_and_draw_again(data: Callable[[], Dataset[A
 )
 def test_a_loader_that_has_become_shorter_is_refused(make: Callable[[int], Any]) -> None:
     with pytest.raises(ValueError, match=r"4 batches of this epoch .* it has only 3"):
-        read_on(make(3), 4, None)
-    assert list(read_on(make(4), 4, None)) == []
+        skip_to(make(3), 4, None)
+    assert list(skip_to(make(4), 4, None)) == []
 
 
 class Kept:
@@ -243,8 +243,8 @@ def test_a_loader_that_keeps_its_place_is_asked_for_it() -> None:
     batches = iter(loader)
     assert [int(next(batches)) for _ in range(3)] == [0, 1, 2]
     state = loader.state_dict()
-    assert reading_of(Kept()) == ("state", None)
-    assert listed(read_on(Kept(), 3, state)) == [3, 4]
+    assert resume_strategy(Kept()) == ("state", None)
+    assert listed(skip_to(Kept(), 3, state)) == [3, 4]
 
 
 class Workers(Kept):
@@ -262,63 +262,63 @@ class Half:
 
 
 @pytest.mark.parametrize(
-    ("make", "how", "doubt"),
+    ("make", "how", "caveat"),
     [
         (lambda: DataLoader(Numbers()), "skip", None),
         (
             lambda: DataLoader(Numbers(), sampler=Python()),
             "skip",
-            "of Python it is not known that its order depends on what is saved",
+            "the order of Python may depend on state that is not saved",
         ),
-        (lambda: [1, 2], "again", None),
-        (lambda: DataLoader(Numbers(), num_workers=1), "again", None),
+        (lambda: [1, 2], "replay", None),
+        (lambda: DataLoader(Numbers(), num_workers=1), "replay", None),
         (
             lambda: DataLoader(Numbers(), num_workers=1, persistent_workers=True),
-            "again",
-            "its persistent workers keep random states over epochs",
+            "replay",
+            "its persistent workers keep their random states over epochs",
         ),
         (
             lambda: DataLoader(Stream()),
-            "again",
-            "its dataset is an IterableDataset, which may not repeat itself",
+            "replay",
+            "its dataset is an IterableDataset, which may not yield the same samples again",
         ),
-        (lambda: iter([1]), "again", "of list_iterator it is not known that it repeats itself"),
-        (Half, "again", "of Half it is not known that it repeats itself"),
+        (lambda: iter([1]), "replay", "list_iterator may not yield the same batches again"),
+        (Half, "replay", "Half may not yield the same batches again"),
         (Workers, "state", "the random states of its workers are not in its state"),
         (lambda: TensorLoader(torch.ones(3)), "skip", None),
-        (lambda: Prefetcher([1, 2]), "again", None),
+        (lambda: Prefetcher([1, 2]), "replay", None),
         (lambda: Prefetcher(DataLoader(Numbers())), "skip", None),
         (
             lambda: Prefetcher(Kept()),
-            "again",
-            "a Prefetcher's loader is ahead of what is trained with",
+            "replay",
+            "a Prefetcher reads its loader ahead of the training",
         ),
     ],
 )
 def test_it_is_known_of_which_loaders_one_cannot_know(
-    make: Callable[[], Any], how: str, doubt: str | None
+    make: Callable[[], Any], how: str, caveat: str | None
 ) -> None:
-    assert reading_of(make()) == (how, doubt)
+    assert resume_strategy(make()) == (how, caveat)
 
 
 def test_a_class_derived_from_the_loader_may_do_anything() -> None:
     class Mine(DataLoader[int]):
         pass
 
-    assert reading_of(Mine(Numbers())) == (
-        "again",
-        "of Mine it is not known that it repeats itself",
+    assert resume_strategy(Mine(Numbers())) == (
+        "replay",
+        "Mine may not yield the same batches again",
     )
 
 
 def test_the_loaders_of_accelerate_read_ahead() -> None:
     accelerate = pytest.importorskip("accelerate")
     loader = accelerate.Accelerator(cpu=True).prepare(DataLoader(Numbers(), 2))
-    assert reading_of(loader) == (
-        "again",
-        "accelerate's loaders are a batch ahead of what is trained with",
+    assert resume_strategy(loader) == (
+        "replay",
+        "accelerate's loaders read one batch ahead of the training",
     )
-    assert listed(read_on(loader, 4, None)) == [[8, 9], [10]]
+    assert listed(skip_to(loader, 4, None)) == [[8, 9], [10]]
 
 
 @pytest.mark.parametrize(

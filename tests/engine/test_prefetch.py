@@ -17,8 +17,7 @@ from typing import Any
 import anyio
 import pytest
 import torch
-from eventrain.engine import DataLoaders, TrainLearner
-from eventrain.engine.prefetch import Prefetcher
+from eventrain.engine import DataLoaders, Prefetcher, TrainLearner
 from eventrain.events import (
     AfterBatch,
     AfterLoss,
@@ -467,7 +466,7 @@ def test_an_iterator_left_open_does_not_keep_the_interpreter() -> None:
     """Daemon threads sleep forever then: nobody may wait for them."""
     script = """
         import torch
-        from eventrain.engine.prefetch import Prefetcher
+        from eventrain.engine import Prefetcher
 
         class Circle: pass
 

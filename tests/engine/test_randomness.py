@@ -11,13 +11,13 @@ import numpy
 import pytest
 import torch
 from eventrain.engine import DataLoaders
-from eventrain.engine.randomness import (
+from eventrain.engine.checkpoint.random_state import (
     generators,
     random_state,
     random_state_differs,
     set_random_state,
 )
-from eventrain.engine.state import Snapshot
+from eventrain.engine.checkpoint.snapshot import Snapshot
 from torch.utils.data import (
     BatchSampler,
     DataLoader,

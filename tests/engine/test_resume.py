@@ -42,14 +42,15 @@ from eventrain.engine import (
     DataLoaders,
     FitResult,
     MomentumLearner,
+    Position,
     Prefetcher,
     TensorLoader,
     TrainLearner,
 )
-from eventrain.engine.checkpoint import checkpoints_in
-from eventrain.engine.position import Position
-from eventrain.engine.randomness import random_state
-from eventrain.engine.state import Snapshot, state_of
+from eventrain.engine.checkpoint.random_state import random_state
+from eventrain.engine.checkpoint.reader import checkpoints_in
+from eventrain.engine.checkpoint.snapshot import Snapshot
+from eventrain.engine.checkpoint.state import state_of
 from eventrain.events import (
     AfterBatch,
     AfterEpoch,
@@ -565,7 +566,7 @@ class Endless:
     ("make_loader", "doubt"),
     [
         (lambda: DataLoader(Streamed(), 16), "its dataset is an IterableDataset"),
-        (Endless, "of Endless it is not known that it repeats itself"),
+        (Endless, "Endless may not yield the same batches again"),
     ],
 )
 def test_data_that_may_not_repeat_itself_is_told_of_before_and_after(
@@ -994,7 +995,7 @@ def test_a_callback_that_cannot_load_leaves_everything_as_it_was(
     other.subscribe(begins, lambda _: seen.append(outcome_of_state(other)), order=math.inf)
     with pytest.raises(ValueError, match="version 1") as raised:
         other.run(EPOCHS, resume=tmp_path)
-    told = f"raised by {cls.__name__}.load_state_dict on what the checkpoint has of it"
+    told = f"raised by {cls.__name__}.load_state_dict on its state in the checkpoint"
     assert told in raised.value.__notes__
     assert other.result is not None
     assert (other.result.status, other.result.who) == ("failed", f"{cls.__name__}.load_state_dict")
@@ -1007,7 +1008,7 @@ def test_a_callback_that_cannot_load_leaves_everything_as_it_was(
 
 def outcome_of_state(learner: TrainLearner) -> dict[str, Any]:
     state: dict[str, Any] = Snapshot(state_of(learner)).wait()
-    for done in state["done_in"].values():
+    for done in state["progress"].values():
         del done["epochs"]  # one of them is not in the checkpoint, but ended before it could load
     return state
 
@@ -1026,7 +1027,7 @@ def test_other_metrics_leave_everything_as_it_was(done: Path) -> None:
 
 
 def test_a_resumed_fit_has_the_learning_rate_that_it_had(done: Path) -> None:
-    with pytest.raises(ValueError, match=r"lr=0\.5: a fit that is resumed has the learning rate"):
+    with pytest.raises(ValueError, match=r"lr=0\.5: a resumed fit keeps the learning rate"):
         make_learner().run(2, lr=0.5, resume=done)
     learner = make_learner(lr=123.0)
     rates = []
@@ -1390,7 +1391,7 @@ def test_what_it_may_not_hold_is_named_before_any_work(
     value: Any, named: str, tmp_path: Path
 ) -> None:
     learner = make_learner(Holds(value))
-    with pytest.raises(TypeError, match=named + r"(?s:.*)which no checkpoint can hold"):
+    with pytest.raises(TypeError, match=named + r"(?s:.*)which a checkpoint cannot hold"):
         learner.run(1, cbs=CheckpointCB(tmp_path / "new"))
     assert learner.result is not None
     assert learner.result.batches == 0

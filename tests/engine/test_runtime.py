@@ -681,8 +681,8 @@ async def test_a_second_fit_of_the_same_learner_is_refused(learner: TrainLearner
         result = await learner.fit(cbs=nested)
     assert result.status == "completed"
     assert refused == [
-        f"this learner is fitting already (run {result.run_id}); await that, or use another"
-        " learner: one fits once at a time"
+        f"this learner is fitting already (run {result.run_id}); await that fit, or use"
+        " another learner: a learner runs one fit at a time"
     ]
     assert learner.cbs == ()
 

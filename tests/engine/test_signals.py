@@ -27,7 +27,7 @@ import torch
 import trio
 from eventrain.callbacks import CheckpointCB
 from eventrain.engine import Checkpoint, DataLoaders, FitResult, TrainLearner
-from eventrain.engine.signals import GracefulEnd
+from eventrain.engine.run.graceful import GracefulStop
 from eventrain.events import (
     AfterEpoch,
     AfterFit,
@@ -240,7 +240,7 @@ def test_a_second_ctrl_c_is_a_keyboard_interrupt(
         send(signal.SIGINT)
         wait_until(lambda: learner.stopping)
         send(signal.SIGINT)
-        wait_until(lambda: len(learner._requests) == 2)
+        wait_until(lambda: len(learner.requests) == 2)
 
     own = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
@@ -647,7 +647,7 @@ def test_a_handler_of_a_fit_of_long_ago_kills_as_python_would(tmp_path: Path) ->
     """Whoever puts it back: no signal is caught for ever."""
     script = (
         "import signal\n"
-        "from eventrain.engine.signals import _on_signal\n"
+        "from eventrain.engine.run.graceful import _on_signal\n"
         "signal.signal(signal.SIGTERM, _on_signal)\n"
         "signal.raise_signal(signal.SIGTERM)\n"
     )
@@ -661,7 +661,7 @@ def test_a_fit_that_is_thrown_away_in_another_thread_leaves_signals_to_the_host(
     learner: TrainLearner, heard: list[int]
 ) -> None:
     """Garbage is collected in any thread, but handlers are set in the main thread alone."""
-    end = GracefulEnd(learner, True)
+    end = GracefulStop(learner, True)
     end.__enter__()
     thread = threading.Thread(target=end.__exit__, args=(GeneratorExit, GeneratorExit(), None))
     thread.start()
@@ -805,7 +805,7 @@ def test_a_handler_that_is_not_pythons_is_not_lost(tmp_path: Path) -> None:
     library = tmp_path / "foreign.so"
     compile_it = ["cc", "-shared", "-fPIC", "-o", library, tmp_path / "foreign.c"]
     subprocess.run(compile_it, check=True)
-    script = "from eventrain.engine.signals import GracefulEnd; GracefulEnd(None, True)"
+    script = "from eventrain.engine.run.graceful import GracefulStop; GracefulStop(None, True)"
     done = subprocess.run(
         [sys.executable, "-c", script],
         env={**os.environ, "LD_PRELOAD": str(library)},

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from eventrain.events import Event, ScopeEnd
-from eventrain.events.types import HOOKS
+from eventrain.events.base import HOOKS
 
 MakeEvent = Callable[..., Any]
 

@@ -489,13 +489,13 @@ def test_one_added_by_a_receiver_hears_an_event_sent_from_within() -> None:
 def test_what_is_no_event_class_is_refused(event_type: Any) -> None:
     bus = Bus()
     for call in (bus.subscribe, lambda t, _: bus.on(t)(print), lambda t, _: bus.signal(t)):
-        with pytest.raises(TypeError, match=r"is no event class.*such as AfterBatch"):
+        with pytest.raises(TypeError, match=r"is not an event class.*such as AfterBatch"):
             call(event_type, print)
     assert bus.subscriptions() == ()
 
 
 def test_an_event_in_place_of_its_class_is_refused() -> None:
-    with pytest.raises(TypeError, match="is no event class"):
+    with pytest.raises(TypeError, match="is not an event class"):
         Bus().subscribe(fit_event(), print)  # type: ignore[type-var]
 
 

@@ -8,6 +8,7 @@ from functools import partialmethod
 from typing import Any
 
 import pytest
+from eventrain.callbacks import MetricsCB
 from eventrain.engine import DataLoaders, TrainLearner
 from eventrain.events import (
     AfterBatch,
@@ -231,7 +232,8 @@ def test_a_hook_that_takes_no_event_is_refused_when_attached(learner: TrainLearn
 def test_a_misspelt_hook_is_refused_with_what_was_meant(name: str, meant: str) -> None:
     with pytest.raises(
         TypeError,
-        match=rf"^Mine\.{name} receives no event: did you mean '{meant}'\?.*underscore.*_{name}",
+        match=rf"^Mine\.{name} does not receive an event: did you mean '{meant}'\?"
+        rf".*underscore.*_{name}",
     ):
         make_callback(name)
 
@@ -239,7 +241,8 @@ def test_a_misspelt_hook_is_refused_with_what_was_meant(name: str, meant: str) -
 @pytest.mark.parametrize("name", ["before_breakfast", "after_all", "cleanup_files"])
 def test_a_method_with_the_prefix_of_a_hook_is_refused_with_the_hooks_there_are(name: str) -> None:
     with pytest.raises(
-        TypeError, match=rf"Mine\.{name} receives no event: there are .*after_batch.*zero_grad"
+        TypeError,
+        match=rf"Mine\.{name} does not receive an event: there are .*after_batch.*zero_grad",
     ):
         make_callback(name)
 
@@ -270,10 +273,80 @@ def test_a_misspelt_hook_of_a_subclass_is_refused() -> None:
     class Base(Callback):
         def before_epoch(self, event: BeforeEpoch) -> None: ...
 
-    with pytest.raises(TypeError, match=r"Below\.befor_epoch receives no event"):
+    with pytest.raises(TypeError, match=r"Below\.befor_epoch does not receive an event"):
 
         class Below(Base):
             def befor_epoch(self, event: BeforeEpoch) -> None: ...
+
+
+@pytest.mark.parametrize("name", ["steps", "events", "backwards", "predicts", "step_events"])
+def test_a_method_of_ones_own_may_have_a_name_near_to_a_short_hook(name: str) -> None:
+    make_callback(name, lambda self: None)
+    make_callback(name, lambda self, n: None)
+    make_callback(name, lambda self, n, event: None)
+
+
+def test_a_near_name_is_refused_if_its_parameter_is_annotated_with_an_event() -> None:
+    with pytest.raises(TypeError, match="did you mean 'step'"):
+
+        class Mine(Callback):
+            def steps(self, e: BeforeEpoch) -> None: ...
+
+
+# ------------------------------------------------------- two event classes of the same name
+
+
+def package_with_after_save(package: str) -> type[Event]:
+    """Define an event class AfterSave as a module of that package would."""
+    namespace = {"__module__": package, "__qualname__": "AfterSave"}
+    cls = type("AfterSave", (FitEvent,), namespace)
+    return dataclass(frozen=True, slots=True, eq=False)(cls)
+
+
+def test_a_method_that_two_event_classes_could_mean_is_refused_with_both_named() -> None:
+    for package in ("first", "second"):
+        package_with_after_save(package)
+    with pytest.raises(
+        TypeError,
+        match=r"Mine\.after_save could receive first\.AfterSave and second\.AfterSave: annotate",
+    ):
+        make_callback("after_save")
+
+
+def test_the_annotation_tells_which_of_two_event_classes_a_method_receives(
+    learner: TrainLearner,
+) -> None:
+    first, second = map(package_with_after_save, ("first", "second"))
+
+    def after_save(self: Any, event: Event) -> None:
+        heard.append(event)
+
+    after_save.__annotations__["event"] = second
+    heard: list[Event] = []
+    learner.add_cbs(make_callback("after_save", after_save)())
+    learner.emit(first)
+    learner.emit(second)
+    assert [type(event) for event in heard] == [second]
+
+
+def test_a_second_event_class_that_comes_later_is_noticed_when_the_callback_is_attached(
+    learner: TrainLearner,
+) -> None:
+    package_with_after_save("first")
+    callback = make_callback("after_save")()
+    package_with_after_save("second")
+    with pytest.raises(TypeError, match=r"first\.AfterSave and second\.AfterSave"):
+        learner.add_cbs(callback)
+    assert learner.cbs == ()
+
+
+def test_the_callbacks_of_the_library_receive_its_own_events_whatever_others_define(
+    learner: TrainLearner,
+) -> None:
+    namespace = {"__module__": "other", "__qualname__": "AfterBatch"}
+    dataclass(frozen=True, slots=True, eq=False)(type("AfterBatch", (BatchEvent,), namespace))
+    learner.add_cbs(MetricsCB())
+    assert learner.run(1, valid=False).history[0]["loss"] > 0
 
 
 def test_a_hook_of_all_actions_is_refused_as_no_receiver_can_have_it() -> None:

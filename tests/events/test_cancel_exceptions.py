@@ -13,8 +13,7 @@ from eventrain.events import (
     CancelFitException,
     CancelStepException,
 )
-from eventrain.events.cancel import weightiest
-from eventrain.events.signal import unwrap
+from eventrain.events.errors import most_severe, unwrap
 
 CANCELS = [CancelStepException, CancelBatchException, CancelEpochException, CancelFitException]
 
@@ -72,12 +71,12 @@ def test_a_subclass_may_add_what_it_likes() -> None:
 def test_of_several_cancels_the_widest_weighs_most_and_an_error_more() -> None:
     """G5: and of equals the first."""
     cancels = [cancel() for cancel in CANCELS]
-    assert [weightiest(cancels[:n]) for n in range(1, 5)] == cancels
-    assert weightiest(reversed(cancels)) is cancels[-1]
+    assert [most_severe(cancels[:n]) for n in range(1, 5)] == cancels
+    assert most_severe(reversed(cancels)) is cancels[-1]
     first, second = ValueError(), KeyboardInterrupt()
-    assert weightiest([*cancels, first, second]) is first
+    assert most_severe([*cancels, first, second]) is first
     one, other = CancelBatchException(), CancelBatchException()
-    assert weightiest([one, other]) is one
+    assert most_severe([one, other]) is one
 
 
 def test_what_is_no_group_is_left_as_it_is() -> None:

@@ -166,7 +166,7 @@ def test_a_bus_can_be_asked_for_one_learner(
     small.run()
     large.run()
     assert [event.learner for event in heard] == [large] * 3
-    assert [subscription.serves(learner) for learner in (small, large)] == [False, True]
+    assert [subscription.matches(learner) for learner in (small, large)] == [False, True]
 
 
 def test_every_and_once_count_the_events_of_the_learner_subscribed_to(

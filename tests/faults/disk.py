@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 import torch
 from eventrain.callbacks import CheckpointCB
-from eventrain.engine import Checkpoint, DataLoaders, MomentumLearner, checkpoint_writing
-from eventrain.engine.checkpoint import checkpoints_in
+from eventrain.engine import Checkpoint, DataLoaders, MomentumLearner
+from eventrain.engine.checkpoint import writer
+from eventrain.engine.checkpoint.reader import checkpoints_in
 from eventrain.events import AfterBatch
 from torch import nn
 
@@ -47,7 +48,7 @@ class Disk:
         """Stand between, until `monkeypatch` undoes it."""
         for name in OPERATIONS:
             monkeypatch.setattr(os, name, self._seen(name, getattr(os, name)))
-        monkeypatch.setattr(checkpoint_writing, "open", self._open, raising=False)
+        monkeypatch.setattr(writer, "open", self._open, raising=False)
         return self
 
     def operate(self, name: str, path: str) -> None:

@@ -12,7 +12,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from eventrain.engine.checkpoint import digest_of, encode
+from eventrain.engine.checkpoint.reader import encode_manifest, manifest_digest
 
 
 def forge_manifest(checkpoint: Path, **changes: Any) -> None:
@@ -20,7 +20,7 @@ def forge_manifest(checkpoint: Path, **changes: Any) -> None:
     manifest = json.loads((checkpoint / "manifest.json").read_text())
     del manifest["sha256"]
     manifest = {key: value for key, value in {**manifest, **changes}.items() if value is not None}
-    (checkpoint / "manifest.json").write_bytes(encode(manifest, digest_of(manifest)))
+    (checkpoint / "manifest.json").write_bytes(encode_manifest(manifest, manifest_digest(manifest)))
 
 
 def forge_state(checkpoint: Path, state: bytes) -> None:

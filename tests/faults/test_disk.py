@@ -21,7 +21,7 @@ import pytest
 import torch
 from eventrain.callbacks import CheckpointCB
 from eventrain.engine import Checkpoint, DataLoaders, TrainLearner
-from eventrain.engine.checkpoint import checkpoints_in
+from eventrain.engine.checkpoint.reader import checkpoints_in
 from eventrain.events import AfterEpoch, BeforeBatch, Callback, CleanupFit
 from structlog.testing import capture_logs
 from torch import nn

@@ -21,14 +21,13 @@ from typing import Any
 import pytest
 import torch
 from eventrain.callbacks import CheckpointCB
-from eventrain.engine import Checkpoint
-from eventrain.engine.checkpoint import (
+from eventrain.engine import Checkpoint, CheckpointMismatchError
+from eventrain.engine.checkpoint.reader import (
     CheckpointDamagedError,
     checkpoints_in,
     read_manifest,
 )
-from eventrain.engine.checkpoint_writing import remove_unfinished
-from eventrain.engine.state import CheckpointMismatchError
+from eventrain.engine.checkpoint.writer import remove_unfinished
 
 from tests.faults import disk
 from tests.faults.disk import make_learner, tensors_of
@@ -509,7 +508,7 @@ def test_a_state_of_another_shape_is_refused_and_nothing_changed(
     learner.run(1, valid=False)
     before = tensors_of(learner)
     learner.opt_func = None  # keeps the optimizer, and with it its momentum
-    with pytest.raises(CheckpointMismatchError, match="the checkpoint is of something else"):
+    with pytest.raises(CheckpointMismatchError, match="the checkpoint does not fit"):
         learner.run(3, valid=False, resume=checkpoint)
     assert learner.result.batches == 0
     assert all(map(torch.equal, tensors_of(learner), before))

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from eventrain.callbacks import CheckpointCB
 from eventrain.engine import Checkpoint
-from eventrain.engine.checkpoint import (
+from eventrain.engine.checkpoint.reader import (
     CheckpointDamagedError,
     CheckpointError,
     checkpoints_in,

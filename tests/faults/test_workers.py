@@ -78,7 +78,7 @@ async def test_a_loader_that_blocks_when_the_host_cancels_holds_the_fit_up_and_i
     make_model: Callable[[], nn.Module],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("eventrain.engine.runtime.CANCEL_PATIENCE", 0.1)
+    monkeypatch.setattr("eventrain.engine.run.thread.CANCEL_PATIENCE", 0.1)
     loader = Blocking(make_batches(2))
     learner = TrainLearner(make_model(), DataLoaders(loader))
     ended = False

@@ -17,9 +17,9 @@ from eventrain.engine import (
     Learner,
     MomentumLearner,
     TrainLearner,
-    checkpoint_writing,
     seed_everything,
 )
+from eventrain.engine.checkpoint import writer
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
@@ -131,4 +131,4 @@ def _die_at(n: int) -> None:
 
             return call
 
-    checkpoint_writing.os = Deadly()  # type: ignore[attr-defined]
+    writer.os = Deadly()  # type: ignore[attr-defined]

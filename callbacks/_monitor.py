@@ -1,0 +1,49 @@
+"""The number that a callback monitors, and the fits in which it does."""
+
+from __future__ import annotations
+
+from numbers import Real
+
+import torch
+
+from ..events import CleanupEpoch, LearnerLike
+
+
+def is_training(learner: LearnerLike) -> bool:
+    """Whether the purpose of this fit is to train: not to validate or to find a learning rate."""
+    return learner.trains and learner.purpose == "fit"
+
+
+def check_monitor(monitor: str) -> str:
+    """Return `monitor` if it may be the name of a number, else raise ValueError."""
+    if not isinstance(monitor, str) or not monitor:
+        raise ValueError(f"monitor={monitor!r}: give the name of a number, such as 'loss'")
+    return monitor
+
+
+def monitored(event: CleanupEpoch, name: str) -> float | None:
+    """The number of that name in an epoch that counts, None in another.
+
+    Those that count are completed, and validate; where the fit does not, they train.
+
+    Raises:
+        ValueError: there is no such number.
+        TypeError: it is none.
+    """
+    learner = event.learner
+    if not is_training(learner) or event.training == learner.validates:
+        return None
+    if event.end.status != "completed":
+        return None
+    if name not in event.metrics:
+        raise ValueError(
+            f"monitor={name!r}: this epoch has no such number, but"
+            f" {', '.join(event.metrics) or 'nothing'}. Callbacks such as MetricsCB put numbers"
+            " into learner.record"
+        )
+    value = event.metrics[name]
+    if isinstance(value, torch.Tensor) and value.numel() == 1:
+        value = value.item()  # the host waits for the device here
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"monitor={name!r}: {value!r} is no number")
+    return float(value)

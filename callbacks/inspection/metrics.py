@@ -1,0 +1,204 @@
+"""Loss and metrics of every epoch, accumulated where the predictions are."""
+
+from __future__ import annotations
+
+import warnings
+from collections import defaultdict
+from collections.abc import Iterable
+from numbers import Real
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ...engine.data.batches import targets_of
+from ...engine.run.mean_loss import MeanLoss
+from ...events import AfterBatch, AfterEpoch, BeforeEpoch, BeforeFit, Callback
+
+with warnings.catch_warnings():
+    # torcheval 0.0.7 compiles with torch.jit.script, which torch has deprecated: nothing that
+    # whoever imports this could mend.
+    warnings.simplefilter("ignore", FutureWarning)
+    from torcheval.metrics import Metric
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+class MetricsCB(Callback):
+    """Computes torcheval metrics, and the loss averaged over samples, for every epoch.
+
+    Each batch updates them on the device, without a copy to the host; the numbers are read
+    once an epoch. They go into `learner.record`, and so into the `CleanupEpoch` event and
+    `FitResult.history`.
+
+    Args:
+        metrics: torcheval metrics, updated with (predictions, targets), named after their class.
+        named: the same, under names of your own.
+
+    Attributes:
+        history: one dict an epoch and phase, over all fits: "epoch", "train" ("train" or
+            "eval"), a number (or nested list) per metric, and "loss".
+
+    Raises:
+        TypeError: something is no torcheval metric.
+        ValueError: two have the same name, or one is called like another column.
+
+    Example:
+        >>> import torch
+        >>> from torcheval.metrics import MulticlassAccuracy
+        >>> from eventrain.callbacks import MetricsCB
+        >>> from eventrain.engine import DataLoaders, TrainLearner
+        >>> batches = [(torch.eye(3), torch.arange(3))] * 4
+        >>> model = torch.nn.Linear(3, 3)
+        >>> _ = torch.nn.init.eye_(model.weight)
+        >>> metrics = MetricsCB(accuracy=MulticlassAccuracy())
+        >>> learner = TrainLearner(
+        ...     model, DataLoaders(batches), torch.nn.functional.cross_entropy, cbs=metrics
+        ... )
+        >>> result = learner.run(1, valid=False)
+        >>> metrics.history[0]["epoch"], metrics.history[0]["train"], metrics.history[0]["accuracy"]
+        (0, 'train', 1.0)
+
+    Source: the post's `MetricsCB`, which copies every batch's predictions to the host.
+    """
+
+    def __init__(self, *metrics: Metric[Any], **named: Metric[Any]) -> None:
+        self.metrics: dict[str, Metric[Any]] = {}
+        for name, metric in [*((type(m).__name__, m) for m in metrics), *named.items()]:
+            if not isinstance(metric, Metric):
+                raise TypeError(f"{name}={metric!r} is no torcheval metric")
+            if name in self.metrics or name in ("epoch", "train", "loss"):
+                raise ValueError(f"the name {name!r} is taken: pass the metric as yourname=...")
+            self.metrics[name] = metric
+        self.history: list[dict[str, Any]] = []
+        self._loss = MeanLoss()
+        self._placed = False  # whether the metrics are on the device of the loss
+
+    def before_fit(self, event: BeforeFit) -> None:
+        event.learner.metrics = self
+
+    def before_epoch(self, event: BeforeEpoch) -> None:
+        for metric in self.metrics.values():
+            metric.reset()
+        self._loss = MeanLoss()
+        self._placed = False
+
+    def after_batch(self, event: AfterBatch) -> None:
+        self._loss.add(event)
+        if not self.metrics:
+            return
+        learner = event.learner
+        if not self._placed:
+            for metric in self.metrics.values():
+                metric.to(learner.loss.device)
+            self._placed = True
+        preds, targets = learner.preds.detach(), targets_of(learner.batch)
+        for metric in self.metrics.values():
+            metric.update(preds, targets)
+
+    def after_epoch(self, event: AfterEpoch) -> None:
+        loss = self._loss.mean()
+        if loss is None:  # no batch was completed
+            return
+        # The host waits for the device here, once per epoch.
+        numbers = {name: _number(metric.compute()) for name, metric in self.metrics.items()}
+        numbers["loss"] = loss.item()
+        event.learner.record.update(numbers)
+        phase = "train" if event.training else "eval"
+        self.history.append({"epoch": event.epoch, "train": phase, **numbers})
+
+    def plot(self, ax: Axes | None = None, names: str | Iterable[str] | None = None) -> Axes:
+        """Draw the loss and the metrics by epoch, in training and in validation.
+
+        Epochs are counted from 1; those of a later fit follow. Metrics that are no single
+        number are left out.
+
+        Args:
+            ax: where to draw all of it; by default a figure of its own, with a panel for each
+                name, which a notebook shows where it is the result of a cell.
+            names: which to draw; by default the loss and every metric.
+
+        Returns:
+            `ax`, or the first panel of the new figure, `.figure`.
+
+        Raises:
+            ValueError: nothing is recorded yet, or no number under one of the names.
+            ImportError: matplotlib is not installed.
+        """
+        try:
+            from matplotlib.ticker import MaxNLocator
+
+            from ...engine.run.notebook_figure import NotebookFigure
+        except ImportError as exc:
+            raise ImportError("plot() needs matplotlib: pip install 'eventrain[plot]'") from exc
+        curves = _curves(self.history)
+        names = [names] if isinstance(names, str) else list(curves if names is None else names)
+        if not curves:
+            raise ValueError("there is nothing to plot yet: no epoch has ended with a loss")
+        if not names:
+            raise ValueError(f"names=[]: choose from {', '.join(curves)}")
+        for name in names:
+            if name not in curves:
+                raise ValueError(f"names: there is no number {name!r}, but {', '.join(curves)}")
+        panels = NotebookFigure(len(names)).panels if ax is None else [ax] * len(names)
+        together = ax is not None and len(names) > 1
+        for panel, name in zip(panels, names, strict=True):
+            for phase, points in curves[name].items():
+                style = "-o" if phase == "train" else "--s"
+                label = f"{phase} {name}" if together else phase
+                panel.plot(*zip(*points, strict=True), style, markersize=4, label=label)
+            panel.set(xlabel="epoch", ylabel=", ".join(names) if together else name)
+            panel.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+            panel.legend()
+        return panels[0]
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was accumulated so far, in this epoch and before."""
+        return {
+            "history": [dict(row) for row in self.history],
+            "loss": self._loss.state_dict(),
+            "metrics": {name: metric.state_dict() for name, metric in self.metrics.items()},
+            "windows": {  # torcheval does not count the place in a window among the states
+                name: metric.next_inserted
+                for name, metric in self.metrics.items()
+                if hasattr(metric, "next_inserted")
+            },
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go back to what `state_dict` returned."""
+        self.history = [dict(row) for row in state["history"]]
+        self._loss.load_state_dict(state["loss"])
+        for name, metric in self.metrics.items():
+            made_on_demand = {  # in a plain dict nothing is, and torcheval relies on it
+                key: value.default_factory
+                for key, value in vars(metric).items()
+                if isinstance(value, defaultdict)
+            }
+            metric.load_state_dict(state["metrics"][name])
+            for key, factory in made_on_demand.items():
+                setattr(metric, key, defaultdict(factory, getattr(metric, key)))
+        for name, place in state["windows"].items():
+            self.metrics[name].next_inserted = place  # type: ignore[attr-defined]
+        self._placed = False
+
+
+def _number(value: Any) -> Any:
+    return value.tolist() if isinstance(value, torch.Tensor) else value
+
+
+def _curves(history: list[dict[str, Any]]) -> dict[str, dict[str, list[tuple[int, float]]]]:
+    """(epoch from 1, number) pairs by name and phase, the loss first. Fits follow one another."""
+    curves: dict[str, dict[str, list[tuple[int, float]]]] = {"loss": {}} if history else {}
+    before, last = 0, (-1, False)
+    for row in history:
+        now = row["epoch"], row["train"] == "eval"
+        if now <= last:  # epochs begin anew: another fit
+            before += last[0] + 1
+        last = now
+        for name, value in row.items():
+            if name in ("epoch", "train") or not isinstance(value, Real):
+                continue
+            points = curves.setdefault(name, {}).setdefault("valid" if now[1] else "train", [])
+            points.append((before + now[0] + 1, float(value)))
+    return curves

@@ -1,0 +1,1 @@
+"""Callbacks that report a run to logs, traces, metrics, files and displays."""

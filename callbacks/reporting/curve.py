@@ -1,0 +1,245 @@
+"""The loss as a curve that grows while the training runs."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from time import monotonic
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ...engine.run.mean_loss import MeanLoss
+from ...events import AfterBatch, BeforeFit, Callback, CleanupEpoch, CleanupFit, Event
+from ._notebook_cell import CellOutput, in_notebook
+from ._pending_scalar import PendingScalar
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import FigureBase
+    from matplotlib.lines import Line2D
+
+REDRAW_INTERVAL = 0.5
+"""Seconds from one drawing to the next."""
+MAX_POINTS = 1000
+"""Points of a line; it is thinned out when it has twice as many."""
+
+_STYLES: dict[str, dict[str, Any]] = {
+    "train": {"color": "C0", "linewidth": 1},
+    "valid": {"color": "C1", "linestyle": "--", "marker": "s", "markersize": 5},
+}
+
+
+class LossCurveCB(Callback):
+    """Draws the training loss of every batch, and the validation loss of every epoch.
+
+    It observes: in a notebook the picture is updated in place, about twice a second, on the
+    host's event loop, and a last time when the fit has ended, however it did. Elsewhere it is
+    not displayed, and `figure` can be saved. Of a long fit it shows every 2nd, 4th, ... batch,
+    the first and the last always.
+
+    An instance shows one fit at a time. One that does not train is passed over.
+
+    Args:
+        ax: where to draw; by default a figure of its own for every fit. What becomes of yours,
+            in a notebook too, is up to you.
+
+    Attributes:
+        train: (batch, loss) pairs; batches are counted from 1, over all epochs of the fit.
+        valid: the same for the validation losses, at the last training batch before each. They
+            are averaged over samples, as in MetricsCB.
+        figure: what was drawn on, None before the first batch.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+
+    Example:
+        >>> import io, torch
+        >>> from eventrain.callbacks import LossCurveCB
+        >>> from eventrain.engine import DataLoaders, TrainLearner
+        >>> batches = [(torch.eye(3), torch.zeros(3, 1))] * 4
+        >>> learner = TrainLearner(torch.nn.Linear(3, 1), DataLoaders(batches, batches))
+        >>> curve = LossCurveCB()
+        >>> result = learner.run(2, cbs=curve)
+        >>> [batch for batch, loss in curve.train], [batch for batch, loss in curve.valid]
+        ([1, 2, 3, 4, 5, 6, 7, 8], [4, 8])
+        >>> curve.figure.savefig(io.BytesIO())
+
+    Source: fastai's `ShowGraphCallback`.
+    """
+
+    observes = (BeforeFit, AfterBatch, CleanupEpoch, CleanupFit)
+
+    def __init__(self, ax: Axes | None = None) -> None:
+        try:
+            from ...engine.run import notebook_figure  # noqa: F401 - now: it is slow, and not for the host's loop
+        except ImportError as exc:
+            raise ImportError(
+                "LossCurveCB needs matplotlib: pip install 'eventrain[plot]'"
+            ) from exc
+        self._given = ax
+        self._losses = _Losses()
+        self._watched: tuple[Any, str] | None = None  # learner and run_id
+        self._drawing: _Drawing | None = None
+        self._due = 0.0
+
+    @property
+    def train(self) -> list[tuple[int, float]]:
+        return self._losses.train.points
+
+    @property
+    def valid(self) -> list[tuple[int, float]]:
+        return self._losses.valid.points
+
+    @property
+    def figure(self) -> FigureBase | None:
+        return None if self._drawing is None else self._drawing.figure
+
+    def wants(self, event: Event) -> bool:
+        """Collect the losses; draw if it is time to, and nothing waits to be drawn."""
+        fit = event.learner, event.run_id
+        if isinstance(event, BeforeFit):
+            if event.learner.trains:
+                self._watched, self._losses, self._due = fit, _Losses(), 0.0
+            elif self._watched is not None and self._watched[0] is event.learner:
+                self._watched = None
+            return False
+        if fit != self._watched:
+            return False
+        losses = self._losses
+        match event:
+            case AfterBatch():
+                losses.add(event)
+            case CleanupEpoch():
+                losses.end_epoch(event)
+            case CleanupFit():
+                losses.end_fit()
+                return True
+        if monotonic() < self._due:
+            return False
+        self._due = math.inf
+        return True
+
+    def observe(self, event: Event) -> None:
+        """Draw."""
+        if (event.learner, event.run_id) != self._watched:
+            return
+        losses = self._losses
+        if self._drawing is None or self._drawing.losses is not losses:
+            if self._given is not None and self._drawing is not None:
+                self._drawing.remove()
+            self._drawing = _Drawing(losses, self._given)
+        self._drawing.draw()
+        self._due = monotonic() + REDRAW_INTERVAL
+        if isinstance(event, CleanupFit):
+            self._watched = None
+
+
+class _Losses:
+    """The losses of one fit. They are collected in the training thread, which never waits for
+    the device but at the end, and drawn in the host's."""
+
+    def __init__(self) -> None:
+        self.train = _Line()
+        self.valid = _Line()
+        self._batch = 0
+        self._validation = MeanLoss()
+
+    def add(self, event: AfterBatch) -> None:
+        self._batch += event.training
+        loss = event.loss
+        if loss is None or loss.numel() != 1:
+            return
+        if event.training:
+            self.train.add(self._batch, loss)
+            return
+        self._validation.add(event)
+
+    def end_epoch(self, event: CleanupEpoch) -> None:
+        loss = self._validation.mean()
+        if loss is not None and event.end.status == "completed":
+            self.valid.add(self._batch, loss)
+        self._validation = MeanLoss()
+
+    def end_fit(self) -> None:
+        self.train.end()
+        self.valid.end()
+
+
+class _Line:
+    """A bounded number of points: of every value that comes or, when those are too many, of
+    every 2nd, 4th, ..."""
+
+    def __init__(self) -> None:
+        self.points: list[tuple[int, float]] = []
+        self._coming: deque[tuple[int, PendingScalar]] = deque()
+        self._left_out: tuple[int, torch.Tensor] | None = None
+        self._count = 0
+        self._every = 1
+
+    def add(self, batch: int, value: torch.Tensor) -> None:
+        if self._count % self._every == 0:
+            self._coming.append((batch, PendingScalar(value)))
+            self._left_out = None
+        else:
+            self._left_out = batch, value
+        self._count += 1
+        self._read()
+
+    def end(self) -> None:
+        """Add the last value, whichever it is. The host waits for the device here."""
+        if self._left_out is not None:
+            batch, value = self._left_out
+            self._coming.append((batch, PendingScalar(value)))
+        self._read(wait=True)
+
+    def _read(self, wait: bool = False) -> None:
+        while self._coming:
+            batch, number = self._coming[0]
+            value = number.get(wait)
+            if value is None:
+                break
+            self._coming.popleft()
+            if len(self.points) == 2 * MAX_POINTS:
+                del self.points[1::2]
+                self._every *= 2
+            self.points.append((batch, value))
+
+
+class _Drawing:
+    """The picture of one fit's losses."""
+
+    def __init__(self, losses: _Losses, ax: Axes | None) -> None:
+        from matplotlib.ticker import MaxNLocator
+
+        from ...engine.run.notebook_figure import NotebookFigure
+
+        self.losses = losses
+        self._cell = CellOutput() if ax is None and in_notebook() else None
+        self._ax = NotebookFigure().panels[0] if ax is None else ax
+        self._ax.set(xlabel="batch", ylabel="loss")
+        self._ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        self._lines: dict[str, Line2D] = {}
+
+    @property
+    def figure(self) -> FigureBase:
+        return self._ax.figure
+
+    def draw(self) -> None:
+        for name, style in _STYLES.items():
+            # A copy: the training thread adds to them.
+            points = tuple(getattr(self.losses, name).points)
+            if points and name not in self._lines:
+                (self._lines[name],) = self._ax.plot([], [], label=name, **style)
+                self._ax.legend()
+            if points:
+                self._lines[name].set_data(*zip(*points, strict=True))
+        self._ax.relim()
+        self._ax.autoscale_view()
+        if self._cell is not None:
+            self._cell.show(self.figure)
+
+    def remove(self) -> None:
+        """Take the lines off axes that are not ours."""
+        for line in self._lines.values():
+            line.remove()

@@ -1,0 +1,170 @@
+"""One structured log line a fact, written beside the training."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import sys
+from collections.abc import Awaitable, Mapping
+from functools import partial
+from typing import Any, Literal, TextIO
+
+import structlog
+from structlog.typing import EventDict, Processor
+
+from ...events import BeforeFit
+from .jsonable import escape_control, to_jsonable
+from .records import RecordCB
+
+_LEVELS = {"completed": "info", "cancelled": "warning", "failed": "error"}
+
+
+class StructlogCB(RecordCB):
+    """Logs the run through structlog: its start, every n-th batch, every epoch, its end.
+
+    It observes: lines are written on the host's event loop, in batches, and never hold up the
+    training. Each is a record as `docs/record.schema.json` has it, and has the context
+    variables bound where `fit` was called too, as structlog's own loggers have unless they are
+    configured not to. A number that is not finite is null, and its key stands under "nonfinite"
+    with what it was. What your own receivers log during the fit, in the training thread, has
+    its `run_id`.
+
+    Args:
+        every: a line for every n-th training batch of the fit; 0 for none.
+        every_seconds: and not before this many seconds after the last batch that had one.
+        format: "json" for machines, "console" for people; None leaves it to `logger`.
+        file: where "json" and "console" write to; standard error by default.
+        logger: the structlog logger to use, by default the host's own, as configured; its
+            methods may be async. Or a `logging.Logger`, or an adapter of one, which gets the
+            line as JSON, and the record as `extra`, under "eventrain". Control characters in
+            texts are escaped for all of these, as it is not known who will read them.
+
+    Raises:
+        ValueError: `every` or `every_seconds` is negative, `format` is unknown, there are both
+            a format and a logger, or a file and no format.
+        TypeError: `logger` is none.
+
+    Example:
+        >>> import sys, torch
+        >>> from eventrain.callbacks import StructlogCB
+        >>> from eventrain.engine import DataLoaders, TrainLearner
+        >>> batches = [(torch.ones(2, 3), torch.zeros(2, 1))] * 4
+        >>> log = StructlogCB(format="json", file=sys.stdout)
+        >>> learner = TrainLearner(torch.nn.Linear(3, 1), DataLoaders(batches), cbs=log)
+        >>> result = learner.run(1, valid=False)  # doctest: +ELLIPSIS
+        {"event": "fit_started", "schema_version": 1, "timestamp": "...", "run_id": "...", ...}
+        {"event": "epoch", ..., "phase": "train", "epoch": 0, "status": "completed", ...}
+        {"event": "fit_ended", ..., "status": "completed", "seconds": ..., "level": "info"}
+    """
+
+    order = -math.inf  # the context variable comes first, for whoever logs at the start
+
+    def __init__(
+        self,
+        every: int = 100,
+        format: Literal["json", "console"] | None = None,  # noqa: A002 - its usual name
+        file: TextIO | None = None,
+        logger: Any = None,
+        *,
+        every_seconds: float = 0,
+    ) -> None:
+        super().__init__(every, every_seconds)
+        if format is not None and logger is not None:
+            raise ValueError("give a logger, which has its own format, or a format; not both")
+        if file is not None and format is None:
+            raise ValueError("a file needs a format: 'json' or 'console'")
+        self._escaped = format is None
+        if format is not None:
+            self.logger = _logger(format, sys.stderr if file is None else file)
+        elif isinstance(logger, logging.Logger | logging.LoggerAdapter):
+            extra: Mapping[str, object] = {}
+            if isinstance(logger, logging.LoggerAdapter):  # it would put its own in place of ours
+                logger, extra = logger.logger, logger.extra or {}
+            self.logger = _wrap(logger, [partial(_to_stdlib, extra=extra)])
+        elif logger is None:
+            self.logger = structlog.get_logger("eventrain")
+        elif all(callable(getattr(logger, level, None)) for level in _LEVELS.values()):
+            self.logger = logger
+        else:
+            raise TypeError(
+                f"logger={logger!r}: give a logger, of structlog or of the standard library"
+            )
+
+    def before_fit(self, event: BeforeFit) -> None:
+        # In the training thread's own copy of the context: nothing is left behind in the host's.
+        structlog.contextvars.bind_contextvars(run_id=event.run_id)
+
+    def write(self, record: dict[str, Any]) -> Awaitable[Any] | None:
+        """Write one line."""
+        if self._escaped:
+            record = _escaped(record)
+        log = getattr(self.logger, _LEVELS[record.get("status", "completed")])
+        written: Awaitable[Any] | None = log(record.pop("event"), **record)
+        return written  # of a logger whose methods are async
+
+
+def _logger(format: str, file: TextIO) -> Any:  # noqa: A002 - as above
+    """A structlog logger of our own, beside the host's configuration."""
+    if format == "json":
+        render: list[Processor] = [_to_json]
+    elif format == "console":
+        render = [_harmless, structlog.dev.ConsoleRenderer(colors=file.isatty(), sort_keys=False)]
+    else:
+        raise ValueError(f"format={format!r}: choose 'json' or 'console'")
+    return _wrap(structlog.WriteLogger(file), [structlog.processors.add_log_level, *render])
+
+
+def _wrap(logger: Any, processors: list[Processor]) -> Any:
+    return structlog.wrap_logger(
+        logger,
+        processors=[_in_context, *processors],
+        wrapper_class=structlog.BoundLogger,
+        context_class=dict,
+        cache_logger_on_first_use=False,
+    )
+
+
+def _in_context(logger: Any, method: str, record: EventDict) -> EventDict:
+    """With the host's context variables, but for those that would pass for the record's own."""
+    first = {key: record.pop(key) for key in ("event", "schema_version", "timestamp", "run_id")}
+    own = {*first, *record, "who", "reason", "nonfinite"}  # the last not every record has
+    context = structlog.contextvars.get_contextvars().items()
+    return {**first, **{key: value for key, value in context if key not in own}, **record}
+
+
+def _to_json(logger: Any, method: str, record: EventDict) -> str:
+    # Made plain once more: the host's context variables are in it by now.
+    return json.dumps(to_jsonable(record), allow_nan=False)
+
+
+def _to_stdlib(
+    logger: Any, method: str, record: EventDict, *, extra: Mapping[str, object]
+) -> tuple[Any, Any]:
+    record = to_jsonable(record)
+    return (json.dumps(record, allow_nan=False),), {"extra": {**extra, "eventrain": record}}
+
+
+def _harmless(logger: Any, method: str, record: EventDict) -> EventDict:
+    """Control characters as escapes, so that no value can forge a line or steer a terminal."""
+    return {
+        f"{key}_" if key in _RENDERED_APART else escape_control(key): _shown(value)
+        for key, value in record.items()
+    }
+
+
+_RENDERED_APART = ("stack", "exception", "exc_info")
+"""The keys to which structlog's renderer gives lines of their own."""
+
+
+def _shown(value: Any) -> Any:
+    text = value if isinstance(value, str) else repr(value)
+    return value if text.isprintable() else escape_control(text)
+
+
+def _escaped(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {escape_control(key): _escaped(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_escaped(item) for item in value]
+    return escape_control(value) if isinstance(value, str) else value

@@ -1,0 +1,318 @@
+"""The run as OpenTelemetry spans and metrics, made beside the training."""
+
+from __future__ import annotations
+
+from collections import deque
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ...events import (
+    BeforeBatch,
+    BeforeEpoch,
+    BeforeFit,
+    Callback,
+    CleanupBatch,
+    CleanupEpoch,
+    CleanupFit,
+    Event,
+    ScopeEnd,
+)
+from ._otel_meters import Meters, numbers_of
+from ._pending_scalar import PendingScalar
+from ._sampling import Sampler, check_sampling, pending_loss
+from .jsonable import escape_surrogates
+
+if TYPE_CHECKING:
+    from opentelemetry.context import Context
+    from opentelemetry.metrics import MeterProvider
+    from opentelemetry.trace import Span, Tracer, TracerProvider
+
+_FIT, _EPOCH, _BATCH = range(3)
+
+
+class OpenTelemetryCB(Callback):
+    """Makes a span for the fit, for each epoch in it, and for every n-th training batch; and
+    counts, times and reports the numbers of the epochs as metrics.
+
+    It observes: everything happens on the host's event loop, in batches, with the times that the
+    events carry. The fit's span is a child of the span that is current where `fit` is called. It
+    is never current itself, as the observers of others run on that loop too: a span made in a
+    receiver is its sibling, not its child.
+
+    | span | attributes, each beginning with `eventrain.` |
+    |---|---|
+    | fit | run_id, n_epochs |
+    | train epoch, valid epoch | run_id, epoch, phase, n_iter; n_samples, metric.NAME |
+    | train batch | run_id, epoch, phase, iter; n_samples, lr, loss |
+    | all | status; who and reason unless completed |
+
+    What failed has the status ERROR, with the error as its description and its class as
+    `error.type`. Being cancelled is no error: it is an event `eventrain.cancelled`, with who and
+    why, and leaves the status unset, as completing does. A fit that was stopped before it began
+    has a span of no length. A span whose end was not heard of, as the event was dropped, ends
+    with the one around it, the fit's own when the next fit begins or by `close()`; its
+    `eventrain.status` is "unknown".
+
+    | instrument | unit | by `eventrain.` |
+    |---|---|---|
+    | eventrain.fits | {fit} | status |
+    | eventrain.batches | {batch} | phase, status |
+    | eventrain.samples | {sample} | phase |
+    | eventrain.epoch.duration | s | phase, status |
+    | eventrain.batch.duration, of the batches that have a span | s | phase, status |
+    | eventrain.metric, those of the last epoch | | metric.name, phase |
+    | eventrain.metrics.left_out of it: there are 50 other names already | {value} | phase |
+    | eventrain.nonfinite, numbers left out as they are not finite | {value} | phase |
+
+    Numbers are scalars, as doubles. One that is not finite, over which exporters lose whole
+    batches of spans, is left out, and stands as text in `eventrain.nonfinite.NAME` of its span.
+
+    Providers, exporters, flushing and shutdown are the host's. Export in the background
+    (`BatchSpanProcessor`): a `SimpleSpanProcessor` holds up the event loop. An instance watches
+    one fit at a time, from its beginning: give each of two learners its own.
+
+    Args:
+        every: a span for every n-th training batch of the fit; 0 for none.
+        tracer_provider: where spans go, by default the global one.
+        meter_provider: where metrics go, by default the global one.
+        every_seconds: and not before this many seconds after the last batch that has a span.
+
+    Raises:
+        ImportError: opentelemetry-api is not installed.
+        ValueError: `every` or `every_seconds` is negative or no number.
+
+    Example:
+        >>> import torch
+        >>> from eventrain.callbacks import OpenTelemetryCB
+        >>> from eventrain.engine import DataLoaders, TrainLearner
+        >>> from opentelemetry.sdk.trace import TracerProvider
+        >>> from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+        >>> from opentelemetry.sdk.trace.export.in_memory_span_exporter import (
+        ...     InMemorySpanExporter,
+        ... )
+        >>> exporter, provider = InMemorySpanExporter(), TracerProvider()
+        >>> provider.add_span_processor(SimpleSpanProcessor(exporter))
+        >>> batches = [(torch.ones(2, 3), torch.zeros(2, 1))] * 4
+        >>> learner = TrainLearner(torch.nn.Linear(3, 1), DataLoaders(batches, batches))
+        >>> result = learner.run(1, cbs=OpenTelemetryCB(every=2, tracer_provider=provider))
+        >>> for span in exporter.get_finished_spans():
+        ...     print(span.name, span.attributes["eventrain.status"])
+        train batch completed
+        train batch completed
+        train epoch completed
+        valid epoch completed
+        fit completed
+
+    Source: names, units and statuses follow OpenTelemetry's semantic conventions.
+    """
+
+    observes: tuple[type[Event], ...] = (
+        BeforeFit,
+        BeforeEpoch,
+        BeforeBatch,
+        CleanupBatch,
+        CleanupEpoch,
+        CleanupFit,
+    )
+    buffer = 100_000  # what begins and ends is not to be lost, however long the host is busy
+
+    def __init__(
+        self,
+        every: int = 100,
+        tracer_provider: TracerProvider | None = None,
+        meter_provider: MeterProvider | None = None,
+        *,
+        every_seconds: float = 0,
+    ) -> None:
+        check_sampling(every, every_seconds)
+        try:
+            from opentelemetry import metrics, trace
+        except ImportError as exc:
+            raise ImportError(
+                "OpenTelemetryCB needs opentelemetry-api: pip install 'eventrain[otel]'"
+            ) from exc
+        self.every = every
+        self.every_seconds = every_seconds
+        if not every:
+            self.observes = tuple(t for t in self.observes if t is not BeforeBatch)
+        self._spans = _Spans(trace.get_tracer("eventrain", tracer_provider=tracer_provider))
+        self._meters = Meters(metrics.get_meter("eventrain", meter_provider=meter_provider))
+        self._fit: _Fit | None = None
+
+    def wants(self, event: Event) -> bool:
+        """What is of the fit that is watched, but most of the batches, which are only counted."""
+        if isinstance(event, CleanupBatch):
+            self._meters.done[event.training, event.end.status] += 1
+        # An end alone is that of a fit which was stopped before it began, if it had no epoch.
+        alone = isinstance(event, CleanupFit) and not event.learner.history
+        if isinstance(event, BeforeFit) or (alone and self._fit_of(event) is None):
+            sampler = Sampler(self.every, self.every_seconds)
+            losses = deque[_Loss](maxlen=self.buffer + 1)  # the one more is being observed
+            self._fit = _Fit(event.learner, event.run_id, sampler, losses)
+        fit = self._fit_of(event)
+        return fit is not None and fit.wants(event)
+
+    def observe(self, event: Event) -> None:
+        """Begin or end a span, and record what is known by then."""
+        try:
+            fit = self._fit_of(event)
+            if fit is not None:
+                self._record(event, fit)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """End the spans that are still open, and do not watch the rest of the fit.
+
+        The end of the fit does; so does an observer that failed. Again is harmless.
+        """
+        self._fit = None
+        self._spans.close()
+
+    def _fit_of(self, event: Event) -> _Fit | None:
+        """The one that is watched, if the event is of that."""
+        fit = self._fit
+        its = fit is not None and fit.learner is event.learner and fit.run_id == event.run_id
+        return fit if its else None
+
+    def _record(self, event: Any, fit: _Fit) -> None:
+        spans, meters = self._spans, self._meters
+        if not fit.begun:  # also where its BeforeFit was not emitted, or dropped
+            fit.begun = True
+            spans.close()  # those of a fit whose end we did not hear of
+            meters.n_samples = 0
+            spans.begin(_FIT, "fit", event, {"eventrain.n_epochs": event.n_epochs})
+        match event:
+            case BeforeEpoch():
+                known = {} if event.n_iter is None else {"eventrain.n_iter": event.n_iter}
+                spans.begin(_EPOCH, f"{event.phase} epoch", event, {**_place(event), **known})
+            case BeforeBatch():
+                place = {**_place(event), "eventrain.iter": event.iter}
+                spans.begin(_BATCH, f"{event.phase} batch", event, place)
+            case CleanupBatch():
+                found = numbers_of("eventrain.", {"lr": event.lr, "loss": fit.loss_of(event)})
+                found["eventrain.n_samples"] = event.n_samples
+                meters.end_batch(event, spans.end(_BATCH, event, event.end, found))
+            case CleanupEpoch():
+                found = numbers_of("eventrain.metric.", event.metrics)
+                meters.set_gauges(event, found)
+                found["eventrain.n_samples"] = event.n_samples
+                meters.end_epoch(event, spans.end(_EPOCH, event, event.end, found))
+            case CleanupFit():
+                spans.end(_FIT, event, event.end, {})
+                meters.end_fit(event)
+                self.close()
+
+
+_Loss = tuple[tuple[int, int], PendingScalar]
+"""That of a batch, by epoch and iter, on its way to the host."""
+
+
+@dataclass(slots=True)
+class _Fit:
+    """The fit that is watched. Its batches are chosen in the training thread, which also starts
+    their losses on their way: the event loop only waits for them."""
+
+    learner: Any
+    run_id: str
+    sampler: Sampler
+    losses: deque[_Loss]
+    begun: bool = False
+    has_span: bool = False  # this batch
+
+    def wants(self, event: Event) -> bool:
+        if isinstance(event, BeforeBatch):
+            self.has_span = event.training and self.sampler.takes_next()
+            return self.has_span
+        if not isinstance(event, CleanupBatch):
+            return True
+        chosen, self.has_span = self.has_span, False
+        if chosen:
+            with suppress(RuntimeError):  # of a device that failed, say
+                if (loss := pending_loss(event)) is not None:
+                    self.losses.append(((event.epoch, event.iter), loss))
+        return chosen
+
+    def loss_of(self, event: CleanupBatch) -> float | None:
+        place = event.epoch, event.iter
+        while self.losses and self.losses[0][0] <= place:  # of those before, the event was dropped
+            at, loss = self.losses.popleft()
+            if at == place:
+                with suppress(RuntimeError):
+                    return loss.get(wait=True)
+        return None
+
+
+class _Spans:
+    """The open spans: of the fit, of an epoch in it, of a batch in that."""
+
+    def __init__(self, tracer: Tracer) -> None:
+        self.open: dict[int, tuple[Span, float]] = {}
+        self._tracer = tracer
+        self._now = 0.0
+
+    def begin(self, depth: int, name: str, event: Event, attributes: dict[str, Any]) -> None:
+        self.leave(depth)
+        self._now = event.time
+        span = self._tracer.start_span(
+            name,
+            self._context(),
+            attributes={"eventrain.run_id": event.run_id, **attributes},
+            start_time=_nanoseconds(event.time),
+        )
+        self.open[depth] = span, event.time
+
+    def end(
+        self, depth: int, event: Event, end: ScopeEnd, attributes: dict[str, Any]
+    ) -> float | None:
+        """End a span; return its seconds, None if its beginning was not heard of."""
+        self._now = event.time
+        self.leave(depth + 1)
+        if depth not in self.open:
+            return None
+        span, began = self.open.pop(depth)
+        now = max(began, event.time)  # the clock may have been set back
+        said = {"eventrain.who": end.who, "eventrain.reason": end.reason}
+        ending = {key: escape_surrogates(text) for key, text in said.items() if text is not None}
+        span.set_attributes({**attributes, **ending, "eventrain.status": end.status})
+        if end.status == "cancelled":
+            span.add_event("eventrain.cancelled", ending, _nanoseconds(now))
+        elif end.status == "failed":
+            from opentelemetry.trace import Status, StatusCode
+
+            error = escape_surrogates(end.reason or "")
+            span.set_attribute("error.type", error.partition(":")[0] or "_OTHER")
+            span.set_status(Status(StatusCode.ERROR, error))
+        span.end(_nanoseconds(now))
+        return now - began
+
+    def close(self) -> None:
+        while self.open:
+            with suppress(Exception):  # of each, what a processor of the host's may raise
+                self.leave(_FIT)
+
+    def leave(self, depth: int) -> None:
+        """End the spans from `depth` inwards: we did not hear how they ended."""
+        while self.open and (inner := max(self.open)) >= depth:
+            span, began = self.open.pop(inner)
+            span.set_attribute("eventrain.status", "unknown")
+            span.end(_nanoseconds(max(began, self._now)))
+
+    def _context(self) -> Context | None:
+        """That of the innermost open span; for the first None, which is that of this task: the
+        task of an observer begins with the context variables of whoever called `fit`."""
+        if not self.open:
+            return None
+        from opentelemetry.trace import set_span_in_context
+
+        return set_span_in_context(self.open[max(self.open)][0])
+
+
+def _place(event: BeforeEpoch | BeforeBatch) -> dict[str, Any]:
+    return {"eventrain.epoch": event.epoch, "eventrain.phase": event.phase}
+
+
+def _nanoseconds(seconds: float) -> int:
+    return int(seconds * 1e9)

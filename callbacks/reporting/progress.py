@@ -1,0 +1,311 @@
+"""A live display of the run in the terminal or a notebook, drawn beside the training."""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from numbers import Real
+from time import monotonic
+from typing import TYPE_CHECKING
+
+from ...events import (
+    AfterBatch,
+    BeforeEpoch,
+    BeforeFit,
+    Callback,
+    CleanupEpoch,
+    CleanupFit,
+    Event,
+)
+from ._notebook_cell import CellOutput
+from ._pending_scalar import PendingScalar
+from .jsonable import escape_control
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+BATCH_INTERVAL = 0.1
+"""Seconds between two batches that are shown."""
+EPOCH_INTERVAL = 0.02
+"""Seconds from one drawing to the next for a new epoch, which may be a short one."""
+
+
+class ProgressCB(Callback):
+    """Shows epochs and batches, loss, speed and remaining time; at the end a table of metrics.
+
+    It observes: drawing happens on the host's event loop, about ten times a second, and never
+    holds up the training. Where the output is no terminal (and no notebook) nothing is
+    printed. While it draws on standard output, what is printed there appears above it; in a
+    notebook it is one output of the cell, updated in place, in which at last the table stands.
+
+    The table has a row for every epoch, counted from 1, of the numbers that callbacks such as
+    MetricsCB put into `learner.record`; below it stands how the fit ended, who ended it and why.
+    An instance shows one fit at a time.
+
+    Args:
+        console: the `rich.console.Console` to draw on; rich's own by default, and for what a
+            notebook shows.
+
+    Raises:
+        ImportError: rich is not installed.
+
+    Example:
+        >>> import torch
+        >>> from rich.console import Console
+        >>> from eventrain.callbacks import ProgressCB
+        >>> from eventrain.engine import DataLoaders, TrainLearner
+        >>> from eventrain.events import AfterEpoch
+        >>> batches = [(torch.eye(3), torch.zeros(3, 1))] * 4
+        >>> learner = TrainLearner(torch.nn.Linear(3, 1), DataLoaders(batches, batches))
+        >>> @learner.on(AfterEpoch)
+        ... def accuracy(event):
+        ...     learner.record["accuracy"] = 0.5 + 0.1 * event.epoch
+        >>> console = Console(
+        ...     force_terminal=True, force_interactive=False, color_system=None, width=60
+        ... )
+        >>> result = learner.run(2, cbs=ProgressCB(console))
+        epoch   train accuracy   valid accuracy
+        ───────────────────────────────────────
+            1              0.5              0.5
+            2              0.6              0.6
+        completed 2 epochs
+
+    Source: fastai's `ProgressCB`; the display is rich's.
+    """
+
+    observes = (BeforeFit, BeforeEpoch, AfterBatch, CleanupEpoch, CleanupFit)
+    buffer = 100_000  # what begins and ends is not to be lost, however long the host is busy
+
+    def __init__(self, console: Console | None = None) -> None:
+        try:
+            from rich import get_console
+        except ImportError as exc:
+            raise ImportError("ProgressCB needs rich: pip install 'eventrain[progress]'") from exc
+        self.console = console or get_console()
+        self._shown = False
+        self._due = 0.0
+        self._loss: PendingScalar | None = None
+        self._display: _Display | None = None
+        self._take_down: Callable[[], object] | None = None
+
+    def wants(self, event: Event) -> bool:
+        """All but most of the batches; nothing where there is no terminal."""
+        if isinstance(event, BeforeFit):
+            self._shown = self.console.is_terminal or self.console.is_jupyter
+            self._due = 0.0
+            self._loss = None
+        elif isinstance(event, AfterBatch) and self._shown:
+            now = monotonic()
+            if now < self._due:
+                return False
+            self._due = now + BATCH_INTERVAL
+            loss = event.loss
+            self._loss = None if loss is None or loss.numel() != 1 else PendingScalar(loss)
+        return self._shown
+
+    def observe(self, event: Event) -> None:
+        """Show an event."""
+        try:
+            if isinstance(event, BeforeFit):
+                self._begin(event)
+            elif self._display is not None and self._display.run_id == event.run_id:
+                self._show(event, self._display)
+        except BaseException:
+            with suppress(Exception):  # the first error is the one to tell
+                self.close()
+            raise
+
+    def close(self) -> None:
+        """Take the display off the terminal, and give back cursor and standard output.
+
+        The end of the fit does; so does that of an observer that failed, the next fit, and
+        the end of this object. Again is harmless.
+        """
+        self._display = None
+        if self._take_down is not None:
+            self._take_down()
+
+    def _begin(self, event: BeforeFit) -> None:
+        self.close()  # one whose fit ended without our hearing of it
+        display = self._display = _Display(self.console, event)
+        # The display does not know this callback: it is taken down when that is collected too.
+        self._take_down = weakref.finalize(self, display.stop)
+        display.start()
+
+    def _show(self, event: Event, display: _Display) -> None:
+        match event:
+            case BeforeEpoch():
+                display.begin_epoch(event)
+            case AfterBatch():
+                display.show_batch(event, None if self._loss is None else self._loss.get())
+            case CleanupEpoch():
+                display.end_epoch(event)
+            case CleanupFit():
+                self.close()
+                display.report(event)  # where the bars were
+
+
+class _Display:
+    """What is shown of one fit. Keeps no event: that would keep the learner, and so the
+    callback, which takes it down when it is collected."""
+
+    def __init__(self, console: Console, event: BeforeFit) -> None:
+        from rich.live import Live
+
+        self.run_id = event.run_id
+        self._console = console
+        self._n_epochs = event.n_epochs
+        self._first: tuple[int, float] | None = None  # an epoch and when it began
+        self._epoch = -1
+        self._phase = ""
+        self._began = self._now = event.time
+        self._ends: float | None = None
+        self._done = 0
+        self._n_iter: int | None = None
+        self._loss: float | None = None
+        self._speed = ""
+        self._drawn = 0.0
+        self._rows: dict[int, dict[str, float]] = {}
+        ours = console.file in (sys.stdout, sys.stderr)
+        self._live = Live(
+            console=console,
+            get_renderable=self._render,
+            auto_refresh=False,  # it has no thread of its own: it is drawn when events come
+            transient=True,
+            redirect_stdout=ours,
+            redirect_stderr=ours,
+        )
+        # In a notebook, where rich's Live needs widgets, and what is printed has its own place.
+        self._cell = CellOutput() if console.is_jupyter else None
+
+    def start(self) -> None:
+        if self._console.is_interactive:
+            self._live.start()
+
+    def stop(self) -> None:
+        self._live.stop()
+        if self._cell is not None:
+            self._cell.clear()
+
+    def begin_epoch(self, event: BeforeEpoch) -> None:
+        epoch, began = self._first = self._first or (event.epoch, event.time)
+        if event.epoch != self._epoch and event.epoch > epoch:
+            pace = (event.time - began) / (event.epoch - epoch)
+            self._ends = event.time + pace * (self._n_epochs - event.epoch)
+        self._epoch = event.epoch
+        self._phase = event.phase
+        self._began = self._now = event.time
+        self._done = 0
+        self._n_iter = event.n_iter
+        self._loss = None
+        self._speed = ""
+        if monotonic() - self._drawn > EPOCH_INTERVAL:
+            self._draw()
+
+    def show_batch(self, event: AfterBatch, loss: float | None) -> None:
+        self._now = event.time
+        self._done = event.iter + 1
+        self._loss = self._loss if loss is None else loss
+        seconds = event.time - self._began
+        if event.n_samples and seconds > 0:
+            self._speed = f"{event.n_samples / seconds:,.0f} samples/s"
+        self._draw()
+
+    def end_epoch(self, event: CleanupEpoch) -> None:
+        for name, value in event.metrics.items():
+            if isinstance(value, Real) and not isinstance(value, bool):
+                row = self._rows.setdefault(event.epoch, {})
+                row[f"{event.phase} {name}"] = float(value)
+
+    def report(self, event: CleanupFit) -> None:
+        from rich.text import Text
+
+        color = {"completed": "green", "cancelled": "yellow", "failed": "red"}[event.end.status]
+        table = [self._table()] if self._rows else []
+        self._print(*table, Text(_ending(event), style=color))
+
+    def _draw(self) -> None:
+        self._drawn = monotonic()
+        if self._cell is not None:
+            self._print(self._render())
+        elif self._live.is_started:
+            self._live.refresh()
+
+    def _print(self, *what: Table | Text) -> None:
+        if self._cell is None:
+            self._console.print(*what)
+            return
+        from rich.table import Table
+
+        rows = Table.grid()
+        for row in what:
+            rows.add_row(row)
+        self._cell.show(rows)
+
+    def _render(self) -> Table:
+        from rich.progress_bar import ProgressBar
+        from rich.table import Table
+        from rich.text import Text
+
+        grid = Table.grid(padding=(0, 1))
+        for _ in range(3):
+            grid.add_column(no_wrap=True)
+        if self._first is not None:
+            grid.add_row(
+                Text(f"epoch {self._epoch + 1}/{self._n_epochs}"),
+                ProgressBar(total=self._n_epochs, completed=self._epoch, width=20),
+                Text("" if self._ends is None else f"{_clock(self._ends - self._now)} left"),
+            )
+            grid.add_row(
+                Text(f"{self._phase} {self._done}/{self._n_iter or '?'}"),
+                ProgressBar(total=self._n_iter, completed=self._done, width=20),
+                Text("  ".join(self._numbers())),
+            )
+        return grid
+
+    def _numbers(self) -> Iterator[str]:
+        if self._loss is not None:
+            yield f"loss {_number(self._loss)}"
+        if self._speed:
+            yield self._speed
+        if self._n_iter and self._done:
+            pace = (self._now - self._began) / self._done
+            yield f"{_clock(pace * (self._n_iter - self._done))} left"
+
+    def _table(self) -> Table:
+        from rich import box
+        from rich.table import Table
+        from rich.text import Text
+
+        names = list(dict.fromkeys(name for row in self._rows.values() for name in row))
+        table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+        for header in ("epoch", *names):
+            table.add_column(Text(escape_control(header)), justify="right")
+        for epoch, row in self._rows.items():
+            table.add_row(
+                str(epoch + 1), *(_number(row[name]) if name in row else "" for name in names)
+            )
+        return table
+
+
+def _number(value: float) -> str:
+    return f"{value:.5g}"
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(max(0, round(seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def _ending(event: CleanupFit) -> str:
+    end, n = event.end, event.n_epochs
+    if end.status == "completed":
+        return f"completed {n} epoch{'s' if n != 1 else ''}"
+    who = f" by {end.who}" if end.who else ""
+    why = f": {end.reason}" if end.reason else ""
+    return escape_control(f"{end.status}{who}{why}")

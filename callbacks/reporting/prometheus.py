@@ -1,0 +1,277 @@
+"""The run as Prometheus metrics, for whoever scrapes this process."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from contextlib import ExitStack
+from threading import Lock
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary, WeakSet
+
+from ...events import (
+    AfterBatch,
+    BeforeEpoch,
+    BeforeFit,
+    CleanupEpoch,
+    CleanupFit,
+    Event,
+    Watcher,
+)
+from .jsonable import numbers
+from .records import RecordCB, RecordWatcher
+
+if TYPE_CHECKING:
+    from prometheus_client import CollectorRegistry
+
+MAX_METRICS = 50
+"""Names of metrics that one registry shows; each is a time series per phase and set of labels."""
+
+BUCKETS = (0.1, 0.5, 1, 5, 10, 30, 60, 300, 600, 1800, 3600, 10800, 36000)
+"""Upper bounds for the seconds of an epoch, from tests to ten hours."""
+
+_OURS = ("phase", "status", "metric", "le")
+_PHASES = ("train", "valid")
+_STATUSES = ("completed", "cancelled", "failed")
+
+
+class PrometheusCB(RecordCB):
+    """Counts fits, epochs and samples for Prometheus, and shows the last loss and metrics.
+
+    It makes the metrics; that they are scraped is the host's part (`start_http_server` or
+    `make_asgi_app` of prometheus_client, or the endpoint it has). All but the fits are counted
+    on the host's event loop, beside the training. `phase` is "train" or "valid":
+
+    | | |
+    |---|---|
+    | `eventrain_fits_running` | fits that run now |
+    | `eventrain_fits_total{status}` | fits that ended "completed", "cancelled" or "failed" |
+    | `eventrain_epochs_total{phase,status}` | epochs that ended |
+    | `eventrain_samples_total{phase}` | samples seen, as of the last batch record or epoch |
+    | `eventrain_epoch_duration_seconds{phase}` | histogram, of completed epochs |
+    | `eventrain_loss{phase}` | of the last epoch that recorded one, as by `MetricsCB` |
+    | `eventrain_metric{phase,metric}` | every other number it recorded |
+    | `eventrain_metrics_left_out_total` | numbers not shown: there are 50 other names already |
+    | `eventrain_batch_loss{phase}` | of the last training batch that has a record |
+    | `eventrain_learning_rate{phase}` | its learning rate, of the first parameter group |
+    | `eventrain_samples_per_second{phase}` | the speed up to it, from the record before |
+
+    Not measured: lists and texts among the metrics, steps, gradients, memory, and anything of
+    a single run, whose id would be one more time series each. The gauges stay as they were
+    when a fit ends. `validate()` and `lr_find()` are fits too. NaN and the infinities are shown.
+
+    Args:
+        registry: the `CollectorRegistry` to use, prometheus_client's `REGISTRY` by default.
+            Instances on one registry share its metrics.
+        labels: constant labels of this instance, such as {"model": "cnn"}; the same names,
+            of few values, for all instances on a registry.
+        every: look at every n-th training batch; 0 for none.
+        every_seconds: and not before this many seconds after the last one looked at.
+
+    Raises:
+        ImportError: prometheus_client is not installed.
+        TypeError: `registry` is no registry, or `labels` no mapping of names to texts.
+        ValueError: a label's name is not allowed or taken; other instances on this registry
+            have other label names; the registry has metrics of these names from elsewhere;
+            `every` or `every_seconds` is negative.
+
+    Example:
+        >>> import torch
+        >>> from prometheus_client import CollectorRegistry
+        >>> from eventrain.callbacks import PrometheusCB
+        >>> from eventrain.engine import DataLoaders, TrainLearner
+        >>> batches = [(torch.ones(2, 3), torch.zeros(2, 1))] * 4
+        >>> registry = CollectorRegistry()
+        >>> prometheus = PrometheusCB(registry, labels={"model": "line"})
+        >>> learner = TrainLearner(torch.nn.Linear(3, 1), DataLoaders(batches), cbs=prometheus)
+        >>> result = learner.run(3, valid=False)
+        >>> labels = {"model": "line", "phase": "train"}
+        >>> registry.get_sample_value("eventrain_samples_total", labels)
+        24.0
+
+    Source: Prometheus, "Metric and label naming" and "Instrumentation", for names, units,
+    labels, and counters that are there, at 0, from the start.
+    """
+
+    order = -math.inf  # a fit counts as running before another receiver can cancel it
+
+    def __init__(
+        self,
+        registry: CollectorRegistry | None = None,
+        labels: Mapping[str, str] | None = None,
+        *,
+        every: int = 1,
+        every_seconds: float = 1,
+    ) -> None:
+        super().__init__(every, every_seconds)
+        self.labels = _checked({} if labels is None else labels)
+        self._collectors = _collectors_of(registry, tuple(sorted(self.labels)))
+        self._running: WeakSet[Any] = WeakSet()  # the learners that fit
+        for name in _PHASES:
+            self._of("samples", phase=name)
+            self._of("duration", phase=name)
+            for status in _STATUSES:
+                self._of("epochs", phase=name, status=status)
+        for status in _STATUSES:
+            self._of("fits", status=status)
+        self._of("running")
+        self._of("left_out")
+
+    # Fits are counted in the training thread, in two calls that wait for nothing: there it is
+    # certain that the end is heard, also when the observer has failed or was cut short.
+
+    def before_fit(self, event: BeforeFit) -> None:
+        if event.learner not in self._running:  # detached in the middle of its last fit, it is
+            self._running.add(event.learner)
+            self._of("running").inc()
+
+    def cleanup_fit(self, event: CleanupFit) -> None:
+        if event.learner in self._running:
+            self._running.remove(event.learner)
+            self._of("running").dec()
+        self._of("fits", status=event.end.status).inc()
+
+    def watcher(self, event: Event) -> Watcher:
+        """The object that makes the records of one fit, and counts its samples."""
+        return _SampleCounter(self)
+
+    def count_samples(self, phase: str, n: int) -> None:
+        """Add to the number of samples seen."""
+        self._of("samples", phase=phase).inc(n)
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Take over the numbers of a record."""
+        if record["event"] == "batch":
+            shown = {"loss": "batch_loss", "lr": "lr", "samples_per_second": "speed"}
+            for key, value in numbers(record).items():
+                if key in shown:
+                    self._of(shown[key], phase=record["phase"]).set(value)
+        elif record["event"] == "epoch":
+            which = {"phase": record["phase"]}
+            self._of("epochs", **which, status=record["status"]).inc()
+            if record["status"] == "completed":
+                seconds = max(0, record["seconds"])  # clocks are set back now and then
+                self._of("duration", **which).observe(seconds)
+            for name, value in numbers(record, "metrics").items():
+                if name == "loss":
+                    self._of("loss", **which).set(value)
+                elif self._collectors.admit(name):
+                    self._of("metric", **which, metric=name).set(value)
+                else:
+                    self._of("left_out").inc()
+
+    def _of(self, name: str, **labels: str) -> Any:
+        collector = self._collectors.by_name[name]
+        labels = {**self.labels, **labels}
+        return collector.labels(**labels) if labels else collector
+
+
+class _SampleCounter(RecordWatcher):
+    """Makes the records of one fit, and counts its samples."""
+
+    def __init__(self, callback: PrometheusCB) -> None:
+        super().__init__(callback.write, callback.every, callback.every_seconds)
+        self._count = callback.count_samples
+        self._n_samples = 0  # of this epoch, as counted so far
+
+    def observe(self, event: Event) -> None:
+        super().observe(event)
+        if isinstance(event, BeforeEpoch):
+            self._n_samples = 0
+        elif isinstance(event, AfterBatch | CleanupEpoch):
+            self._count(event.phase, max(0, event.n_samples - self._n_samples))
+            self._n_samples = event.n_samples
+
+
+class _Collectors:
+    """What one registry shows, whichever instances count it."""
+
+    def __init__(self, registry: CollectorRegistry, labelnames: tuple[str, ...]) -> None:
+        from prometheus_client import Counter, Gauge, Histogram
+
+        def make(kind: Any, name: str, text: str, *labels: str, **options: Any) -> Any:
+            all_labels = (*labelnames, *labels)
+            return kind(f"eventrain_{name}", text, all_labels, registry=None, **options)
+
+        # Where the host has several processes, they add up what runs; of a gauge the last
+        # one set is shown.
+        now = {"multiprocess_mode": "livesum"}
+        last = {"multiprocess_mode": "mostrecent"}
+        duration = "epoch_duration_seconds"
+        left_out = "Numbers not shown: there are too many names of metrics"
+        self.labelnames = labelnames
+        self.by_name = {
+            "running": make(Gauge, "fits_running", "Fits that run now", **now),
+            "fits": make(Counter, "fits", "Fits that ended", "status"),
+            "epochs": make(Counter, "epochs", "Epochs that ended", "phase", "status"),
+            "samples": make(Counter, "samples", "Samples seen", "phase"),
+            "duration": make(
+                Histogram, duration, "Seconds of completed epochs", "phase", buckets=BUCKETS
+            ),
+            "loss": make(Gauge, "loss", "Loss of the last epoch", "phase", **last),
+            "metric": make(Gauge, "metric", "Metrics of the last epoch", "phase", "metric", **last),
+            "left_out": make(Counter, "metrics_left_out", left_out),
+            "batch_loss": make(Gauge, "batch_loss", "Loss of the last batch", "phase", **last),
+            "lr": make(Gauge, "learning_rate", "Learning rate at that batch", "phase", **last),
+            "speed": make(Gauge, "samples_per_second", "Speed up to that batch", "phase", **last),
+        }
+        self._admitted: set[str] = set()
+        with ExitStack() as undo:
+            for collector in self.by_name.values():
+                registry.register(collector)
+                undo.callback(registry.unregister, collector)
+            undo.pop_all()
+
+    def admit(self, name: str) -> bool:
+        """Whether there is room for a metric of this name; it has it from then on."""
+        if len(self._admitted) < MAX_METRICS:
+            self._admitted.add(name)
+        return name in self._admitted
+
+
+_shared: WeakKeyDictionary[CollectorRegistry, _Collectors] = WeakKeyDictionary()
+_lock = Lock()
+
+
+def _collectors_of(registry: Any, labelnames: tuple[str, ...]) -> _Collectors:
+    """Those of the registry: a second set of the same names would be refused by it."""
+    try:
+        from prometheus_client import REGISTRY, CollectorRegistry
+    except ImportError as exc:
+        raise ImportError(
+            "PrometheusCB needs prometheus_client: pip install 'eventrain[prometheus]'"
+        ) from exc
+    registry = REGISTRY if registry is None else registry
+    if not isinstance(registry, CollectorRegistry):
+        raise TypeError(f"registry={registry!r} is no CollectorRegistry of prometheus_client")
+    with _lock:
+        collectors = _shared.get(registry)
+        if collectors is None:
+            collectors = _shared[registry] = _Collectors(registry, labelnames)
+    if collectors.labelnames != labelnames:
+        raise ValueError(
+            f"labels named {list(labelnames)}: instances on one registry have the same label"
+            f" names, and this one's are {list(collectors.labelnames)}; use those, or another"
+            " registry"
+        )
+    return collectors
+
+
+def _checked(labels: Any) -> dict[str, str]:
+    if not isinstance(labels, Mapping):
+        raise TypeError(f"labels={labels!r}: give a mapping of names to texts")
+    for name, value in labels.items():
+        if not isinstance(name, str) or not re.fullmatch(r"(?!__)[a-zA-Z_]\w*", name, re.ASCII):
+            raise ValueError(f"label {name!r}: a name is letters, digits and _, such as 'model'")
+        if name in _OURS:
+            raise ValueError(f"label {name!r} is taken: give it another name")
+        if name == "run_id":
+            raise ValueError(
+                "label 'run_id' would make new time series for every fit, without end; label"
+                " what has few values, such as the model"
+            )
+        if not isinstance(value, str):
+            raise TypeError(f"label {name!r}: {value!r} is no text")
+        value.encode()  # raises UnicodeEncodeError, a ValueError, for what no page can show
+    return dict(labels)

@@ -1,0 +1,176 @@
+"""Records: what logs, streams and metrics report of a run, in a published format.
+
+`docs/record.schema.json` is its JSON Schema.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime
+from typing import Any
+
+from ...events import (
+    AfterBatch,
+    BeforeEpoch,
+    BeforeFit,
+    Callback,
+    CleanupEpoch,
+    CleanupFit,
+    Event,
+    ScopeEnd,
+    Watcher,
+)
+from ._pending_scalar import PendingScalar
+from ._sampling import Sampler, check_sampling, pending_loss
+from .jsonable import to_jsonable
+
+SCHEMA_VERSION = 1
+"""Increased when a key is renamed, removed, or changes its meaning; not when one is added."""
+
+
+class RecordCB(Callback, ABC):
+    """Base class of callbacks that report a run: calls `write` with each record.
+
+    It observes: `write` is called on the host's event loop and never holds up the training. A
+    record is a plain dict that JSON can hold, described by `docs/record.schema.json`: "event" is
+    "fit_started", "batch", "epoch" or "fit_ended". One instance may report several fits at once.
+
+    Args:
+        every: make a record for every n-th training batch of the fit; 0 for none.
+        every_seconds: leave out batches within this many seconds of the last one with a record.
+
+    Raises:
+        ValueError: `every` or `every_seconds` is negative or not a number.
+
+    Example:
+        >>> import torch
+        >>> from eventrain.callbacks import RecordCB
+        >>> from eventrain.engine import DataLoaders, TrainLearner
+        >>> class PrintCB(RecordCB):
+        ...     def write(self, record):
+        ...         print(record["event"], record.get("epoch"), record.get("iter"))
+        >>> batches = [(torch.ones(2, 3), torch.zeros(2, 1))] * 4
+        >>> learner = TrainLearner(torch.nn.Linear(3, 1), DataLoaders(batches))
+        >>> result = learner.run(1, valid=False, cbs=PrintCB(every=2))
+        fit_started None None
+        batch 0 1
+        batch 0 3
+        epoch 0 None
+        fit_ended None None
+    """
+
+    observes = (BeforeFit, BeforeEpoch, AfterBatch, CleanupEpoch, CleanupFit)
+    buffer = 100_000  # beginnings and ends must not be lost, however long the host is busy
+
+    def __init__(self, every: int = 100, every_seconds: float = 0) -> None:
+        check_sampling(every, every_seconds)
+        self.every = every
+        self.every_seconds = every_seconds
+
+    @abstractmethod
+    def write(self, record: dict[str, Any]) -> Awaitable[Any] | None:
+        """Report one record. May be an `async def`."""
+
+    def watcher(self, event: Event) -> Watcher:
+        """The object that makes the records of one fit, and passes them to `write`."""
+        return RecordWatcher(self.write, self.every, self.every_seconds)
+
+
+class RecordWatcher:
+    """Makes the records of one fit, and passes them to `write`.
+
+    `wants` runs in the training thread: it chooses the batches, and starts to copy their losses to
+    the host. `observe` runs on the event loop.
+    """
+
+    def __init__(
+        self,
+        write: Callable[[dict[str, Any]], Awaitable[Any] | None],
+        every: int,
+        every_seconds: float,
+    ) -> None:
+        self._write = write
+        self._sampler = Sampler(every, every_seconds)
+        self._losses: dict[tuple[int, int], PendingScalar | None] = {}
+        self._fit_began: float | None = None
+        self._epoch_began: float | None = None
+        self._last_time = 0.0
+        self._last_n_samples = 0
+
+    def wants(self, event: Event) -> bool:
+        """Whether the event leads to a record, or begins something that has one."""
+        if not isinstance(event, AfterBatch):
+            return True
+        if not event.training or not self._sampler.takes_next():
+            return False
+        self._losses[event.epoch, event.iter] = pending_loss(event)
+        return True
+
+    def observe(self, event: Event) -> Awaitable[Any] | None:
+        """Write the record of an event."""
+        match event:
+            case BeforeFit():
+                self._fit_began = event.time
+                return self._record(event, "fit_started", {"n_epochs": event.n_epochs})
+            case BeforeEpoch():
+                self._epoch_began = self._last_time = event.time
+                self._last_n_samples = 0
+            case AfterBatch():
+                return self._record(event, "batch", self._batch_fields(event))
+            case CleanupEpoch():
+                seconds = event.time - (self._epoch_began or event.time)
+                self._epoch_began = None
+                return self._record(event, "epoch", _epoch_fields(event, seconds))
+            case CleanupFit():
+                seconds = event.time - (self._fit_began or event.time)
+                end = {**_end_fields(event.end), "seconds": seconds}
+                return self._record(event, "fit_ended", end)
+        return None
+
+    def _batch_fields(self, event: AfterBatch) -> dict[str, Any]:
+        n_samples = event.n_samples - self._last_n_samples
+        seconds = event.time - self._last_time
+        self._last_time, self._last_n_samples = event.time, event.n_samples
+        # If the loss has not arrived yet, the event loop waits for it here.
+        loss = self._losses.pop((event.epoch, event.iter))
+        return {
+            "phase": event.phase,
+            "epoch": event.epoch,
+            "iter": event.iter,
+            "n_iter": event.n_iter,
+            "loss": None if loss is None else loss.get(wait=True),
+            "lr": None if event.lr is None else float(event.lr),
+            "samples_per_second": _rate(n_samples, seconds),
+        }
+
+    def _record(self, event: Event, name: str, fields: dict[str, Any]) -> Awaitable[Any] | None:
+        nonfinite: dict[str, str] = {}
+        fields = {key: to_jsonable(value, key, nonfinite) for key, value in fields.items()}
+        if nonfinite:
+            fields["nonfinite"] = nonfinite
+        when = datetime.fromtimestamp(event.time, UTC).isoformat(timespec="milliseconds")
+        first = {"event": name, "schema_version": SCHEMA_VERSION, "timestamp": when}
+        return self._write({**first, "run_id": event.run_id, **fields})
+
+
+def _epoch_fields(event: CleanupEpoch, seconds: float) -> dict[str, Any]:
+    return {
+        "phase": event.phase,
+        "epoch": event.epoch,
+        **_end_fields(event.end),
+        "metrics": event.metrics,
+        "seconds": seconds,
+        "samples": event.n_samples,
+        "samples_per_second": _rate(event.n_samples, seconds),
+    }
+
+
+def _end_fields(end: ScopeEnd) -> dict[str, Any]:
+    if end.status == "completed":
+        return {"status": end.status}
+    return {"status": end.status, "who": end.who, "reason": end.reason}
+
+
+def _rate(samples: int, seconds: float) -> float | None:
+    return samples / seconds if seconds > 0 else None

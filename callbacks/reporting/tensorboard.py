@@ -1,0 +1,199 @@
+"""The run as TensorBoard scalars, one folder a fit."""
+
+from __future__ import annotations
+
+import os
+import re
+import weakref
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import datetime
+from hashlib import sha256
+from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
+
+import anyio
+import anyio.to_thread
+
+from ...events import AfterBatch, Callback, CleanupFit, Event, Watcher
+from ._sampling import check_sampling
+from .jsonable import numbers
+from .records import RecordCB, RecordWatcher
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+FLUSH_SECONDS = 5
+"""Seconds after which what was written can be seen; as often as TensorBoard looks."""
+
+
+class TensorBoardCB(Callback):
+    """Writes batches and epochs as scalars for TensorBoard.
+
+    It observes: what is written on the host's event loop goes into a queue (about 10 us a
+    number); a thread of the writer's own brings it to the disk. Files are made at the start
+    of a fit and closed at its end, however it ends, in a worker thread.
+
+    | tag | step |
+    |---|---|
+    | `batch/loss`, `batch/lr`, `batch/samples_per_second` | training batches of the fit, from 0 |
+    | `loss/train`, `loss/valid`, `accuracy/valid`, ... | the epoch, from 0 |
+
+    Written for an epoch is each number that callbacks such as `MetricsCB` recorded in it; not
+    lists and texts, and no graphs, histograms or images. NaN and the infinities are kept, and
+    all numbers have single precision. Wall times are when the event was emitted.
+
+    The step of a batch is `epoch * n_iter + iter`. Where a loader has no length, or a shorter
+    one than before, the batches are counted on.
+
+    Args:
+        log_dir: the folder for `tensorboard --logdir`. Each fit gets one in it, named by its
+            `run_id`. An id that makes no plain name (of letters, digits, "_", and "-" and "."
+            in between) gets "_" for the rest and a digest, and never leaves `log_dir`.
+        every: write every n-th training batch; 0 for none.
+        every_seconds: and not before this many seconds after the last one written.
+
+    Raises:
+        ImportError: tensorboard is not installed.
+        TypeError: `log_dir` is no path.
+        ValueError: `log_dir` is empty or a file; `every` or `every_seconds` is negative.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from pathlib import Path
+        >>> from eventrain.callbacks import TensorBoardCB
+        >>> from eventrain.engine import DataLoaders, TrainLearner
+        >>> batches = [(torch.ones(2, 3), torch.zeros(2, 1))] * 4
+        >>> learner = TrainLearner(torch.nn.Linear(3, 1), DataLoaders(batches))
+        >>> with tempfile.TemporaryDirectory() as log_dir:
+        ...     result = learner.run(1, valid=False, cbs=TensorBoardCB(log_dir), run_id="first")
+        ...     for file in Path(log_dir).rglob("*"):
+        ...         print(file.relative_to(log_dir).as_posix())
+        first
+        first/events.out.tfevents...
+    """
+
+    observes = RecordCB.observes
+    buffer = RecordCB.buffer
+
+    def __init__(
+        self, log_dir: str | os.PathLike[str], *, every: int = 10, every_seconds: float = 0
+    ) -> None:
+        check_sampling(every, every_seconds)
+        self.log_dir = _checked(log_dir)
+        self.every = every
+        self.every_seconds = every_seconds
+        _summary_writer()
+        self._fits: WeakSet[_FitFiles] = WeakSet()
+
+    def watcher(self, event: Event) -> Watcher:
+        """The object that writes the files of one fit."""
+        fit = _FitFiles(self, event.run_id)
+        self._fits.add(fit)
+        return fit
+
+    def close(self) -> None:
+        """Flush and close all files, and end the threads of the writers.
+
+        Happens by itself at the end of a fit, when the observer fails, at the beginning of the
+        learner's next fit, and when this object is collected. Closing again is harmless.
+        """
+        for fit in list(self._fits):
+            fit.close()
+
+
+class _FitFiles(RecordWatcher):
+    """The files of one fit, and the steps of its batches."""
+
+    def __init__(self, callback: TensorBoardCB, run_id: str) -> None:
+        super().__init__(self._add_scalars, callback.every, callback.every_seconds)
+        self._folder = os.path.join(callback.log_dir, _folder(run_id))
+        self._first_steps: dict[int, int] = {}  # the step of the first batch, by epoch
+        self._next_step = 0
+        self._step = 0
+        self._writer: SummaryWriter | None = None
+        self._close: Callable[[], object] | None = None
+
+    def wants(self, event: Event) -> bool:
+        if isinstance(event, AfterBatch) and event.training:
+            first = self._first_steps.get(event.epoch)
+            if first is None:
+                first = max(self._next_step, event.epoch * (event.n_iter or 0))
+                self._first_steps[event.epoch] = first
+            self._next_step = first + event.iter + 1
+        return super().wants(event)
+
+    async def observe(self, event: Event) -> None:
+        try:
+            if self._close is None:
+                await _in_thread(self._open)
+            if isinstance(event, AfterBatch):
+                self._step = self._first_steps[event.epoch] + event.iter
+            super().observe(event)
+            if isinstance(event, CleanupFit):
+                await _in_thread(self.close)
+        except BaseException:
+            with suppress(Exception):  # the first error is the one to raise
+                self.close()
+            raise
+
+    def _open(self) -> None:
+        # The queue has no bound: a full one would block the host's event loop.
+        self._writer = _summary_writer()(self._folder, max_queue=0, flush_secs=FLUSH_SECONDS)
+        self._close = weakref.finalize(self, self._writer.close)
+
+    def close(self) -> None:
+        self._writer = None
+        if self._close is not None:
+            self._close()
+
+    def _add_scalars(self, record: dict[str, Any]) -> None:
+        """Queue the numbers of a record for the files."""
+        if record["event"] == "batch":
+            step, found = self._step, numbers(record)
+            keys = ("loss", "lr", "samples_per_second")
+            scalars = {f"batch/{key}": found[key] for key in keys if key in found}
+        elif record["event"] == "epoch":
+            step, phase = record["epoch"], record["phase"]
+            found = numbers(record, "metrics")
+            scalars = {f"{name}/{phase}": value for name, value in found.items()}
+        else:
+            return
+        assert self._writer is not None
+        walltime = datetime.fromisoformat(record["timestamp"]).timestamp()
+        for tag, value in scalars.items():
+            self._writer.add_scalar(tag, value, step, walltime)
+
+
+async def _in_thread(function: Callable[[], None]) -> None:
+    # With a limiter of its own: the host's may have no thread to spare for long.
+    await anyio.to_thread.run_sync(function, limiter=anyio.CapacityLimiter(1))
+
+
+def _summary_writer() -> type[SummaryWriter]:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as exc:
+        raise ImportError(
+            "TensorBoardCB needs tensorboard: pip install 'eventrain[tensorboard]'"
+        ) from exc
+    return SummaryWriter
+
+
+def _checked(log_dir: Any) -> str:
+    path = os.fspath(log_dir)
+    if not isinstance(path, str):
+        raise TypeError(f"log_dir={log_dir!r}: give a path as text")
+    if not path:
+        raise ValueError("log_dir='': give the folder that TensorBoard is to show")
+    if os.path.exists(path) and not os.path.isdir(path):
+        raise ValueError(f"log_dir={path!r} is no folder")
+    return path
+
+
+def _folder(run_id: str) -> str:
+    """A folder's name for any text: never hidden, a parent, or shared by two."""
+    if re.fullmatch(r"\w([\w.-]{0,98}\w)?", run_id, re.ASCII):
+        return run_id
+    digest = sha256(run_id.encode(errors="surrogatepass")).hexdigest()[:8]
+    return f"{re.sub(r'[^a-zA-Z0-9_-]', '_', run_id)[:80]}-{digest}"

@@ -1,0 +1,119 @@
+"""Ends a fit whose numbers have stopped improving."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+from ...events import BeforeEpoch, BeforeFit, Callback, CancelFitException, CleanupEpoch
+from .._monitor import check_monitor, is_training, monitored
+
+
+class EarlyStoppingCB(Callback):
+    """Ends the fit when a number of its epochs has not improved for so many of them.
+
+    It looks at the numbers that callbacks such as MetricsCB put into `learner.record`: those of
+    every completed validating epoch, or of every training epoch where the fit does not validate.
+    NaN is no improvement. Every fit begins anew; a resumed one goes on where it was, and ends
+    again if it had ended. `validate()` and the learning-rate finder are left alone.
+
+    Args:
+        monitor: the name of the number.
+        mode: "min" where less is better, "max" where more is.
+        patience: epochs in a row without improvement that end the fit.
+        min_delta: only what is better by more than this is an improvement.
+
+    Attributes:
+        best: the best number of this fit so far, or of the last one; None before the first.
+        best_epoch: the epoch it was in, from 0.
+
+    Raises:
+        ValueError: a bad argument; in the fit, no number of that name.
+        TypeError: in the fit, what has that name is no number.
+
+    Example:
+        >>> import torch
+        >>> from eventrain.callbacks import EarlyStoppingCB, MetricsCB
+        >>> from eventrain.engine import DataLoaders, TrainLearner
+        >>> batches = [(torch.ones(2, 3), torch.zeros(2, 1))] * 4
+        >>> cbs = [MetricsCB(), EarlyStoppingCB("loss", patience=2, min_delta=1e6)]
+        >>> learner = TrainLearner(torch.nn.Linear(3, 1), DataLoaders(batches, batches), cbs=cbs)
+        >>> result = learner.run(10)
+        >>> result.epochs, result.reason
+        (3, 'loss has not improved by more than 1e+06 for 2 epochs: its best is ..., in epoch 0')
+
+    Source: Keras's `EarlyStopping`.
+    """
+
+    order = 1  # after metrics
+
+    def __init__(
+        self,
+        monitor: str = "loss",
+        mode: Literal["min", "max"] = "min",
+        patience: int = 3,
+        min_delta: float = 0.0,
+    ) -> None:
+        if mode not in ("min", "max"):
+            raise ValueError(f"mode={mode!r}: choose 'min' or 'max'")
+        if isinstance(patience, bool) or not isinstance(patience, int) or patience < 1:
+            raise ValueError(f"patience={patience!r}: give a number of epochs, 1 or more")
+        if not isinstance(min_delta, int | float) or not 0 <= min_delta < math.inf:
+            raise ValueError(f"min_delta={min_delta!r}: give a finite number, 0 or more")
+        self.monitor = check_monitor(monitor)
+        self.mode = mode
+        self.patience = patience
+        self.min_delta = min_delta
+        self._begin()
+
+    def _begin(self) -> None:
+        self.best: float | None = None
+        self.best_epoch: int | None = None
+        self._waited = 0
+
+    def before_fit(self, event: BeforeFit) -> None:
+        if is_training(event.learner):
+            self._begin()
+
+    def before_epoch(self, event: BeforeEpoch) -> None:
+        if is_training(event.learner):
+            self._end_if_due()  # it was due when the state was saved that this fit is resumed with
+
+    def cleanup_epoch(self, event: CleanupEpoch) -> None:
+        value = monitored(event, self.monitor)
+        if value is None:
+            return
+        if self._improves(value):
+            self.best, self.best_epoch, self._waited = value, event.epoch, 0
+        else:
+            self._waited += 1
+        self._end_if_due()
+
+    def _improves(self, value: float) -> bool:
+        if self.best is None or math.isnan(value):
+            return not math.isnan(value)
+        if self.mode == "min":
+            return value < self.best - self.min_delta
+        return value > self.best + self.min_delta
+
+    def _end_if_due(self) -> None:
+        if self._waited < self.patience:
+            return
+        by = f" by more than {self.min_delta:g}" if self.min_delta else ""
+        epochs = f"{self._waited} epoch{'s' if self._waited > 1 else ''}"
+        best = (
+            "it was nan in all of them"
+            if self.best is None
+            else f"its best is {self.best:.6g}, in epoch {self.best_epoch}"
+        )
+        raise CancelFitException(f"{self.monitor} has not improved{by} for {epochs}: {best}")
+
+    def state_dict(self) -> dict[str, Any]:
+        """The best so far, and for how long there was no better."""
+        return {"best": self.best, "best_epoch": self.best_epoch, "waited": self._waited}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go back to what `state_dict` returned."""
+        self.best = state["best"]
+        self.best_epoch = state["best_epoch"]
+        self._waited = state["waited"]

@@ -1,0 +1,30 @@
+"""Run only the first part of a fit, to see whether everything works."""
+
+from __future__ import annotations
+
+from ...events import AfterBatch, AfterEpoch, Callback, CancelFitException
+
+
+class SingleBatchCB(Callback):
+    """Ends the fit after its first batch.
+
+    Source: the post's `SingleBatchCB`.
+    """
+
+    order = 1  # after metrics
+
+    def after_batch(self, event: AfterBatch) -> None:
+        raise CancelFitException("one batch was asked for")
+
+
+class SingleEpochCB(Callback):
+    """Ends the fit after its first epoch: training and, where asked for, validation.
+
+    Source: the post's `SingleEpochCB`, which never ends a fit without validation.
+    """
+
+    order = 1  # after metrics
+
+    def after_epoch(self, event: AfterEpoch) -> None:
+        if not event.training or not event.learner.validates:
+            raise CancelFitException("one epoch was asked for")

@@ -1,0 +1,114 @@
+"""Ends a fit whose loss or gradients are not finite, before they reach the weights."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from ...engine.loop.loss import check_scalar
+from ...events import AfterLoss, BeforeFit, BeforeStep, Callback, CancelFitException
+from ..training.accelerate import AccelerateCB
+from ..training.mixed import MixedTrainingCB
+
+
+class TerminateOnNaNCB(Callback):
+    """Ends the fit when a training loss, or a gradient that a step would use, is not finite.
+
+    The weights stay those of the step before, and the gradients are dropped. Where a
+    `GradScaler` is at work, gradients are its business: it skips such a step.
+
+    The host waits for the device twice in each batch that is looked at.
+
+    Args:
+        every: look at every n-th training batch, and at the gradients of the next step.
+
+    Raises:
+        ValueError: `every` is no positive integer.
+
+    Example:
+        >>> import torch
+        >>> from eventrain.callbacks import TerminateOnNaNCB
+        >>> from eventrain.engine import DataLoaders, TrainLearner
+        >>> batches = [(torch.ones(2, 3), torch.zeros(2, 1))] * 4
+        >>> batches[2] = (torch.ones(2, 3), torch.full((2, 1), float("inf")))
+        >>> model = torch.nn.Linear(3, 1)
+        >>> learner = TrainLearner(model, DataLoaders(batches), cbs=TerminateOnNaNCB())
+        >>> learner.run(1, valid=False).reason
+        'the loss is inf in batch 2 of epoch 0'
+
+    Source: Keras's `TerminateOnNaN`, which looks at the loss, after the step.
+    """
+
+    order = 65  # after unscaling (60), before clipping (70), which would spread what it finds
+
+    def __init__(self, every: int = 1) -> None:
+        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+            raise ValueError(f"every={every!r}: give a number of batches, 1 or more")
+        self.every = every
+        self._batches = 0
+        self._due = False
+
+    def before_fit(self, event: BeforeFit) -> None:
+        self._batches = 0
+        self._due = False
+
+    def after_loss(self, event: AfterLoss) -> None:
+        if not event.training:
+            return
+        self._batches += 1
+        if self._batches % self.every:
+            return
+        self._due = True
+        loss = check_scalar(event.learner.loss).item()  # the host waits for the device here
+        if not math.isfinite(loss):
+            raise CancelFitException(
+                f"the loss is {loss} in batch {event.iter} of epoch {event.epoch}"
+            )
+
+    def before_step(self, event: BeforeStep) -> None:
+        if not self._due:
+            return
+        self._due = False
+        learner = event.learner
+        if not any(map(_scales, learner.cbs)) and (found := _not_finite(learner.model)):
+            learner.opt.zero_grad()  # not ZeroGrad, which may keep some of them for the next fit
+            raise CancelFitException(f"{found}, in batch {event.iter} of epoch {event.epoch}")
+
+    def state_dict(self) -> dict[str, Any]:
+        """How many batches there were, and whether the gradients of the next step are due."""
+        return {"batches": self._batches, "due": self._due}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go back to what `state_dict` returned."""
+        self._batches = state["batches"]
+        self._due = state["due"]
+
+
+def _scales(callback: Callback) -> bool:
+    if isinstance(callback, AccelerateCB):
+        return callback.accelerator.scaler is not None
+    return isinstance(callback, MixedTrainingCB) and callback.scaler is not None
+
+
+def _not_finite(model: torch.nn.Module) -> str | None:
+    """Which gradients are not finite, in words."""
+    named = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
+    values = [_values(grad) for _, grad in named]
+    # The largest absolute value: of finite ones it is finite, where their 2-norm may overflow.
+    largest = torch.nn.utils.get_total_norm([v for v in values if v.numel()], math.inf)
+    if largest.isfinite():  # the host waits for the device here
+        return None
+    counts = [int((~v.isfinite()).sum()) for v in values]  # and here, once a parameter
+    bad = [(name, grad, n) for (name, grad), n in zip(named, counts, strict=True) if n]
+    if not bad:
+        return None  # of a complex number, the absolute value may overflow
+    (name, grad, n), *others = bad
+    plural = "s" if len(others) > 1 else ""
+    more = f" (nor that of {len(others)} other parameter{plural})" if others else ""
+    return f"the gradient of {name} is not finite in {n} of {grad.numel()} values{more}"
+
+
+def _values(grad: torch.Tensor) -> torch.Tensor:
+    return grad.coalesce().values() if grad.is_sparse else grad

@@ -1,0 +1,1 @@
+"""Callbacks that change how a batch is trained."""

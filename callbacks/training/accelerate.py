@@ -1,0 +1,149 @@
+"""Hugging Face Accelerate: its device placement, mixed precision and scaling."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from ...engine import DataLoaders
+from ...engine.loop.loss import check_loss
+from ...events import (
+    ActionEvent,
+    Backward,
+    BeforeEpoch,
+    BeforeFit,
+    BeforeStep,
+    CancelStepException,
+    CleanupFit,
+    CleanupStep,
+    Event,
+    Step,
+)
+from .mixed import rescale, unscale
+from .train import TrainCB
+
+
+class AccelerateCB(TrainCB):
+    """Trains through an `accelerate.Accelerator`.
+
+    Model, optimizer and loaders are prepared by it for the length of the fit, and are the
+    learner's own again afterwards. It performs Backward and Step; the other actions only on a
+    learner that has no method for them, as a plain `Learner` does not. A step skipped for
+    overflow cancels the step scope, as with `MixedTrainingCB`.
+
+    Args:
+        mixed_precision: "no", "fp16" or "bf16"; by default fp16 where there is CUDA, as in the
+            post, and "no" elsewhere.
+        kwargs: further arguments of `Accelerator`.
+
+    Attributes:
+        accelerator: the `accelerate.Accelerator`.
+
+    Raises:
+        ImportError: accelerate is not installed.
+
+    Source: the post's `AccelerateCB`.
+    """
+
+    order = 60  # where MixedTrainingCB is: one of the two scales, never both
+
+    def __init__(self, mixed_precision: str | None = None, **kwargs: Any) -> None:
+        try:
+            from accelerate import Accelerator
+        except ImportError as exc:
+            raise ImportError(
+                "AccelerateCB needs accelerate: pip install 'eventrain[accelerate]'"
+            ) from exc
+        if mixed_precision is None:
+            mixed_precision = "fp16" if torch.cuda.is_available() else "no"
+        self.accelerator = Accelerator(mixed_precision=mixed_precision, **kwargs)
+        self._own: tuple[Any, Any, Any] | None = None
+        self._marks: dict[str, Any] = {}
+        self._scaled = self._unscaled = self._updated = False
+
+    def receivers(self, learner: Any) -> Iterator[tuple[type[Event], Callable[[Any], Any]]]:
+        """As any callback; of the actions, only those it must perform."""
+        for event_type, method in super().receivers(learner):
+            own = issubclass(event_type, ActionEvent) and hasattr(learner, event_type.hook)
+            if not own or event_type in (Backward, Step):
+                yield event_type, method
+
+    def before_fit(self, event: BeforeFit) -> None:
+        learner = event.learner
+        self._own = learner.model, learner.opt, learner.dls
+        self._marks = {
+            key: vars(learner.model)[key] for key in _MARKS if key in vars(learner.model)
+        }
+        self._unscaled = self._updated = False
+        learner.model = self._prepare(learner.model)
+        learner.opt = self._prepare(learner.opt)
+        learner.dls = DataLoaders(
+            *(self._prepare(getattr(learner.dls, name, None)) for name in ("train", "valid"))
+        )
+        if self.accelerator.scaler is not None:
+            rescale(learner.model, self.accelerator.scaler)
+            self._scaled = True
+
+    def _prepare(self, x: Any) -> Any:
+        return None if x is None else self.accelerator.prepare(x)
+
+    def before_epoch(self, event: BeforeEpoch) -> None:
+        if hasattr(event.learner.dl, "iteration"):
+            # Its loaders seed their samplers by how often they were read to the end: in a resumed
+            # fit, or after an epoch that was left, not by the epoch.
+            event.learner.dl.iteration = event.epoch
+
+    def backward(self, event: Backward) -> None:
+        self.accelerator.backward(check_loss(event.learner.loss))
+
+    def before_step(self, event: BeforeStep) -> None:
+        if self.accelerator.scaler is not None:
+            self.accelerator.unscale_gradients(event.learner.opt)
+            self._unscaled = True
+
+    def step(self, event: Step) -> None:
+        event.learner.opt.step()
+        self._updated = True
+        if self.accelerator.optimizer_step_was_skipped:
+            event.learner.opt.zero_grad()
+            raise CancelStepException("gradients overflowed: step skipped by accelerate")
+
+    def cleanup_step(self, event: CleanupStep) -> None:
+        scaler = self.accelerator.scaler
+        if scaler is None or not self._unscaled:
+            return
+        if not self._updated:  # another receiver cancelled the step
+            scaler.update()
+        rescale(event.learner.model, scaler)
+        self._unscaled = self._updated = False
+
+    def cleanup_fit(self, event: CleanupFit) -> None:
+        if self._own is None:
+            return
+        learner = event.learner
+        if self._scaled:
+            unscale(learner.model, self.accelerator.scaler)
+            self._scaled = False
+        self.accelerator.unwrap_model(learner.model, keep_fp32_wrapper=False)
+        self.accelerator.free_memory()  # it holds on to all that it prepared
+        learner.model, learner.opt, learner.dls = self._own
+        self._own = None
+        for key in _MARKS:
+            vars(learner.model).pop(key, None)
+        vars(learner.model).update(self._marks)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The scaler's state, if there is one."""
+        scaler = self.accelerator.scaler
+        return {} if scaler is None else {"scaler": scaler.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go back to what `state_dict` returned."""
+        if self.accelerator.scaler is not None and "scaler" in state:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+
+
+_MARKS = ("forward", "_original_forward", "_is_accelerate_prepared")
+"""What `prepare` leaves in a model; with the last, the next one would not prepare it again."""

@@ -1,0 +1,41 @@
+"""Gradient clipping by norm."""
+
+from __future__ import annotations
+
+import torch
+
+from ...events import BeforeStep, Callback
+
+
+class GradientClippingCB(Callback):
+    """Scales the gradients down to a norm of at most `max_norm` before each optimizer step.
+
+    It sees what the step will use: accumulated over all micro-batches, and unscaled in mixed
+    precision.
+
+    Args:
+        max_norm: the largest norm allowed.
+        norm_type: the p of the p-norm; `inf` for the largest absolute value.
+
+    Attributes:
+        total_norm: the norm before clipping, on the device; None before the first step.
+
+    Raises:
+        ValueError: `max_norm` is not positive.
+
+    Source: the post's `GradientClippingCB`, on `torch.nn.utils.clip_grad_norm_`.
+    """
+
+    order = 70  # after accumulation (50) and unscaling (60)
+
+    def __init__(self, max_norm: float = 1.0, norm_type: float = 2.0) -> None:
+        if not max_norm > 0:
+            raise ValueError(f"max_norm={max_norm!r}: give a positive number")
+        self.max_norm = max_norm
+        self.norm_type = norm_type
+        self.total_norm: torch.Tensor | None = None
+
+    def before_step(self, event: BeforeStep) -> None:
+        self.total_norm = torch.nn.utils.clip_grad_norm_(
+            event.learner.model.parameters(), self.max_norm, self.norm_type
+        )

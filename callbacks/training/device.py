@@ -1,0 +1,66 @@
+"""Move the model and the batches to a device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ...engine.data.containers import has_to, map_tensors
+from ...events import BeforeBatch, BeforeFit, Callback
+
+def_device = (
+    "mps" if torch.backends.mps.is_available() else "cuda" if torch.cuda.is_available() else "cpu"
+)
+"""The device of this machine: "mps", "cuda" or "cpu"."""
+
+
+def to_device(x: Any, device: str | torch.device = def_device, non_blocking: bool = False) -> Any:
+    """Move every tensor in `x`, and everything else that has a `.to()`, to a device.
+
+    Args:
+        x: tensors and such, alone or nested in containers.
+        device: where to.
+        non_blocking: do not wait for the copy; worth it from pinned memory.
+
+    Source: the post's `to_device`.
+    """
+
+    def move(x: Any) -> Any:
+        if isinstance(x, torch.Tensor):
+            return x.to(device, non_blocking=non_blocking)
+        return x.to(device)  # a packed sequence, a tokenizer's encoding
+
+    return map_tensors(x, move, leaf=has_to)
+
+
+def to_cpu(x: Any) -> Any:
+    """Detach every tensor in `x` and copy it to the CPU. The host waits for the device.
+
+    Source: the post's `to_cpu`.
+    """
+    return map_tensors(x, lambda t: t.detach().cpu())
+
+
+class DeviceCB(Callback):
+    """Moves the model before the fit, and each batch before it is used.
+
+    Args:
+        device: where to; by default what `def_device` found.
+        non_blocking: whether the copy of a batch may run beside the host.
+
+    Source: the post's `DeviceCB`.
+    """
+
+    order = -20
+
+    def __init__(self, device: str | torch.device = def_device, non_blocking: bool = False) -> None:
+        self.device = torch.device(device)
+        self.non_blocking = non_blocking
+
+    def before_fit(self, event: BeforeFit) -> None:
+        event.learner.model.to(self.device)
+
+    def before_batch(self, event: BeforeBatch) -> None:
+        learner = event.learner
+        learner.batch = to_device(learner.batch, self.device, self.non_blocking)

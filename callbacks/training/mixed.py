@@ -1,0 +1,161 @@
+"""Mixed precision: autocast, and gradient scaling where float16 needs it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from ...engine.loop.loss import check_loss
+from ...events import (
+    AfterLoss,
+    Backward,
+    BeforeBatch,
+    BeforeFit,
+    BeforeStep,
+    Callback,
+    CancelStepException,
+    CleanupBatch,
+    CleanupFit,
+    CleanupStep,
+    Event,
+    Step,
+)
+from .device import def_device
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class MixedTrainingCB(Callback):
+    """Runs prediction and loss under autocast; with float16 it scales the loss, too.
+
+    With float16 it performs Backward and Step: the loss is scaled, and gradients are unscaled
+    before the step, so that clipping and logging (`before_step`) and momentum see true ones.
+    A step with infinite or NaN gradients is skipped: it cancels the step scope, so that
+    `CleanupStep.end` tells of it, with the scale, and no `AfterStep` is emitted. With bfloat16
+    no scaler is needed, and who performs Backward and Step stays who it was.
+
+    Args:
+        dtype: "fp16" or "bf16", or torch's dtypes; by default fp16 where there is CUDA, as in
+            the post, and bf16 elsewhere.
+        init_scale: the scaler's first factor; it is halved by every skipped step, and doubled
+            after 2,000 in a row without.
+
+    Attributes:
+        scaler: the `torch.amp.GradScaler` of this fit; None without one.
+        skipped_steps: how many steps of this fit were skipped.
+
+    Raises:
+        ValueError: another dtype.
+
+    Source: the post's `MixedTrainingCB`; torch's recipe for automatic mixed precision.
+    """
+
+    order = 60  # after accumulation (50), before clipping (70)
+
+    def __init__(self, dtype: torch.dtype | str | None = None, init_scale: float = 65536.0) -> None:
+        if dtype is None:
+            dtype = torch.float16 if def_device == "cuda" else torch.bfloat16
+        if dtype not in {*_DTYPES, *_DTYPES.values()}:
+            raise ValueError(f"dtype={dtype!r}: choose 'fp16' or 'bf16'")
+        self.dtype = _DTYPES[dtype] if isinstance(dtype, str) else dtype
+        self.init_scale = init_scale
+        self.scaler: torch.amp.GradScaler | None = None
+        self.skipped_steps = 0
+        self._device = "cpu"
+        self._autocast: torch.autocast | None = None
+        self._scaled = self._unscaled = self._updated = False
+
+    def receivers(self, learner: Any) -> Iterator[tuple[type[Event], Callable[[Any], Any]]]:
+        """As any callback; but the actions are only taken over for a scaler."""
+        for event_type, method in super().receivers(learner):
+            if self.dtype == torch.float16 or event_type not in (Backward, Step):
+                yield event_type, method
+
+    def before_fit(self, event: BeforeFit) -> None:
+        model = event.learner.model
+        self._device = next((p.device.type for p in model.parameters()), "cpu")
+        self._unscaled = self._updated = False
+        self.skipped_steps = 0
+        if self.dtype == torch.float16:
+            self.scaler = torch.amp.GradScaler(self._device, init_scale=self.init_scale)
+            rescale(model, self.scaler)
+            self._scaled = True
+
+    def before_batch(self, event: BeforeBatch) -> None:
+        self._autocast = torch.autocast(self._device, dtype=self.dtype)
+        self._autocast.__enter__()
+
+    def after_loss(self, event: AfterLoss) -> None:
+        self._close()
+
+    def cleanup_batch(self, event: CleanupBatch) -> None:
+        self._close()  # if the batch was left before its loss
+
+    def _close(self) -> None:
+        if self._autocast is not None:
+            self._autocast.__exit__(None, None, None)
+            self._autocast = None
+
+    def backward(self, event: Backward) -> None:
+        assert self.scaler is not None
+        self.scaler.scale(check_loss(event.learner.loss)).backward()
+
+    def before_step(self, event: BeforeStep) -> None:
+        if self.scaler is not None:
+            self.scaler.unscale_(event.learner.opt)
+            self._unscaled = True
+
+    def step(self, event: Step) -> None:
+        assert self.scaler is not None
+        # The host waits for the device here: the scaler asks whether any gradient overflowed.
+        before = self.scaler.get_scale()
+        self.scaler.step(event.learner.opt)
+        self.scaler.update()
+        self._updated = True
+        after = self.scaler.get_scale()
+        if after < before or after == 0:  # no scale is left, and all is NaN
+            self.skipped_steps += 1
+            event.learner.opt.zero_grad()  # not ZeroGrad, which may keep some of what overflowed
+            raise CancelStepException(
+                f"gradients overflowed: step skipped, scale {before:g} -> {after:g}"
+            )
+
+    def cleanup_step(self, event: CleanupStep) -> None:
+        if self.scaler is None or not self._unscaled:
+            return
+        if not self._updated:  # another receiver cancelled the step
+            self.scaler.update()
+        rescale(event.learner.model, self.scaler)
+        self._unscaled = self._updated = False
+
+    def cleanup_fit(self, event: CleanupFit) -> None:
+        if self.scaler is not None and self._scaled:  # not where the fit ended before ours began
+            unscale(event.learner.model, self.scaler)
+            self._scaled = False
+
+    def state_dict(self) -> dict[str, Any]:
+        """The count of skipped steps and, if there is one, the scaler's state."""
+        scaler = {} if self.scaler is None else {"scaler": self.scaler.state_dict()}
+        return {"skipped_steps": self.skipped_steps, **scaler}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go back to what `state_dict` returned."""
+        self.skipped_steps = state.get("skipped_steps", 0)
+        if self.scaler is not None and "scaler" in state:
+            self.scaler.load_state_dict(state["scaler"])
+
+
+def rescale(model: torch.nn.Module, scaler: torch.amp.GradScaler) -> None:
+    """Scale gradients that were kept, for momentum say: the next backward adds scaled ones."""
+    for p in model.parameters():
+        if p.grad is not None:
+            p.grad = scaler.scale(p.grad)
+
+
+def unscale(model: torch.nn.Module, scaler: torch.amp.GradScaler) -> None:
+    """Undo `rescale`, at the end of a fit."""
+    for p in model.parameters():
+        if p.grad is not None:
+            p.grad /= scaler.get_scale()

@@ -1,0 +1,173 @@
+"""A learning-rate scheduler of torch, stepped where it belongs."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any, Literal
+
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from ...events import AfterStep, BeforeEpoch, BeforeFit, Callback, CleanupEpoch, CleanupFit
+from .._monitor import check_monitor, is_training, monitored
+
+
+class SchedulerCB(Callback):
+    """Steps a learning-rate scheduler after every optimizer step, or every epoch that trained.
+
+    Every fit makes its own, for its own optimizer; one that is kept (`opt_func=None`) has its
+    learning rate and other options back afterwards. Steps that accumulation leaves out, or that
+    overflowed, do not count, nor do epochs without a step. `validate()` and the learning-rate
+    finder are left alone.
+
+    Args:
+        make: called as `make(opt)`, returns a scheduler of `torch.optim.lr_scheduler`, or
+            anything with `step`, `state_dict` and `load_state_dict`.
+        every: "step" or "epoch".
+        monitor: for `ReduceLROnPlateau`: the name of the number that it is stepped with, of
+            every validating epoch, or of every training epoch where the fit does not validate.
+
+    Attributes:
+        scheduler: that of this fit, or of the last one; None before the first.
+
+    Raises:
+        TypeError: `make` is no function; in the fit, what it returns is no scheduler.
+        ValueError: another `every`, or a `monitor` missing or out of place; in the fit, no number
+            of that name.
+
+    Example:
+        >>> import torch
+        >>> from eventrain.callbacks import SchedulerCB
+        >>> from eventrain.engine import DataLoaders, TrainLearner
+        >>> from eventrain.events import BeforeStep
+        >>> from torch.optim.lr_scheduler import StepLR
+        >>> batches = [(torch.ones(2, 3), torch.zeros(2, 1))] * 2
+        >>> schedule = SchedulerCB(lambda opt: StepLR(opt, 1, gamma=0.5), every="epoch")
+        >>> learner = TrainLearner(torch.nn.Linear(3, 1), DataLoaders(batches), cbs=schedule)
+        >>> _ = learner.subscribe(BeforeStep, lambda event: print(event.lr))
+        >>> result = learner.run(2, valid=False)
+        0.1
+        0.1
+        0.05
+        0.05
+
+    Source: fastai's miniai, `BaseSchedCB`.
+    """
+
+    order = 10  # after metrics; before AccelerateCB (60) wraps the optimizer
+
+    def __init__(
+        self,
+        make: Callable[[Any], Any],
+        every: Literal["step", "epoch"] = "step",
+        monitor: str | None = None,
+    ) -> None:
+        if not callable(make):
+            raise TypeError(
+                f"make={make!r}: give a function of the optimizer, such as"
+                " lambda opt: StepLR(opt, 10): every fit has an optimizer of its own"
+            )
+        if every not in ("step", "epoch"):
+            raise ValueError(f"every={every!r}: choose 'step' or 'epoch'")
+        if monitor is not None and check_monitor(monitor) and every == "step":
+            raise ValueError(f"monitor={monitor!r}: it is known once an epoch: add every='epoch'")
+        self.make = make
+        self.every = every
+        self.monitor = monitor
+        self.scheduler: Any = None
+        self._runs = False
+        self._stepped = False  # the optimizer, since the last epoch that counted
+        self._left = False  # an epoch that counts if the fit goes on
+        self._kept: list[dict[str, Any]] | None = None
+
+    def before_fit(self, event: BeforeFit) -> None:
+        learner = event.learner
+        self._runs = is_training(learner)
+        if not self._runs:
+            return
+        self._stepped = self._left = False
+        others = [cb for cb in learner.cbs if isinstance(cb, SchedulerCB)]
+        if learner.opt_func is None and not any(cb._kept for cb in others):
+            self._kept = [_options(group) for group in learner.opt.param_groups]
+        self.scheduler = self._make(learner.opt)
+
+    def _make(self, opt: Any) -> Any:
+        try:
+            scheduler = self.make(opt)
+        except Exception as exc:
+            exc.add_note(f"raised by make={self.make!r}, called as make(opt)")
+            raise
+        for method in ("step", "state_dict", "load_state_dict"):
+            if not callable(getattr(scheduler, method, None)):
+                raise TypeError(
+                    f"make={self.make!r} returned {scheduler!r}, which has no {method}()"
+                )
+        if getattr(scheduler, "optimizer", opt) is not opt:
+            raise ValueError(
+                f"make={self.make!r} returned the scheduler of another optimizer: make one for"
+                " the optimizer that it is given"
+            )
+        name = type(scheduler).__qualname__
+        if isinstance(scheduler, ReduceLROnPlateau):
+            if self.monitor is None:
+                raise ValueError(
+                    f"{name} is stepped with a number: add every='epoch', monitor='loss'"
+                )
+        elif isinstance(scheduler, LRScheduler) and self.monitor is not None:
+            raise ValueError(f"monitor={self.monitor!r}: {name} is stepped without a number")
+        return scheduler
+
+    def after_step(self, event: AfterStep) -> None:
+        self._stepped = True
+        if self._runs and self.every == "step":
+            self.scheduler.step()
+
+    def before_epoch(self, event: BeforeEpoch) -> None:
+        if self._runs and self._left:
+            self._end_epoch()
+
+    def cleanup_epoch(self, event: CleanupEpoch) -> None:
+        if not self._runs or self.every == "step":
+            return
+        if self.monitor is not None:
+            number = monitored(event, self.monitor)
+            if number is not None:
+                self.scheduler.step(number)
+        elif event.training and self._stepped:  # torch warns where the optimizer never stepped
+            # One that was left may be taken up again, if the fit ends with it and is resumed.
+            self._left = event.end.status != "completed"
+            if not self._left:
+                self._end_epoch()
+
+    def _end_epoch(self) -> None:
+        self._stepped = self._left = False
+        self.scheduler.step()
+
+    def cleanup_fit(self, event: CleanupFit) -> None:
+        self._runs = False
+        if self._kept is not None:
+            for group, options in zip(event.learner.opt.param_groups, self._kept, strict=False):
+                for added in _options(group).keys() - options.keys():
+                    del group[added]
+                group.update(options)
+            self._kept = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The scheduler's state, and whether its next step is due at the end of this epoch."""
+        scheduler = None if self.scheduler is None else self.scheduler.state_dict()
+        return copy.deepcopy({"scheduler": scheduler, "stepped": self._stepped, "left": self._left})
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go back to what `state_dict` returned."""
+        self._stepped, self._left = state["stepped"], state["left"]
+        if self.scheduler is None or state["scheduler"] is None:
+            return
+        self.scheduler.load_state_dict(copy.deepcopy(state["scheduler"]))
+        if self._stepped and isinstance(self.scheduler, LRScheduler):
+            # Torch warns of a scheduler stepped first, and cannot know of the steps before.
+            opt: Any = self.scheduler.optimizer
+            opt._opt_called = True
+
+
+def _options(group: dict[str, Any]) -> dict[str, Any]:
+    return copy.deepcopy({key: value for key, value in group.items() if key != "params"})

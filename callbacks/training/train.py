@@ -1,0 +1,46 @@
+"""The five actions as a callback, for a plain `Learner`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ...engine import TrainLearner
+from ...events import Backward, Callback, GetLoss, Predict, Step, ZeroGrad
+
+_METHODS: Any = TrainLearner  # Any, because they work on every learner
+
+
+class TrainCB(Callback):
+    """Performs what `TrainLearner` has as methods.
+
+    It is the last in order: any other callback that performs one of the actions takes that one
+    over.
+
+    Example:
+        >>> import torch
+        >>> from eventrain.callbacks import TrainCB
+        >>> from eventrain.engine import DataLoaders, Learner
+        >>> batches = [(torch.ones(2, 3), torch.zeros(2, 1))] * 4
+        >>> learner = Learner(torch.nn.Linear(3, 1), DataLoaders(batches, batches), cbs=TrainCB())
+        >>> learner.run(1).steps
+        4
+
+    Source: the post's `TrainCB`.
+    """
+
+    order = 1000
+
+    def predict(self, event: Predict) -> None:
+        _METHODS.predict(event.learner)
+
+    def get_loss(self, event: GetLoss) -> None:
+        _METHODS.get_loss(event.learner)
+
+    def backward(self, event: Backward) -> None:
+        _METHODS.backward(event.learner)
+
+    def step(self, event: Step) -> None:
+        _METHODS.step(event.learner)
+
+    def zero_grad(self, event: ZeroGrad) -> None:
+        _METHODS.zero_grad(event.learner)

@@ -1,0 +1,124 @@
+"""How a loader is resumed in the middle of an epoch."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from typing import Any, Literal, NamedTuple
+
+from torch.utils.data import DataLoader, IterableDataset
+
+from ..data.prefetch import Prefetcher
+from ..data.tensor_loader import TensorLoader
+
+
+class ResumeStrategy(NamedTuple):
+    """How a loader is resumed in the middle of an epoch.
+
+    Attributes:
+        how: "state": by the loader's own `state_dict`; "skip": its sampler skips the samples;
+            "replay": the batches are read once more, without training on them.
+        caveat: why the resumed batches may differ from those of an undisturbed run; None if they
+            are the same.
+    """
+
+    how: Literal["state", "skip", "replay"]
+    caveat: str | None = None
+
+
+def resume_strategy(loader: Any) -> ResumeStrategy:
+    """How this loader is resumed."""
+    if isinstance(loader, Prefetcher):
+        inner = resume_strategy(loader.loader)
+        if inner.how == "state":
+            return ResumeStrategy("replay", "a Prefetcher reads its loader ahead of the training")
+        return inner
+    if hasattr(loader, "base_dataloader"):  # it has a state_dict, too
+        return ResumeStrategy("replay", "accelerate's loaders read one batch ahead of the training")
+    if hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict"):
+        if getattr(loader, "num_workers", 0):
+            return ResumeStrategy("state", "the random states of its workers are not in its state")
+        return ResumeStrategy("state")
+    if isinstance(loader, Sequence):
+        return ResumeStrategy("replay")
+    if type(loader) not in (DataLoader, TensorLoader):
+        return ResumeStrategy(
+            "replay", f"{type(loader).__name__} may not yield the same batches again"
+        )
+    if foreign := [s for s in (loader.sampler, loader.batch_sampler) if not _is_known(s)]:
+        name = type(foreign[0]).__name__
+        how: Literal["skip", "replay"] = "skip" if loader.num_workers == 0 else "replay"
+        return ResumeStrategy(how, f"the order of {name} may depend on state that is not saved")
+    if isinstance(loader.dataset, IterableDataset):
+        return ResumeStrategy(
+            "replay",
+            "its dataset is an IterableDataset, which may not yield the same samples again",
+        )
+    if loader.num_workers == 0:
+        return ResumeStrategy("skip")
+    # The random states of worker processes cannot be set: they have to draw the same again.
+    if loader.persistent_workers:
+        return ResumeStrategy(
+            "replay", "its persistent workers keep their random states over epochs"
+        )
+    return ResumeStrategy("replay")
+
+
+def _is_known(sampler: Any) -> bool:
+    """Whether a sampler's order depends only on torch's random states, which are saved."""
+    own = type(sampler).__module__.startswith("torch.utils.data")
+    return (
+        sampler is None
+        or own
+        or isinstance(sampler, list | tuple | range)
+        or hasattr(sampler, "generator")
+    )
+
+
+def skip_to(loader: Iterable[Any], n: int, state: Any) -> Iterator[Any]:
+    """The batches of an epoch from number n on. The random states must be those of its start.
+
+    Args:
+        loader: made in the same way as the original one.
+        n: how many batches were done.
+        state: the loader's `state_dict` after these, if it has one.
+
+    Raises:
+        ValueError: the loader has fewer than n batches now.
+    """
+    how = resume_strategy(loader).how
+    if isinstance(loader, Prefetcher):
+        ahead = copy.copy(loader)
+        ahead.loader = _skip_to(loader.loader, how, n, state)
+        return iter(ahead)
+    return _skip_to(loader, how, n, state)
+
+
+def _skip_to(loader: Iterable[Any], how: str, n: int, state: Any) -> Iterator[Any]:
+    if how == "state":
+        loader.load_state_dict(state)  # type: ignore[attr-defined]
+        return iter(loader)
+    if how == "skip":
+        # A copy of the loader whose sampler skips the samples that were done: none is loaded.
+        loader = copy.copy(loader)
+        own = vars(loader)
+        name = "sampler" if own["batch_sampler"] is None else "batch_sampler"
+        skipped: Iterator[Any] = _Once(own[name])
+        own[name] = skipped
+        batches = iter(loader)  # draws a seed here, and the sampler's order with its first index
+    else:
+        skipped = batches = iter(loader)
+    if (done := sum(1 for _ in islice(skipped, n))) < n:
+        raise ValueError(f"{n} batches of this epoch were done, but now it has only {done}")
+    return batches
+
+
+class _Once(Iterator[Any]):
+    """The indices of a sampler for one epoch, which can be advanced from outside."""
+
+    def __init__(self, sampler: Iterable[Any]) -> None:
+        self._indices = iter(sampler)
+
+    def __next__(self) -> Any:
+        return next(self._indices)

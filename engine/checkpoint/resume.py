@@ -1,0 +1,179 @@
+"""A fit that resumes from a checkpoint, as the reader of its batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import structlog
+import torch
+
+from ...events import Callback
+from ..data.prefetch import Prefetcher
+from ..loop.reading import Reader, read_batches
+from ..loop.state import LoopState
+from .compatibility import CheckpointMismatchError, check_state
+from .loader_position import resume_strategy, skip_to
+from .random_state import RandomState, generators, random_state, set_random_state
+from .reader import Checkpoint, checkpoints_in
+from .snapshot import Snapshot
+from .state import SavedLearner, State, set_state, state_of
+
+log = structlog.get_logger("eventrain")
+
+
+@runtime_checkable
+class HasCheckpointFolder(Protocol):
+    """A callback that saves checkpoints, such as `CheckpointCB`: "last" resumes from its folder."""
+
+    @property
+    def checkpoint_folder(self) -> Path: ...
+
+
+def last_checkpoint(cbs: tuple[Callback, ...]) -> Checkpoint | None:
+    """The checkpoint that `resume="last"` means; None if there is none yet.
+
+    Raises:
+        ValueError: the callbacks do not name exactly one folder.
+        CheckpointError: no checkpoint in it is whole.
+    """
+    folders = [cb.checkpoint_folder for cb in cbs if isinstance(cb, HasCheckpointFolder)]
+    if len(folders) != 1:
+        raise ValueError(
+            "resume='last' is the last checkpoint of the CheckpointCB among the callbacks, and"
+            f" there are {len(folders)} of them: pass a path"
+        )
+    if not checkpoints_in(folders[0]):
+        log.info("nothing_to_resume", folder=str(folders[0]))
+        return None
+    return Checkpoint.load(folders[0])
+
+
+class ResumableReader(Reader):
+    """Reads a fit from its beginning, and records what a checkpoint needs to resume it.
+
+    Attributes:
+        resumed_from: the checkpoint that the fit resumes from; None if it does not.
+        loaded: whether the state of the fit is its own: False only in a resumed fit whose
+            checkpoint has not been loaded yet.
+    """
+
+    resumed_from: Path | None = None
+    loaded = True
+
+    def __init__(self) -> None:
+        self._random_at_epoch: RandomState = {}
+
+    def read(self, loop: LoopState) -> Iterator[int]:
+        self._random_at_epoch = random_state(loop.dls)
+        return super().read(loop)
+
+    def position_state(self, loop: LoopState) -> State:
+        """The part of the state that resumes the current epoch after the current batch."""
+        by_state = resume_strategy(loop.dl).how == "state"
+        return {
+            "random_at_epoch": self._random_at_epoch,
+            "n_iter": loop.n_iter,
+            "loader": loop.dl.state_dict() if by_state else None,
+        }
+
+
+class ResumedReader(ResumableReader):
+    """Reads the part of a fit that comes after a checkpoint, and loads the checkpoint.
+
+    If it was saved between two epochs, its state is loaded after BeforeFit. If it was saved in the
+    middle of one, that epoch is begun again: BeforeEpoch is emitted, the batches that were done are
+    skipped, and then the state is loaded.
+
+    Attributes:
+        position: where the checkpoint was saved.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, learner: SavedLearner) -> None:
+        super().__init__()
+        self.resumed_from = checkpoint.path
+        self.position = checkpoint.position
+        self.loaded = False
+        self._checkpoint: Checkpoint | None = checkpoint
+        self._learner = learner
+
+    def begin(self, loop: LoopState) -> None:
+        """Check that the checkpoint fits; load it, unless its epoch has to be begun first.
+
+        Raises:
+            CheckpointMismatchError: it does not fit; nothing has been changed.
+        """
+        position = self.position
+        if (position.epoch, position.batches) > (loop.n_epochs, 0):
+            raise CheckpointMismatchError(
+                f"the checkpoint was saved in epoch {position.epoch} (from 0), and this fit has"
+                f" n_epochs={loop.n_epochs}, those before it included"
+            )
+        where = "training" if position.training else "validating"
+        for phase, asked_for in ("train", loop.trains), ("valid", loop.validates):
+            if not asked_for and (phase == "train" or not position.training):
+                raise CheckpointMismatchError(
+                    f"the checkpoint was saved in or before a {where} epoch of a fit that trains,"
+                    f" and this one has {phase}=False"
+                )
+        assert self._checkpoint is not None
+        check_state(self._learner, self._checkpoint.state)
+        self._log_caveats(loop, self._checkpoint)
+        if position.batches == 0:
+            self._load(self._checkpoint.state)
+
+    def includes(self, epoch: int, training: bool) -> bool:
+        if self.position.is_beyond(epoch, training):
+            return False
+        if not self.loaded and not self.position.is_within(epoch, training):
+            raise self.never_loaded()
+        return True
+
+    def read(self, loop: LoopState) -> Iterator[int]:
+        if self._checkpoint is None:
+            return super().read(loop)
+        position, state = self.position, self._checkpoint.state
+        if loop.n_iter != state["n_iter"]:
+            raise CheckpointMismatchError(
+                f"an epoch has {loop.n_iter} batches, and had {state['n_iter']}: in the middle"
+                " of one, only the same data can be resumed"
+            )
+        self._random_at_epoch = state["random_at_epoch"]
+        set_random_state(loop.dls, self._random_at_epoch)
+        batches = skip_to(loop.dl, position.batches, state["loader"])
+        # A Prefetcher has drawn ahead: its generators stay where skipping has left them.
+        ahead = generators(loop.dls) if isinstance(loop.dl, Prefetcher) else []
+        states = [generator.get_state() for generator in ahead]
+        self._load(state)
+        for generator, state_there in zip(ahead, states, strict=True):
+            generator.set_state(state_there)
+        return read_batches(loop, batches, position.batches)
+
+    def never_loaded(self) -> RuntimeError:
+        """The error for a fit in which the epoch of the checkpoint was not begun again."""
+        return RuntimeError(
+            f"epoch {self.position.epoch}, in which the checkpoint was saved, was cancelled in"
+            " BeforeEpoch, before its state was loaded"
+        )
+
+    def _load(self, state: State) -> None:
+        before = Snapshot(state_of(self._learner)).wait()
+        try:
+            set_state(self._learner, state)
+        except BaseException:
+            with suppress(Exception):  # the first error is the one to raise
+                set_state(self._learner, before)
+            raise
+        self.loaded = True
+        self._checkpoint = None  # it holds as much memory as the model and the optimizer
+
+    def _log_caveats(self, loop: LoopState, checkpoint: Checkpoint) -> None:
+        loaders = [getattr(loop.dls, "train", None), *[loop.dls.valid] * bool(loop.validates)]
+        caveats = [resume_strategy(loader).caveat for loader in loaders]
+        before, now = checkpoint.manifest["versions"]["torch"], str(torch.__version__)
+        if before != now:
+            caveats.append(f"torch is {now}, and was {before}")
+        for caveat in dict.fromkeys(filter(None, caveats)):
+            log.warning("resume_may_not_be_exact", reason=caveat, path=str(checkpoint.path))

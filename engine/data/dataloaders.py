@@ -1,0 +1,138 @@
+"""The training and the validation loader, in one object."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any, Self
+
+import torch
+from torch.utils.data import Dataset
+
+from .fast import loader_for
+
+
+class DataLoaders:
+    """The training and the validation loader, in one object.
+
+    Args:
+        train: any iterable of batches; read once an epoch.
+        valid: the same, for validation; None if there is none.
+
+    Example:
+        >>> import torch
+        >>> from torch.utils.data import DataLoader, TensorDataset
+        >>> data = TensorDataset(torch.randn(8, 4), torch.randn(8, 2))
+        >>> dls = DataLoaders(DataLoader(data, batch_size=4, shuffle=True), DataLoader(data))
+        >>> len(dls.train), len(dls.valid)
+        (2, 8)
+
+    Source: the post's `DataLoaders`.
+    """
+
+    def __init__(
+        self, train: Iterable[Any] | None = None, valid: Iterable[Any] | None = None
+    ) -> None:
+        self.train = train
+        self.valid = valid
+
+    @classmethod
+    def from_dataset(
+        cls,
+        train: Dataset[Any],
+        valid: Dataset[Any] | None = None,
+        batch_size: int = 64,
+        *,
+        shuffle: bool = True,
+        drop_last: bool = False,
+        device: str | torch.device | None = None,
+        **kwargs: Any,
+    ) -> Self:
+        """Loaders that yield what `DataLoader(dataset, batch_size, ...)` would, as fast as it goes.
+
+        Samples that are in memory anyway (a TensorDataset; torchvision's MNIST, FashionMNIST,
+        CIFAR10 and their kin, if their transforms look at one value at a time, such as ToTensor
+        and Normalize; a Subset of those) come in whole batches out of a `TensorLoader`: the same
+        bits, in the same order, from the same random state. A dataset with `__getitems__` is
+        asked for whole batches: it returns a list of samples, or a batch, as a tuple, mapping or
+        tensor. All others are read sample by sample. Which way it took, and why, is logged
+        ("data_path").
+
+        Args:
+            train: the dataset to train on.
+            valid: the one to validate on, None if there is none.
+            batch_size: samples a batch.
+            shuffle: whether to draw the training samples in random order.
+            drop_last: whether to leave out a last training batch that is smaller.
+            device: where the batches are to be: data in memory is put there once, if it takes no
+                more than half of what is free; else a `Prefetcher` copies each batch while the
+                one before it trains. By default batches are left in the host's memory.
+            kwargs: other arguments of both DataLoaders, such as `generator`; `num_workers` and
+                its like are only for datasets that are read sample by sample.
+
+        Raises:
+            TypeError, ValueError: as a DataLoader; and for `sampler` or `batch_sampler`, which
+                belong to one dataset.
+
+        Example:
+            >>> import torch
+            >>> from torch.utils.data import TensorDataset
+            >>> data = TensorDataset(torch.randn(8, 4), torch.randn(8, 2))
+            >>> dls = DataLoaders.from_dataset(data, batch_size=4)  # doctest: +ELLIPSIS
+            2... data_path ... path=tensors phase=train reason='its samples are in memory'
+            >>> [x.shape for x, y in dls.train]
+            [torch.Size([4, 4]), torch.Size([4, 4])]
+        """
+        for name in ("sampler", "batch_sampler"):
+            if name in kwargs:
+                raise TypeError(
+                    f"from_dataset({name}=...): it belongs to one dataset; make that loader"
+                    " yourself, and pass it to DataLoaders(train, valid)"
+                )
+        own = {"shuffle": shuffle, "drop_last": drop_last}
+        kwargs["batch_size"] = batch_size
+        return cls(
+            loader_for(train, "train", device, **own, **kwargs),
+            None if valid is None else loader_for(valid, "valid", device, **kwargs),
+        )
+
+    def __repr__(self) -> str:
+        return f"DataLoaders(train={self.train!r}, valid={self.valid!r})"
+
+
+def loader_of(dls: Any, training: bool) -> Any:
+    """The loader of a phase.
+
+    Raises:
+        ValueError: there is none, or it is known to be empty.
+        TypeError: it cannot be iterated.
+    """
+    phase = "train" if training else "valid"
+    loader = getattr(dls, phase, None)
+    if loader is None:
+        raise ValueError(
+            f"fit was asked for {phase}=True, but there is no data for it: dls.{phase} is"
+            f" missing. Give DataLoaders a {phase} loader, or call fit({phase}=False)"
+        )
+    if not isinstance(loader, Iterable) and not hasattr(loader, "__getitem__"):
+        raise TypeError(f"dls.{phase} cannot be iterated: {loader!r}; a DataLoader, say, can")
+    if length_of(loader) == 0:
+        raise ValueError(why_empty(loader, phase))
+    return loader
+
+
+def length_of(loader: Any) -> int | None:
+    """Its number of batches, None where it has no length (an iterable dataset, a generator)."""
+    try:
+        return len(loader)
+    except TypeError:
+        return None
+
+
+def why_empty(loader: Any, phase: str) -> str:
+    """The message of the error for a loader without batches."""
+    why = "it has no batches"
+    if isinstance(loader, Iterator):
+        why = "an iterator can be read only once, and an epoch reads it from the start"
+    elif getattr(loader, "drop_last", False):
+        why = "with drop_last=True, fewer samples than batch_size make no batch"
+    return f"dls.{phase} is empty: {why} ({loader!r})"

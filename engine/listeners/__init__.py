@@ -1,0 +1,1 @@
+"""Who listens to a learner: callbacks, subscribers, streams and observers."""

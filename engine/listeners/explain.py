@@ -1,0 +1,101 @@
+"""A printable account of the receivers of every event, and of who performs each action."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from ...events import (
+    ActionEvent,
+    AfterBackward,
+    AfterBatch,
+    AfterEpoch,
+    AfterFit,
+    AfterLoss,
+    AfterPredict,
+    AfterStep,
+    Backward,
+    BatchEvent,
+    BeforeBatch,
+    BeforeEpoch,
+    BeforeFit,
+    BeforeStep,
+    CleanupBatch,
+    CleanupEpoch,
+    CleanupFit,
+    CleanupStep,
+    EpochEvent,
+    Event,
+    FitEvent,
+    GetLoss,
+    Predict,
+    Step,
+    StepEvent,
+    ZeroGrad,
+)
+from ...events.base import HOOKS
+from ...events.subscription import name_of
+from ..loop.actions import performers
+from ..loop.state import LoopState
+from .streams import EventStream
+
+
+def explain(loop: LoopState, streams: Sequence[EventStream[Any]]) -> str:
+    """The receivers of every event, in the order in which events happen and receivers run."""
+    own = (*_LOOP, *_BASES)
+    custom = [cls for classes in HOOKS.values() for cls in classes if cls not in own]
+    lines = []
+    for event_type in (*_LOOP, *custom):
+        if issubclass(event_type, ActionEvent):
+            lines += _action_lines(loop, event_type)
+        else:
+            lines += _event_lines(loop, event_type)
+    for stream in streams:
+        types = ", ".join(event_type.__name__ for event_type in stream.event_types)
+        lines.append(f"{stream.name}, on the event loop: {types}")
+    return "\n".join(lines)
+
+
+_LOOP: tuple[type[Event], ...] = (
+    BeforeFit,
+    BeforeEpoch,
+    BeforeBatch,
+    Predict,
+    AfterPredict,
+    GetLoss,
+    AfterLoss,
+    Backward,
+    AfterBackward,
+    BeforeStep,
+    Step,
+    ZeroGrad,
+    AfterStep,
+    CleanupStep,
+    AfterBatch,
+    CleanupBatch,
+    AfterEpoch,
+    CleanupEpoch,
+    AfterFit,
+    CleanupFit,
+)
+_BASES = (Event, FitEvent, EpochEvent, BatchEvent, StepEvent, ActionEvent)
+
+
+def _event_lines(loop: LoopState, event_type: type[Event]) -> list[str]:
+    inline = [
+        subscription
+        for subscription in loop.bus.signal(event_type).ordered
+        if subscription.matches(loop) and subscription.order > -math.inf
+    ]
+    return [event_type.__name__] * bool(inline) + [f"  {s.key[0]:>6g}  {s.name}" for s in inline]
+
+
+def _action_lines(loop: LoopState, action: type[ActionEvent]) -> list[str]:
+    names = [f"{s.name} (order {s.key[0]:g})" for s in performers(loop, action)]
+    if hasattr(loop, action.hook):
+        names.append(name_of(getattr(loop, action.hook)))
+    if not names:
+        return [f"{action.__name__}: nobody"]
+    passed_over = f", instead of {', '.join(names[1:])}" if names[1:] else ""
+    return [f"{action.__name__}: performed by {names[0]}{passed_over}"]

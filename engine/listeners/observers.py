@@ -1,0 +1,105 @@
+"""Observers: receivers that are called on the host's event loop, concurrently with the training."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Awaitable, Callable
+from typing import Any, Literal, TypeVar
+
+import anyio
+
+from ...events import Callback, CancelException, Event, Watcher
+from ...events.callback import Overflow
+from ...events.closing import Closing
+from ...events.errors import unwrap
+from ...events.subscription import check_receiver, name_of
+from .streams import EventStream, StreamOwner
+
+E = TypeVar("E", bound=Event)
+
+
+class Observer(EventStream[E], Closing):
+    """A receiver that is called on the event loop; made by `Learner.observe`.
+
+    Close it, or use it as a context manager, to end it; it stays attached over any number of fits.
+    At the end of each fit, delivered + dropped = emitted.
+    """
+
+    def __init__(
+        self,
+        owner: StreamOwner,
+        event_types: tuple[type[E], ...],
+        buffer: int,
+        overflow: Overflow,
+        where: Callable[[E], bool] | None,
+        receiver: Callable[[E], Any],
+        on_error: Literal["log", "raise"],
+    ) -> None:
+        super().__init__(owner, event_types, buffer, overflow, where)
+        if on_error not in ("log", "raise"):
+            raise ValueError(f"on_error={on_error!r}: choose 'log' or 'raise'")
+        check_receiver(receiver, self.event_types[0])
+        self.name = name_of(receiver)
+        self.receiver = receiver
+        self.on_error = on_error
+
+    async def run(
+        self, scope: anyio.CancelScope, report: Callable[[BaseException], object]
+    ) -> None:
+        """Deliver the events of one fit.
+
+        Args:
+            scope: its deadline ends the delivery. There is no other cancellation from outside: one
+                that comes without it was raised by the receiver itself, and is only an error.
+            report: called with an error that is to end the fit.
+        """
+        contained = (Exception, CancelException, anyio.get_cancelled_exc_class())
+        async for event in self:
+            try:
+                result = self.receiver(event)
+                if inspect.isawaitable(result):
+                    await result
+            except BaseException as exc:
+                error = unwrap(exc)
+                if scope.cancel_called or not isinstance(error, contained):
+                    raise
+                error.add_note(f"raised by observer {self.name} on {type(event).__name__}")
+                self.fail(error)
+                if self.on_error == "raise":
+                    report(error)
+                return
+
+    def finish(self) -> None:
+        """The fit is over: events that were not delivered before the deadline are dropped."""
+        self._items.clear()
+
+
+class CallbackObserver(Observer[Event]):
+    """Gives the events that a callback `observes` to its watcher; there is one for each fit."""
+
+    def __init__(self, owner: StreamOwner, callback: Callback) -> None:
+        super().__init__(
+            owner,
+            callback.observes,
+            callback.buffer,
+            callback.overflow,
+            self._wants,
+            self._observe,
+            "log",
+        )
+        self.name = f"{type(callback).__qualname__}.observe"
+        self._callback = callback
+        self._watcher: Watcher | None = None
+
+    def begin(self) -> None:
+        super().begin()
+        self._watcher = None
+
+    def _wants(self, event: Event) -> bool:
+        if self._watcher is None:
+            self._watcher = self._callback.watcher(event)
+        return self._watcher.wants(event)
+
+    def _observe(self, event: Event) -> Awaitable[Any] | None:
+        assert self._watcher is not None  # it has wanted the event
+        return self._watcher.observe(event)

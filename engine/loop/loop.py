@@ -1,0 +1,221 @@
+"""The training loop on one screen. Each event appears in it as a class name.
+
+Source: "The Ultimate Training Loop", after fastai's miniai.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from types import CoroutineType
+from typing import Any, Literal
+
+import torch
+
+from ...events import (
+    ActionEvent,
+    AfterBackward,
+    AfterBatch,
+    AfterEpoch,
+    AfterFit,
+    AfterLoss,
+    AfterPredict,
+    AfterStep,
+    Backward,
+    BeforeBatch,
+    BeforeEpoch,
+    BeforeFit,
+    BeforeStep,
+    Bus,
+    CancelBatchException,
+    CancelEpochException,
+    CancelException,
+    CancelFitException,
+    CancelStepException,
+    CleanupBatch,
+    CleanupEpoch,
+    CleanupFit,
+    CleanupStep,
+    Event,
+    GetLoss,
+    Predict,
+    Step,
+    ZeroGrad,
+)
+from ...events.errors import annotate_error
+from ..data.dataloaders import length_of
+from .actions import nobody_performs
+from .reading import Reader
+from .requests import CANCELS, Request, scope_for
+from .scope import scope, scope_within
+from .state import LoopState
+
+
+class Loop(LoopState):
+    """Fit, epoch, batch, step: the four scopes, top to bottom. It blocks, in one thread."""
+
+    @scope(CancelFitException, CleanupFit)
+    def one_fit(self) -> None:
+        self.emit(BeforeFit)
+        self.reader.begin(self)
+        for self.epoch in self.epochs:
+            if self.trains and self._start_epoch(training=True):
+                self.one_epoch()
+            if self.validates and self._start_epoch(training=False):
+                with torch.no_grad():
+                    self.one_epoch()
+        self.emit(AfterFit)
+
+    @scope(CancelEpochException, CleanupEpoch)
+    def one_epoch(self) -> None:
+        self.emit(BeforeEpoch)
+        for self.iter in self.reader.read(self):  # into self.batch
+            self.one_batch()
+        self.emit(AfterEpoch)
+        self.done.epochs += 1
+
+    @scope(CancelBatchException, CleanupBatch)
+    def one_batch(self) -> None:
+        self.loss = None
+        self.emit(BeforeBatch)
+        self.perform(Predict)
+        self.emit(AfterPredict)
+        self.perform(GetLoss)
+        self.emit(AfterLoss)
+        if self.training:
+            self.perform(Backward)
+            self.emit(AfterBackward)
+            self.one_step()
+        self.emit(AfterBatch)
+        self.done.batches += 1
+
+    @scope(CancelStepException, CleanupStep)
+    def one_step(self) -> None:
+        self.emit(BeforeStep)
+        self.perform(Step)
+        self.perform(ZeroGrad)
+        self.emit(AfterStep)
+        self.done.steps += 1
+
+    # ------------------------------------------------------------------- used by the loop above
+
+    __slots__ = ()
+
+    def __init__(self, bus: Bus | None) -> None:
+        super().__init__(bus, Reader())
+
+    def scope(
+        self, cancel: type[CancelException], cleanup: type[Event]
+    ) -> AbstractContextManager[None]:
+        """A scope of your own: `cancel` leaves it, `cleanup` is emitted when it is left."""
+        return scope_within(self, cancel, cleanup)
+
+    def emit(self, event_type: type[Event], *extra: Any) -> None:
+        """Send an event for the current position; without receivers it is not even made.
+
+        Callbacks may emit events of their own; `extra` are the fields that those add.
+        """
+        if self.requests and not self.cleaning_up:
+            self.requests.raise_due(self.innermost_scope)
+        if event_type in self.without_receivers:
+            return
+        signal = self.signals[event_type]
+        if signal.receivers:
+            signal.send(event_type.of(self, *extra), _async_wrapper=self.async_wrapper)
+
+    def perform(self, action: type[ActionEvent]) -> None:
+        """Perform an action: by the first receiver in order, or else by the learner's method."""
+        if action not in self.without_receivers and self._delegate(action):
+            return
+        try:
+            result = getattr(self, action.hook)()
+            if result is not None and result.__class__ is CoroutineType:
+                self._await(result, action)
+        except BaseException as exc:
+            if not hasattr(self, action.hook):  # its performer was removed during the fit
+                raise nobody_performs(self, action) from None
+            annotate_error(exc, f"{type(self).__qualname__}.{action.hook}", action.of(self))
+            raise
+
+    def _delegate(self, action: type[ActionEvent]) -> bool:
+        """Have a receiver perform an action, if there is one for this learner."""
+        signal = self.signals[action]
+        performer = signal.performer(self)
+        if performer is None:
+            return False
+        signal.send_to(performer, action.of(self), self.async_wrapper)
+        return True
+
+    def _await(self, coroutine: CoroutineType[Any, Any, Any], action: type[ActionEvent]) -> None:
+        """Have an async method of the learner awaited on the host's event loop."""
+        assert self.async_wrapper is not None
+        self.async_wrapper(lambda _event: coroutine)(action.of(self))
+
+    def _start_epoch(self, training: bool) -> bool:
+        """Choose mode and loader, and begin a row of the history.
+
+        Returns False for an epoch that was done before the checkpoint from which the fit resumes.
+        """
+        if not self.reader.includes(self.epoch, training):
+            return False
+        self.training = training
+        self.done = self.progress[training]
+        self.model.train(training)
+        self.dl = self.dls.train if training else self.dls.valid
+        self.n_iter = length_of(self.dl)
+        self.iter = self.n_samples = 0
+        self.loss = None
+        self.record = {"epoch": self.epoch, "train": "train" if training else "eval"}
+        self.history.append(self.record)
+        return True
+
+    # ------------------------------------------------------------------------------- requests
+
+    def stop(
+        self,
+        scope: Literal["fit", "epoch", "batch"] = "fit",
+        reason: str | None = None,
+        *,
+        graceful: bool = False,
+        who: str = "Learner.stop",
+    ) -> bool:
+        """Ask the training to leave a scope at its next event.
+
+        May be called from any thread, task or signal handler. If the scope ends by itself first,
+        the request is dropped.
+
+        Args:
+            scope: what to leave: "fit", "epoch" or "batch".
+            reason: why, for the events, the logs and the result.
+            graceful: let the current batch end first, and let `CheckpointCB` save there.
+            who: who asks, for the events, the logs and the result.
+
+        Returns:
+            Whether a fit is running that will notice the request.
+
+        Raises:
+            ValueError: there is no such scope, or a batch is to be stopped gracefully.
+        """
+        if scope not in CANCELS:
+            raise ValueError(f"stop(scope={scope!r}): choose 'fit', 'epoch' or 'batch'")
+        if graceful and scope == "batch":
+            raise ValueError("stop('batch', graceful=True): a batch that may end is not stopped")
+        cancel = CANCELS[scope](reason or "stop() was called")
+        cancel.who = who
+        return self.request(cancel, graceful)
+
+    def request(self, error: BaseException, graceful: bool = False) -> bool:
+        """Have the training thread raise `error` at its next event. May be called anywhere.
+
+        Returns whether a fit is running.
+        """
+        if not self.fitting:
+            return False
+        is_cancel = isinstance(error, CancelException)
+        target = scope_for(type(error), self.innermost_scope) if is_cancel else None
+        self.requests.append(Request(error, target, graceful))
+        return True
+
+    @property
+    def stopping(self) -> bool:
+        """Whether the running fit has been asked to stop, and has not done so yet."""
+        return bool(self.requests)

@@ -1,0 +1,58 @@
+"""Reads the batches of an epoch into the loop."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from ..data.batches import batch_size, check_batch
+from ..data.dataloaders import why_empty
+from .state import LoopState
+
+
+class Reader:
+    """Reads every epoch of a fit from its first batch."""
+
+    def begin(self, loop: LoopState) -> None:
+        """Called after BeforeFit."""
+
+    def includes(self, epoch: int, training: bool) -> bool:
+        """Whether this part of this epoch belongs to the fit."""
+        return True
+
+    def read(self, loop: LoopState) -> Iterator[int]:
+        """Read the batches of the current epoch into `loop.batch`; yield their numbers.
+
+        Called after BeforeEpoch.
+        """
+        return read_batches(loop, loop.dl)
+
+
+def read_batches(loop: LoopState, loader: Iterable[object], first: int = 0) -> Iterator[int]:
+    """Read batches into `loop.batch`, yield their numbers, and count their samples.
+
+    The loop holds the only reference to a batch, so one that a callback replaces is freed.
+
+    Args:
+        loop: where the batches go.
+        loader: yields them.
+        first: the number of the first one.
+
+    Raises:
+        ValueError: there was none.
+        TypeError: the loader yielded something that cannot be a batch, such as a number.
+    """
+    phase = "train" if loop.training else "valid"
+    count = first
+    try:
+        for loop.batch in loader:
+            size = batch_size(loop.batch)
+            if not size:
+                check_batch(loop.batch, phase, count)
+            loop.n_samples += size
+            yield count
+            count += 1
+    except Exception as exc:
+        exc.add_note(f"raised while reading batch {count} of dls.{phase}")
+        raise
+    if not count:
+        raise ValueError(why_empty(loader, phase))

@@ -1,0 +1,204 @@
+"""The state of the loop: its position, and what it works on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from ...events import Bus, ScopeEnd
+from ...events.learner import Purpose
+from ...events.signal import AsyncWrapper
+from .requests import OpenScope, Requests
+
+COMPLETED = ScopeEnd("completed")
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """A place between two batches of a fit.
+
+    Attributes:
+        epoch: the epoch, from 0.
+        training: True in the training part of the epoch, False in the validating one.
+        batches: how many batches of that part are done.
+    """
+
+    epoch: int = 0
+    training: bool = True
+    batches: int = 0
+
+    def is_beyond(self, epoch: int, training: bool) -> bool:
+        """Whether that part of that epoch is done."""
+        return (epoch, not training) < (self.epoch, not self.training)
+
+    def is_within(self, epoch: int, training: bool) -> bool:
+        """Whether it is in that part of that epoch, after its first batch."""
+        return self.batches > 0 and (epoch, training) == (self.epoch, self.training)
+
+
+@dataclass(slots=True)
+class Progress:
+    """How much of a fit is completed, in training or in validation.
+
+    In a resumed fit, the part before the checkpoint is included.
+
+    Attributes:
+        epochs: epochs completed.
+        batches: batches completed.
+        steps: optimizer steps taken; skipped and accumulated ones do not count.
+    """
+
+    epochs: int = 0
+    batches: int = 0
+    steps: int = 0
+
+
+class BatchReader(Protocol):
+    """Reads the batches of one fit; see `reading.Reader`."""
+
+    def begin(self, loop: LoopState) -> None: ...
+
+    def includes(self, epoch: int, training: bool) -> bool: ...
+
+    def read(self, loop: LoopState) -> Iterator[int]: ...
+
+
+class LoopState:
+    """The state of the loop. What every batch needs is kept here, in slots.
+
+    CPython 3.11 looks up everything in an instance's `__dict__`, its methods too, the slow way
+    once there are more than thirty attributes in it: 2 us per batch.
+    """
+
+    __slots__ = (
+        "async_wrapper",
+        "batch",
+        "bus",
+        "cleaning_up",
+        "dl",
+        "dls",
+        "done",
+        "epoch",
+        "epochs",
+        "fitting",
+        "graceful_stop_due",
+        "history",
+        "innermost_scope",
+        "iter",
+        "loss",
+        "model",
+        "n_epochs",
+        "n_iter",
+        "n_samples",
+        "opt",
+        "outer_continues",
+        "preds",
+        "progress",
+        "purpose",
+        "reader",
+        "record",
+        "requests",
+        "run_id",
+        "scope_end",
+        "signals",
+        "training",
+        "training_thread",
+        "trains",
+        "validates",
+        "without_receivers",
+    )
+
+    model: torch.nn.Module
+    dls: Any
+    """An object with the loaders, `train` and `valid`."""
+    dl: Any
+    """The loader of the current epoch."""
+    opt: Any
+    batch: Any
+    preds: Any
+    loss: Any
+
+    n_epochs: int
+    epochs: range
+    """The epochs of this fit that are still to come when it begins."""
+    trains: bool
+    validates: bool
+    purpose: Purpose
+    reader: BatchReader
+    history: list[dict[str, Any]]
+    progress: dict[bool, Progress]
+    """What is completed in training (True) and in validation (False)."""
+
+    epoch: int
+    iter: int
+    n_iter: int | None
+    n_samples: int
+    training: bool
+    record: dict[str, Any]
+    """The numbers of this epoch: a row of the history, which receivers may add to."""
+    done: Progress
+    """The progress of the current phase."""
+
+    outer_continues: bool
+    """For Cleanup* receivers: whether only this scope is over, completed or by its own cancel."""
+    graceful_stop_due: bool
+    """For Cleanup* receivers: whether a graceful `stop` takes effect when they have returned."""
+    scope_end: ScopeEnd
+    """How the scope that is being left has ended; after the fit, how the fit has ended."""
+    innermost_scope: OpenScope | None
+    cleaning_up: bool
+    """Whether a Cleanup* event is being sent: requests wait until its receivers have returned."""
+
+    run_id: str
+    fitting: bool
+    """Whether a fit is running."""
+    requests: Requests
+    training_thread: int | None
+    """The identifier of the thread that runs the current fit, or ran the last one."""
+    async_wrapper: AsyncWrapper | None
+    """Lets the training thread wait for an async receiver; None while no fit is running."""
+
+    def __init__(self, bus: Bus | None, reader: BatchReader) -> None:
+        self.bus = Bus() if bus is None else bus
+        self.signals = self.bus.signals
+        self.without_receivers = self.bus.without_receivers
+        self.requests = Requests()
+        self.run_id = ""
+        self.fitting = False
+        self.training_thread = None
+        self.async_wrapper = None
+        self.dl = self.opt = None
+        self.batch = self.preds = self.loss = None
+        self.n_iter = None
+        self.training = False
+        self.record = {}
+        self.innermost_scope = None
+        self.cleaning_up = False
+        self.outer_continues = True
+        self.graceful_stop_due = False
+        self.begin(reader)
+
+    def begin(
+        self,
+        reader: BatchReader,
+        *,
+        n_epochs: int = 0,
+        trains: bool = True,
+        validates: bool = True,
+        purpose: Purpose = "fit",
+    ) -> None:
+        """Go to the beginning of a new fit."""
+        self.reader = reader
+        self.trains, self.validates = trains, validates
+        self.purpose = purpose
+        self.n_epochs = n_epochs
+        self.epochs = range(n_epochs)
+        self.epoch = self.iter = self.n_samples = 0
+        self.history = []
+        self.progress = {True: Progress(), False: Progress()}
+        self.done = self.progress[trains]
+        self.scope_end = ScopeEnd("failed", None, "the training could not begin")
+        self.requests.clear()

@@ -1,0 +1,1 @@
+"""One fit: its plan, its thread, its end and its result."""

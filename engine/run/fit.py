@@ -1,0 +1,209 @@
+"""One fit, from its plan to its result."""
+
+from __future__ import annotations
+
+import os
+import time
+import uuid
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import structlog
+
+from ...events import Callback, ScopeEnd
+from ..checkpoint.reader import Checkpoint
+from ..checkpoint.resume import ResumableReader, ResumedReader, last_checkpoint
+from ..data.dataloaders import loader_of
+from ..loop.actions import check_performers
+from ..loop.state import COMPLETED
+from .fittable import Fittable
+from .graceful import GracefulStop
+from .plan import FitPlan, check_lr
+from .result import FitResult
+from .thread import TrainingThread
+
+
+class Fit:
+    """One fit of a learner: checks what it needs, runs the loop in a thread, makes the result.
+
+    Args:
+        learner: the learner that fits.
+        plan: what it was asked for.
+
+    Raises:
+        RuntimeError: the learner is fitting already.
+        ValueError: signals cannot end it gracefully; see `GracefulStop`.
+    """
+
+    def __init__(self, learner: Fittable, plan: FitPlan) -> None:
+        check_idle(learner)
+        self._learner = learner
+        self._plan = plan
+        self._graceful = None if plan.graceful is False else GracefulStop(learner, plan.graceful)
+        self._resumed: ResumedReader | None = None
+
+    async def run(self) -> FitResult:
+        """Run it; return or raise only when its thread has ended."""
+        learner, plan = self._learner, self._plan
+        learner.fitting = True
+        temporary: tuple[Callback, ...] = ()
+        try:
+            temporary = learner.add_cbs(plan.cbs)
+            check_performers(learner, plan.actions)
+            self._prepare()
+            with self._kept_optimizer_at_lr(), self._graceful or nullcontext():
+                return await self._run_thread()
+        finally:
+            learner.remove_cbs(cb for cb in temporary if any(cb is own for own in learner.cbs))
+            learner.requests.clear()
+            learner.fitting = False
+
+    def _prepare(self) -> None:
+        """Check what can be known before any work, and put the loop at its beginning."""
+        learner, plan = self._learner, self._plan
+        for training in [True] * plan.train + [False] * plan.valid:
+            loader_of(learner.dls, training)
+        check_lr(plan.lr)
+        if plan.train and learner.opt_func is not None:
+            learner.opt = make_optimizer(learner, learner.lr if plan.lr is None else plan.lr)
+        if plan.train and learner.opt is None:
+            raise ValueError("opt_func is None, which keeps learner.opt, but that is not set")
+        purposes = [plan.purpose, *(cb.fit_purpose for cb in learner.cbs)]
+        learner.begin(
+            ResumableReader(),
+            n_epochs=plan.n_epochs,
+            trains=plan.train,
+            validates=plan.valid,
+            purpose=next((purpose for purpose in purposes if purpose != "fit"), "fit"),
+        )
+        learner.run_id = plan.run_id or uuid.uuid4().hex[:12]
+
+    @contextmanager
+    def _kept_optimizer_at_lr(self) -> Iterator[None]:
+        """Set the plan's learning rate for the length of the fit if the optimizer is kept."""
+        learner, lr = self._learner, self._plan.lr
+        kept = self._plan.train and learner.opt_func is None and lr is not None
+        groups = learner.opt.param_groups if kept else []
+        own = [group["lr"] for group in groups]
+        for group in groups:
+            group["lr"] = lr
+        try:
+            yield
+        finally:
+            for group, before in zip(groups, own, strict=True):
+                group["lr"] = before
+
+    # ---------------------------------------------------------------- in the training thread
+
+    def _work(self) -> None:
+        """The whole work of the training thread."""
+        if self._plan.resume is not None:
+            self._resume(self._plan.resume)
+        learner = self._learner
+        learner.scope_end = COMPLETED
+        learner.one_fit()
+        resumed = self._resumed
+        if resumed is not None and not resumed.loaded and learner.scope_end.status == "completed":
+            error = resumed.never_loaded()
+            learner.scope_end = ScopeEnd("failed", None, str(error))
+            raise error
+
+    def _resume(self, resume: str | os.PathLike[str]) -> None:
+        """Let the loop begin at a checkpoint, which only its reader holds from here on."""
+        learner = self._learner
+        last = resume == "last"
+        checkpoint = last_checkpoint(learner.cbs) if last else Checkpoint.load(resume)
+        if checkpoint is None:
+            return
+        learner.reader = self._resumed = ResumedReader(checkpoint, learner)
+        learner.epochs = range(checkpoint.position.epoch, learner.n_epochs)
+        learner.run_id = self._plan.run_id or checkpoint.manifest["run_id"]
+
+    # --------------------------------------------------------------------- on the event loop
+
+    async def _run_thread(self) -> FitResult:
+        learner = self._learner
+        thread = TrainingThread(learner, self._graceful)
+        learner.async_wrapper = thread.async_wrapper
+        learner.fit_streams = list(learner.streams)
+        for stream in learner.fit_streams:
+            stream.begin()
+        start = time.perf_counter()
+        try:
+            await thread.run(self._work)
+        finally:
+            learner.async_wrapper = None
+            for stream in learner.fit_streams:
+                stream.finish()
+            learner.result = result = self._make_result(time.perf_counter() - start)
+            learner.fit_streams = []
+            if result.dropped:
+                structlog.get_logger("eventrain").warning(
+                    "events_dropped", run_id=learner.run_id, dropped=dict(result.dropped)
+                )
+        return result
+
+    def _make_result(self, seconds: float) -> FitResult:
+        learner, end = self._learner, self._learner.scope_end
+        dropped: Counter[str] = Counter()
+        for stream in learner.fit_streams:
+            dropped[stream.name] += stream.dropped
+        return FitResult(
+            run_id=learner.run_id,
+            status=end.status,
+            who=end.who,
+            reason=end.reason,
+            n_epochs=learner.n_epochs,
+            epochs=learner.progress[learner.trains].epochs,
+            batches=learner.progress[True].batches,
+            valid_batches=learner.progress[False].batches,
+            steps=learner.progress[True].steps,
+            seconds=seconds,
+            history=tuple(filter(has_numbers, learner.history)),
+            dropped=dict(+dropped),  # without the zeros
+            resumed_from=None if learner.resumed_from is None else str(learner.resumed_from),
+        )
+
+
+def check_idle(learner: Fittable) -> None:
+    """Raise a RuntimeError if the learner is fitting."""
+    if learner.fitting:
+        raise RuntimeError(
+            f"this learner is fitting already (run {learner.run_id}); await that fit, or use"
+            " another learner: a learner runs one fit at a time"
+        )
+
+
+def make_optimizer(learner: Fittable, lr: float) -> Any:
+    """Call the learner's `opt_func`.
+
+    Raises:
+        ValueError: `lr` is negative.
+        TypeError: it returned something that is not an optimizer.
+        Exception: what it raised, with a note.
+    """
+    check_lr(lr)
+    opt_func = learner.opt_func
+    assert opt_func is not None
+    try:
+        opt = opt_func(learner.model.parameters(), lr)
+    except Exception as exc:
+        exc.add_note(
+            f"raised by opt_func={opt_func!r}, called as opt_func(model.parameters(), {lr!r})"
+        )
+        raise
+    if not callable(getattr(opt, "step", None)) or not hasattr(opt, "param_groups"):
+        raise TypeError(f"opt_func={opt_func!r} returned {opt!r}, which is not an optimizer")
+    return opt
+
+
+def has_numbers(row: dict[str, Any]) -> bool:
+    """Whether callbacks have recorded numbers in a row of the history."""
+    return bool(numbers_of(row))
+
+
+def numbers_of(row: dict[str, Any]) -> dict[str, Any]:
+    """The numbers that callbacks have recorded in a row of the history."""
+    return {key: value for key, value in row.items() if key not in ("epoch", "train")}

@@ -1,0 +1,38 @@
+"""A loop with listeners, and what its fits need to know of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint.resume import ResumableReader
+from ..listeners.source import EventSource
+from ..loop.loop import Loop
+from .result import FitResult
+
+
+class Fittable(Loop, EventSource):
+    """A loop that others listen to, with the settings of its fits.
+
+    Attributes:
+        lr: the learning rate for `opt_func`.
+        opt_func: makes the optimizer of a fit; None keeps the learner's.
+        cleanup_timeout: seconds that an async Cleanup* receiver gets after the host has cancelled.
+        drain_timeout: seconds that observers get for their buffers after the fit has ended.
+        result: the result of the last fit, including failed and cancelled ones.
+        metrics: the `MetricsCB` of the last fit, set by it.
+    """
+
+    lr: float
+    opt_func: Callable[..., Any] | None
+    cleanup_timeout: float = 5.0
+    drain_timeout: float = 2.0
+    result: FitResult | None = None
+    metrics: Any
+
+    @property
+    def resumed_from(self) -> Path | None:
+        """The checkpoint from which the current fit, or the last one, was resumed."""
+        reader = self.reader
+        return reader.resumed_from if isinstance(reader, ResumableReader) else None

@@ -1,0 +1,309 @@
+"""The training thread: one for the whole fit, joined before `fit` returns, on any event loop.
+
+The loop blocks, so it cannot run on the host's event loop, and handing each batch to a thread
+would cost more than a small batch takes. So one thread of our own runs the loop from start to
+end, and the task that awaits the fit waits for that thread, whatever happens: a cancellation,
+even a repeated one, makes the training stop at its next event, and is raised when the thread has
+ended.
+
+`anyio.to_thread` does not fit: its threads belong to the host and are limited in number, and after
+a native `Task.cancel()` it returns at once while the worker keeps running unnoticed.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import math
+import sys
+import threading
+import time
+from collections.abc import Callable, Coroutine
+from concurrent.futures import Future, wait
+from contextlib import suppress
+from typing import Any, ClassVar
+
+import anyio
+import anyio.from_thread
+import anyio.lowlevel
+import structlog
+
+from ...events import Event
+from ...events.errors import unwrap
+from ..data.thread_state import torch_state
+from ..listeners.observers import Observer
+from ..loop.requests import InterruptedFit
+from .fittable import Fittable
+from .graceful import GracefulStop
+from .openmp import end_idle_threads
+from .stack import thread_stack
+
+log = structlog.get_logger("eventrain")
+
+PUMP_INTERVAL = 0.05
+"""Seconds between two deliveries to the observers."""
+
+PATIENCE = 0.1
+"""Seconds after which the training thread checks why an async receiver has not returned."""
+
+CANCEL_PATIENCE = 5.0
+"""Seconds after a cancellation after which the stack of the training thread is logged."""
+
+
+class TrainingThread:
+    """Runs one blocking function in a thread for one fit, and serves it from the event loop.
+
+    Args:
+        learner: whose fit it is.
+        graceful: its deadline is checked while the thread runs; None without one.
+    """
+
+    _running: ClassVar[set[TrainingThread]] = set()
+    _warned_of_shared_rng: ClassVar[bool] = False
+
+    def __init__(self, learner: Fittable, graceful: GracefulStop | None = None) -> None:
+        self._learner = learner
+        self._graceful = graceful
+        self._token = anyio.lowlevel.current_token()
+        self._finished = anyio.Event()
+        self._error: BaseException | None = None
+        self._reported: BaseException | None = None
+        self._host = threading.get_ident()
+        self._begun = threading.Event()
+        self._interrupted = False
+        self._patient_until = math.inf
+        self._pump_scope = anyio.CancelScope(shield=True)
+        self._receiver_scope: anyio.CancelScope | None = None
+        self._observing: dict[Observer[Any], anyio.CancelScope] = {}
+
+    async def run(self, work: Callable[[], object]) -> None:
+        """Run `work` in a thread of its own; return, or raise, only when that has ended.
+
+        Raises what `work` raised; or, if it was interrupted, what interrupted it.
+        """
+        context = contextvars.copy_context()
+        context.run(_leave_event_loop)
+        thread = threading.Thread(
+            target=context.run,
+            args=(self._main, work, torch_state()),
+            name=f"eventrain-{self._learner.run_id}",
+            daemon=True,
+        )
+        interruption: BaseException | None = None
+        self._running.add(self)
+        self._warn_of_shared_rng()
+        end_idle_threads()
+        try:
+            async with anyio.create_task_group() as self._tasks:
+                try:
+                    self._tasks.start_soon(self._pump)
+                    interruption = await self._until_finished(thread)
+                finally:  # whatever happens, including Ctrl-C between two lines
+                    self._pump_scope.cancel()
+                    self._finish_observers()
+        except BaseException as exc:  # cancelled while the observers drained
+            interruption = unwrap(exc)
+        finally:
+            self._running.discard(self)
+        if self._error is not None and not isinstance(self._error, InterruptedFit):
+            raise self._error
+        if self._reported is not None:  # by an observer, after the training
+            raise self._reported
+        if interruption is not None:
+            raise interruption
+
+    def _start(self, thread: threading.Thread) -> None:
+        try:
+            thread.start()
+        except BaseException as exc:
+            # The system cannot start a thread; or Ctrl-C, most likely while it was starting.
+            if isinstance(exc, Exception) or not self._begun.wait(1):
+                self._finished.set()  # there is no thread to wait for
+            raise
+
+    async def _until_finished(self, thread: threading.Thread) -> BaseException | None:
+        """Start the thread and wait for it, through every cancellation; return the last one.
+
+        The first cancellation may come from an anyio scope. Later ones are native, because the
+        wait is shielded from anyio's, and must not be lost when that scope ends.
+        """
+        interruption: BaseException | None = None
+        try:
+            self._start(thread)
+        except BaseException as exc:
+            interruption = exc
+            self._interrupt()
+        while not self._finished.is_set():
+            try:
+                patience = self._patient_until - time.monotonic()
+                with anyio.move_on_after(patience, shield=interruption is not None) as scope:
+                    await self._finished.wait()
+                if scope.cancelled_caught:
+                    self._log_waiting(thread)
+            except GeneratorExit:  # the event loop itself is gone: nothing can be awaited
+                self._interrupt()
+                raise
+            except BaseException as exc:
+                interruption = exc
+                self._interrupt()
+        if self._begun.is_set():
+            thread.join()
+        return interruption
+
+    def _interrupt(self) -> None:
+        if not self._interrupted:
+            self._interrupted = True
+            self._patient_until = time.monotonic() + CANCEL_PATIENCE
+            self._learner.request(InterruptedFit())
+        scope = self._receiver_scope
+        if scope is not None and scope.shield:  # a Cleanup* receiver gets some more time
+            scope.deadline = min(scope.deadline, self._cleanup_deadline())
+        elif scope is not None:
+            scope.cancel()
+
+    def _cleanup_deadline(self) -> float:
+        return anyio.current_time() + self._learner.cleanup_timeout
+
+    def _log_waiting(self, thread: threading.Thread) -> None:
+        self._patient_until = math.inf
+        with suppress(Exception):  # a logger that fails must not replace the cancel
+            log.warning(
+                "cancel_waits",
+                run_id=self._learner.run_id,
+                seconds=CANCEL_PATIENCE,
+                where=thread_stack(thread.ident),
+                hint="the fit was cancelled, and returns when its thread reaches its next event",
+            )
+
+    def _warn_of_shared_rng(self) -> None:
+        if len(self._running) > 1 and not TrainingThread._warned_of_shared_rng:
+            TrainingThread._warned_of_shared_rng = True
+            log.warning(
+                "concurrent_fits_share_rng",
+                hint="torch has one global random state per process: concurrent fits are"
+                " reproducible only with generators of their own, e.g. DataLoader(generator=...)",
+            )
+
+    # ---------------------------------------------------------------- in the training thread
+
+    def _main(self, work: Callable[[], object], enter_torch_state: Callable[[], None]) -> None:
+        self._learner.training_thread = threading.get_ident()
+        self._begun.set()
+        try:
+            enter_torch_state()
+            work()
+        except BaseException as exc:
+            self._error = exc
+        with suppress(anyio.RunFinishedError):  # the event loop is gone
+            anyio.from_thread.run_sync(self._finished.set, token=self._token)
+
+    def async_wrapper(
+        self, receiver: Callable[[Any], Coroutine[Any, Any, Any]]
+    ) -> Callable[[Any], Any]:
+        """Blinker's `_async_wrapper`: make an async receiver a function that blocks this thread."""
+
+        def call(event: Event) -> object:
+            if threading.get_ident() == self._host:
+                receiver(event).close()
+                raise RuntimeError(
+                    f"an async receiver of {type(event).__name__} cannot be awaited here: an async"
+                    " receiver emitted it, on the event loop, which would wait for itself; emit"
+                    " it from a plain receiver"
+                )
+            while True:
+                done: Future[object] = Future()
+                anyio.from_thread.run_sync(
+                    self._tasks.start_soon, self._serve, receiver, event, done, token=self._token
+                )
+                while not wait((done,), PATIENCE).done:
+                    # Cancelling every task of the loop may end ours before it has begun.
+                    if self._interrupted and done.cancel():
+                        break
+                if not done.cancelled():
+                    try:
+                        return done.result()
+                    finally:
+                        del done  # avoids a reference cycle of its error and this frame
+                if not event.deliver_to_all:
+                    receiver(event).close()
+                    raise InterruptedFit
+
+        return call
+
+    # --------------------------------------------------------------------- on the event loop
+
+    async def _serve(
+        self,
+        receiver: Callable[[Event], Coroutine[Any, Any, object]],
+        event: Event,
+        done: Future[object],
+    ) -> None:
+        """Await a receiver for the training thread. Cleanup* is shielded, with a deadline."""
+        if not done.set_running_or_notify_cancel():
+            return
+        coroutine = receiver(event)
+        try:
+            with anyio.CancelScope(shield=event.deliver_to_all) as self._receiver_scope:
+                if self._interrupted:
+                    self._interrupt()
+                done.set_result(await coroutine)
+        except anyio.get_cancelled_exc_class():
+            done.set_exception(InterruptedFit())
+            raise
+        except BaseException as exc:
+            done.set_exception(exc)
+        finally:
+            self._receiver_scope = None
+        if not done.done() and event.deliver_to_all:
+            log.warning(
+                "cleanup_cut_short",
+                run_id=self._learner.run_id,
+                receiver=coroutine.__qualname__,  # type: ignore[attr-defined]
+                cleanup=type(event).__name__,
+                cleanup_timeout=self._learner.cleanup_timeout,
+            )
+            done.set_result(None)
+        elif not done.done():
+            done.set_exception(InterruptedFit())
+        del done  # avoids a reference cycle of its error and this frame
+
+    async def _pump(self) -> None:
+        """Wake the readers about twenty times a second, including new ones."""
+        with self._pump_scope:
+            while True:
+                self._start_observers()
+                for stream in tuple(self._learner.fit_streams):
+                    stream.wake()
+                if self._graceful is not None:
+                    self._graceful.check_deadline()
+                await anyio.sleep(PUMP_INTERVAL)
+
+    def _start_observers(self) -> None:
+        for stream in tuple(self._learner.fit_streams):
+            if isinstance(stream, Observer) and stream not in self._observing:
+                self._observing[stream] = anyio.CancelScope(shield=True)
+                self._tasks.start_soon(self._observe, stream)
+
+    async def _observe(self, observer: Observer[Any]) -> None:
+        with self._observing[observer] as scope:
+            await observer.run(scope, self._report)
+
+    def _report(self, error: BaseException) -> None:
+        """Let an observer's error end the fit, or be its outcome if the training is over."""
+        if self._reported is None:
+            self._reported = error
+            self._learner.request(error)
+
+    def _finish_observers(self) -> None:
+        """Let the observers drain their buffers, until a deadline."""
+        deadline = anyio.current_time() + self._learner.drain_timeout
+        self._start_observers()  # those that were opened after the last turn of the pump
+        for stream in tuple(self._learner.fit_streams):
+            stream.end()
+        for scope in self._observing.values():
+            scope.deadline = deadline
+
+
+def _leave_event_loop() -> None:
+    """In the context of the thread: the caller's event loop does not run there."""
+    if sniffio := sys.modules.get("sniffio"):  # if trio is installed, anyio asks sniffio
+        sniffio.current_async_library_cvar.set(None)

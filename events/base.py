@@ -1,0 +1,225 @@
+"""The base classes of all events: what an event carries, and which callback method receives it."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from time import time
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+
+from .learner import LearnerLike
+
+HOOKS: dict[str, tuple[type[Event], ...]] = {}
+"""The event classes by the name of the callback method that receives them.
+
+There are several under one name where several packages define an event class of that name.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class ScopeEnd:
+    """How a scope ended.
+
+    Attributes:
+        status: "completed"; "cancelled" by a receiver, `stop` or the host; or "failed".
+        who: the receiver that cancelled or failed, where it is known.
+        reason: why: the reason of the cancel, or the error.
+    """
+
+    status: Literal["completed", "cancelled", "failed"]
+    who: str | None = None
+    reason: str | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Event:
+    """Base of all events: subscribe to it to receive every event except the actions.
+
+    Attributes:
+        learner: the live learner that emitted it.
+        run_id: identifies the fit; shared by all of its events.
+        time: when it was emitted, seconds since the epoch (`time.time()`).
+    """
+
+    hook: ClassVar[str]
+    """The name of the callback method that receives this class of events."""
+    deliver_to_all: ClassVar[bool] = False
+    """Whether the remaining receivers are still called after one has raised."""
+
+    learner: LearnerLike = field(repr=False)
+    run_id: str
+    time: float
+
+    def __init_subclass__(cls) -> None:
+        # `slots=True` makes a second class, which replaces the first. It has no qualified name
+        # yet when this runs, so a class is identified by its plain name.
+        cls.hook = hook_name(cls.__name__)
+        if not cls.__name__.startswith("_"):
+            _register(cls)
+
+    @classmethod
+    def of(cls, learner: Any, *extra: Any) -> Self:
+        """Make the event for the learner's current position.
+
+        Args:
+            learner: the learner that emits it.
+            extra: the fields that a subclass adds.
+        """
+        return cls(learner, learner.run_id, time(), *extra)
+
+
+def hook_name(class_name: str) -> str:
+    """The name of the callback method for an event class.
+
+    Example:
+        >>> hook_name("BeforeBatch")
+        'before_batch'
+    """
+    words = r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])"
+    return re.sub(words, "_", class_name).lower()
+
+
+def _register(cls: type[Event]) -> None:
+    """Add an event class to `HOOKS`; one that is defined again replaces the earlier one."""
+    others = [
+        other
+        for other in HOOKS.get(cls.hook, ())
+        if (other.__module__, other.__name__) != (cls.__module__, cls.__name__)
+    ]
+    HOOKS[cls.hook] = (*others, cls)
+
+
+Event.hook = hook_name(Event.__name__)
+_register(Event)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FitEvent(Event):
+    """Concerns the whole fit.
+
+    Attributes:
+        n_epochs: how many epochs the fit was asked for.
+    """
+
+    n_epochs: int
+
+    @classmethod
+    def of(cls, learner: Any, *extra: Any) -> Self:
+        return cls(learner, learner.run_id, time(), learner.n_epochs, *extra)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _InEpoch(Event):
+    n_epochs: int
+    epoch: int
+    training: bool
+    n_iter: int | None
+
+    @property
+    def phase(self) -> Literal["train", "valid"]:
+        """The phase by its name: "train" while training, "valid" while validating."""
+        return "train" if self.training else "valid"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class EpochEvent(_InEpoch):
+    """Concerns one epoch, training or validating.
+
+    Attributes:
+        n_epochs: how many epochs the fit was asked for.
+        epoch: the number of the epoch, from 0.
+        training: True in a training epoch, False in a validating one.
+        n_iter: the number of batches in the epoch, None if the loader has no length.
+    """
+
+    @classmethod
+    def of(cls, learner: Any, *extra: Any) -> Self:
+        return cls(
+            learner,
+            learner.run_id,
+            time(),
+            learner.n_epochs,
+            learner.epoch,
+            learner.training,
+            learner.n_iter,
+            *extra,
+        )
+
+
+def _lr(opt: Any) -> float | torch.Tensor | None:
+    if opt is None:
+        return None
+    lr = opt.param_groups[0]["lr"]
+    return lr.clone() if isinstance(lr, torch.Tensor) else lr  # schedulers change it in place
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _InBatch(_InEpoch):
+    iter: int
+    n_samples: int
+    lr: float | torch.Tensor | None
+    loss: torch.Tensor | None
+
+    @classmethod
+    def of(cls, learner: Any, *extra: Any) -> Self:
+        loss = learner.loss
+        return cls(
+            learner,
+            learner.run_id,
+            time(),
+            learner.n_epochs,
+            learner.epoch,
+            learner.training,
+            learner.n_iter,
+            learner.iter,
+            learner.n_samples,
+            _lr(learner.opt),
+            loss.detach() if isinstance(loss, torch.Tensor) else None,
+            *extra,
+        )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class BatchEvent(_InBatch):
+    """Concerns one batch. In addition to the fields of an `EpochEvent`:
+
+    Attributes:
+        iter: the number of the batch in the epoch, from 0.
+        n_samples: samples seen in this epoch so far, including this batch.
+        lr: the learning rate of the first parameter group, None without an optimizer.
+        loss: the loss of this batch, detached, on its device; None before `GetLoss`. Reading
+            its number (`.item()`, `float`) makes the host wait for the device.
+    """
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StepEvent(_InBatch):
+    """Concerns one optimizer step; the fields are those of a `BatchEvent`."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ActionEvent(_InEpoch):
+    """A request to do one part of a batch; exactly one receiver performs it.
+
+    Attributes:
+        iter: the number of the batch in the epoch, from 0; the other fields are those of an
+            `EpochEvent`.
+    """
+
+    iter: int
+
+    @classmethod
+    def of(cls, learner: Any, *extra: Any) -> Self:
+        return cls(
+            learner,
+            learner.run_id,
+            time(),
+            learner.n_epochs,
+            learner.epoch,
+            learner.training,
+            learner.n_iter,
+            learner.iter,
+            *extra,
+        )

@@ -1,0 +1,72 @@
+"""Errors of receivers: who raised them, which of several is raised, and in which wrapping.
+
+Source: the notes of PEP 678.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+
+from .base import Event
+from .cancel import CancelException
+
+
+def annotate_error(exc: BaseException, who: str, event: Event) -> BaseException:
+    """Unwrap an error, and note which receiver raised it and on which event; return it."""
+    exc = unwrap(exc)
+    if isinstance(exc, CancelException) and exc.who is None:
+        exc.who = who
+    where = "".join(
+        f", {name} {getattr(event, name)}" for name in ("epoch", "iter") if hasattr(event, name)
+    )
+    exc.add_note(f"raised by {who} on {type(event).__name__}{where}")
+    return exc
+
+
+def who_raised(exc: BaseException) -> str | None:
+    """The receiver named by the first note of `annotate_error`, None without one."""
+    for note in getattr(exc, "__notes__", ()):
+        if found := re.match(r"raised by (.+) on \w+", note):
+            return found[1]
+    return None
+
+
+def most_severe(errors: Iterable[BaseException]) -> BaseException:
+    """Choose which of several exceptions to raise: an error, or else the widest cancel.
+
+    Of equals it is the first.
+
+    Example:
+        >>> from eventrain.events import CancelBatchException
+        >>> most_severe([CancelBatchException(), KeyError("x"), ValueError()])
+        KeyError('x')
+    """
+    return max(
+        errors, key=lambda exc: exc.width if isinstance(exc, CancelException) else float("inf")
+    )
+
+
+def unwrap(exc: BaseException) -> BaseException:
+    """Take an exception out of the exception groups in which task groups wrapped it.
+
+    A group of one is replaced by its member. In a group of several, errors take precedence over
+    cancels: the group without its cancels is returned, or the widest cancel if there are no errors.
+
+    Example:
+        >>> unwrap(ExceptionGroup("", [ExceptionGroup("", [KeyError("x")])]))
+        KeyError('x')
+    """
+    if not isinstance(exc, BaseExceptionGroup):
+        return exc
+    _, errors = exc.split(CancelException)
+    leaves = list(_leaves(errors or exc))
+    return most_severe(leaves) if errors is None or len(leaves) == 1 else errors
+
+
+def _leaves(group: BaseExceptionGroup[BaseException]) -> Iterator[BaseException]:
+    for exc in group.exceptions:
+        if isinstance(exc, BaseExceptionGroup):
+            yield from _leaves(exc)
+        else:
+            yield exc

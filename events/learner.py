@@ -1,0 +1,121 @@
+"""What receivers of events may rely on in a learner, whichever class it is of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, Protocol
+
+from torch import nn
+
+Purpose = Literal["fit", "validate", "predict", "lr_find"]
+
+
+class ProgressLike(Protocol):
+    """How much of a fit is completed, in training or in validation."""
+
+    epochs: int
+    batches: int
+    steps: int
+
+
+class LearnerLike(Protocol):
+    """The type of `event.learner`: a learner while it fits.
+
+    It lists what the engine provides. For an attribute that your own learner class adds, narrow
+    the type first: `assert isinstance(event.learner, MyLearner)`.
+
+    Attributes:
+        model, dls, loss_func, lr, opt_func: as given to the learner; the first two may be replaced
+            for the length of a fit.
+        opt: the optimizer of this fit, None if the fit does not train.
+        dl: the loader of the current epoch.
+        batch, preds, loss: those of the current batch; receivers may replace them.
+        epoch, n_epochs, iter, n_iter, n_samples, training: the current position; see `BatchEvent`.
+        trains, validates: whether the fit has training epochs, and validating ones.
+        purpose: "fit"; or "validate", "predict", "lr_find" for a run of that method.
+        run_id: identifies the fit.
+        record: the numbers of the current epoch, which receivers may add to.
+        history: the records of the epochs of this fit so far.
+        done: what is completed in the current phase.
+        outer_continues: for Cleanup* receivers: whether only this scope is over, completed or by
+            its own cancel.
+        graceful_stop_due: for Cleanup* receivers: whether a graceful `stop` takes effect when they
+            have returned.
+        metrics: the `MetricsCB` that is attached, set by it.
+    """
+
+    model: nn.Module
+    dls: Any
+    dl: Any
+    loss_func: Any
+    lr: float
+    opt_func: Any
+    opt: Any
+    batch: Any
+    preds: Any
+    loss: Any
+    epoch: int
+    n_epochs: int
+    iter: int
+    n_iter: int | None
+    n_samples: int
+    training: bool
+    trains: bool
+    validates: bool
+    purpose: Purpose
+    run_id: str
+    record: dict[str, Any]
+    history: list[dict[str, Any]]
+    outer_continues: bool
+    graceful_stop_due: bool
+    metrics: Any
+
+    @property
+    def done(self) -> ProgressLike: ...
+
+    @property
+    def cbs(self) -> tuple[Any, ...]: ...
+
+    @property
+    def fitting(self) -> bool: ...
+
+    @property
+    def stopping(self) -> bool: ...
+
+    def add_cbs(self, cbs: Any) -> tuple[Any, ...]: ...
+
+    def remove_cbs(self, cbs: Any) -> None: ...
+
+    def emit(self, event_type: type[Any], *extra: Any) -> None: ...
+
+    def perform(self, action: type[Any]) -> None: ...
+
+    def one_batch(self) -> None: ...
+
+    def one_step(self) -> None: ...
+
+    def scope(self, cancel: type[Any], cleanup: type[Any]) -> Any: ...
+
+    def stop(
+        self,
+        scope: Literal["fit", "epoch", "batch"] = "fit",
+        reason: str | None = None,
+        *,
+        graceful: bool = False,
+        who: str = "Learner.stop",
+    ) -> bool: ...
+
+    @property
+    def on(self) -> Callable[..., Any]: ...
+
+    @property
+    def subscribe(self) -> Callable[..., Any]: ...
+
+    @property
+    def events(self) -> Callable[..., Any]: ...
+
+    @property
+    def observe(self) -> Callable[..., Any]: ...
+
+    @property
+    def explain(self) -> Callable[..., str]: ...
