@@ -201,6 +201,12 @@ def test_the_readme_is_short() -> None:
     assert max(map(len, lines)) <= 160  # its two commands are a line each
 
 
+def test_the_readmes_two_commands_are_those_of_the_home_page() -> None:
+    commands = [block.text for block in blocks(README, "sh")]
+    assert len(commands) == 2
+    assert [block.text for block in blocks(DOCS / "index.md", "sh")] == commands
+
+
 def test_the_readmes_example_is_under_twenty_lines() -> None:
     code = blocks(README, "python")[0].text
     assert sum(bool(line.strip()) for line in code.splitlines()) < 20
