@@ -148,13 +148,6 @@ class EpochEvent(_InEpoch):
         )
 
 
-def _lr(opt: Any) -> float | torch.Tensor | None:
-    if opt is None:
-        return None
-    lr = opt.param_groups[0]["lr"]
-    return lr.clone() if isinstance(lr, torch.Tensor) else lr  # schedulers change it in place
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class _InBatch(_InEpoch):
     iter: int
@@ -164,21 +157,59 @@ class _InBatch(_InEpoch):
 
     @classmethod
     def of(cls, learner: Any, *extra: Any) -> Self:
-        loss = learner.loss
-        return cls(
-            learner,
-            learner.run_id,
-            time(),
-            learner.n_epochs,
-            learner.epoch,
-            learner.training,
-            learner.n_iter,
-            learner.iter,
-            learner.n_samples,
-            _lr(learner.opt),
-            loss.detach() if isinstance(loss, torch.Tensor) else None,
-            *extra,
-        )
+        if extra or hasattr(cls, "__post_init__"):
+            return cls(*_batch_values(learner), *extra)
+        draft: Any = _Draft(_batch_values(learner))
+        try:
+            draft.__class__ = cls
+        except TypeError:  # a subclass with a `__dict__`, or with slots of its own
+            return cls(*_batch_values(learner))
+        return draft  # type: ignore[no-any-return]
+
+
+def _batch_values(learner: Any) -> tuple[Any, ...]:
+    """The fields of an event of a batch or step, in order."""
+    lr = None if learner.opt is None else learner.opt.param_groups[0]["lr"]
+    loss = learner.loss
+    return (
+        learner,
+        learner.run_id,
+        time(),
+        learner.n_epochs,
+        learner.epoch,
+        learner.training,
+        learner.n_iter,
+        learner.iter,
+        learner.n_samples,
+        lr.clone() if isinstance(lr, torch.Tensor) else lr,  # schedulers change it in place
+        loss.detach() if isinstance(loss, torch.Tensor) else None,
+    )
+
+
+class _Draft(_InBatch):
+    """An event of a batch or step while it is being made.
+
+    It is not frozen, so its fields are set in a seventh of the time that the `__init__` of a frozen
+    dataclass takes. Then it becomes an event of the class that was asked for.
+    """
+
+    __slots__ = ()
+    __setattr__ = object.__setattr__
+
+    def __init__(self: Any, values: tuple[Any, ...]) -> None:
+        (
+            self.learner,
+            self.run_id,
+            self.time,
+            self.n_epochs,
+            self.epoch,
+            self.training,
+            self.n_iter,
+            self.iter,
+            self.n_samples,
+            self.lr,
+            self.loss,
+        ) = values
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -124,8 +124,11 @@ class EventSignal(blinker.Signal):
             return []
         results = []
         errors: list[BaseException] = []
+        learner = sender.learner
         for subscription in self._ordered or self.ordered:
-            if not subscription.accepts(sender):
+            # As `accepts`, without the call.
+            of = subscription.learner
+            if subscription.closed or (of is not None and of is not learner):
                 continue
             try:
                 result = subscription.call(sender)

@@ -30,7 +30,6 @@ class Subscription(Closing):
     __slots__ = (
         "_counter",
         "_every",
-        "_learner",
         "_once",
         "_unsubscribe",
         "_where",
@@ -38,6 +37,7 @@ class Subscription(Closing):
         "closed",
         "event_type",
         "key",
+        "learner",
         "order",
         "receiver",
         "time",
@@ -61,7 +61,7 @@ class Subscription(Closing):
         self.closed = False
         self.time = next(self._times)
         self.key: tuple[float, int, int] = (order, self.time, 0)
-        self._learner = learner
+        self.learner = learner
         self._every = every
         self._counter = itertools.count(1)
         self._once = once
@@ -77,11 +77,11 @@ class Subscription(Closing):
 
     def accepts(self, event: Event) -> bool:
         """Whether it is open and the event comes from its learner."""
-        return not self.closed and (self._learner is None or self._learner is event.learner)
+        return not self.closed and (self.learner is None or self.learner is event.learner)
 
     def matches(self, learner: object) -> bool:
         """Whether it is subscribed to this learner, or to all learners that share the bus."""
-        return self._learner is None or self._learner is learner
+        return self.learner is None or self.learner is learner
 
     def reaches(self, event_type: type[Event]) -> bool:
         """Whether events of exactly this class are received."""
