@@ -421,7 +421,7 @@ def test_files_that_are_closed_during_a_fit_are_opened_again(
 
     @learner.on(BeforeEpoch, where=lambda event: event.epoch == 1, once=True)
     async def close(event: BeforeEpoch) -> None:
-        while not writer_threads():
+        while not any(fit._writer for fit in cb._fits):
             await anyio.lowlevel.checkpoint()
         cb.close()
         assert writer_threads() == []
