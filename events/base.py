@@ -14,7 +14,7 @@ from .learner import LearnerLike
 HOOKS: dict[str, tuple[type[Event], ...]] = {}
 """The event classes by the name of the callback method that receives them.
 
-There are several under one name where several packages define an event class of that name.
+A name has several classes if several packages define an event class of that name.
 """
 
 
@@ -24,8 +24,8 @@ class ScopeEnd:
 
     Attributes:
         status: "completed"; "cancelled" by a receiver, `stop` or the host; or "failed".
-        who: the receiver that cancelled or failed, where it is known.
-        reason: why: the reason of the cancel, or the error.
+        who: the receiver that cancelled or failed, if it is known.
+        reason: the reason of the cancel, or the error.
     """
 
     status: Literal["completed", "cancelled", "failed"]
@@ -82,7 +82,7 @@ def hook_name(class_name: str) -> str:
 
 
 def _register(cls: type[Event]) -> None:
-    """Add an event class to `HOOKS`; one that is defined again replaces the earlier one."""
+    """Add an event class to `HOOKS`; a redefined class replaces its earlier definition."""
     others = [
         other
         for other in HOOKS.get(cls.hook, ())
@@ -100,7 +100,7 @@ class FitEvent(Event):
     """Concerns the whole fit.
 
     Attributes:
-        n_epochs: how many epochs the fit was asked for.
+        n_epochs: the number of epochs that were requested.
     """
 
     n_epochs: int
@@ -125,12 +125,12 @@ class _InEpoch(Event):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class EpochEvent(_InEpoch):
-    """Concerns one epoch, training or validating.
+    """Concerns one epoch, in training or validation.
 
     Attributes:
-        n_epochs: how many epochs the fit was asked for.
-        epoch: the number of the epoch, from 0.
-        training: True in a training epoch, False in a validating one.
+        n_epochs: the number of epochs that were requested.
+        epoch: the index of the epoch, from 0.
+        training: True in a training epoch, False in a validation epoch.
         n_iter: the number of batches in the epoch, None if the loader has no length.
     """
 
@@ -217,11 +217,11 @@ class BatchEvent(_InBatch):
     """Concerns one batch. In addition to the fields of an `EpochEvent`:
 
     Attributes:
-        iter: the number of the batch in the epoch, from 0.
+        iter: the index of the batch in the epoch, from 0.
         n_samples: samples seen in this epoch so far, including this batch.
         lr: the learning rate of the first parameter group, None without an optimizer.
         loss: the loss of this batch, detached, on its device; None before `GetLoss`. Reading
-            its number (`.item()`, `float`) makes the host wait for the device.
+            its value (`.item()`, `float`) makes the host wait for the device.
     """
 
 
@@ -235,7 +235,7 @@ class ActionEvent(_InEpoch):
     """A request to do one part of a batch; exactly one receiver performs it.
 
     Attributes:
-        iter: the number of the batch in the epoch, from 0; the other fields are those of an
+        iter: the index of the batch in the epoch, from 0; the other fields are those of an
             `EpochEvent`.
     """
 

@@ -20,8 +20,9 @@ class Subscription(Closing):
     Attributes:
         event_type: the event class; events of its subclasses are received too.
         receiver: the callable, called with the event as its only argument.
-        order: receivers of lower order are called earlier; equal ones in the order of connection.
-        time: when it was connected, as a running number.
+        order: receivers of lower order are called earlier; those of equal order in the order of
+            connection.
+        time: its place among all connections: a counter, not a clock time.
         closed: whether it has been closed.
     """
 
@@ -95,7 +96,7 @@ class Subscription(Closing):
         if next(self._counter) % self._every:
             return None
         if self._once and not self.close():
-            return None  # another thread was first
+            return None  # another thread has made the one call
         return self.receiver(event)
 
     def close(self) -> bool:
@@ -108,7 +109,7 @@ class Subscription(Closing):
 
 
 def name_of(receiver: Callable[..., Any]) -> str:
-    """The name of a callable for people: `Class.method`, `function` or `Class`."""
+    """The readable name of a callable: `Class.method`, `function` or `Class`."""
     while isinstance(receiver, partial):
         receiver = receiver.func
     owner = getattr(receiver, "__self__", None)

@@ -1,1 +1,1 @@
-"""The data side: loaders, and what can be said of a batch. It does not depend on the loop."""
+"""Data loaders and batches. This package does not depend on the loop."""

@@ -1,4 +1,4 @@
-"""What can be said of a batch: its size, its inputs, its targets."""
+"""The size, the inputs and the targets of a batch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def batch_size(batch: Any) -> int:
         (8, 0)
     """
     if type(batch) in _SEQUENCES and batch and type(batch[0]) is torch.Tensor:
-        shape = batch[0].shape  # as nearly all batches are: in half the time
+        shape = batch[0].shape  # the usual case takes half the time here
         if shape and shape[0]:
             return shape[0]
     if isinstance(batch, _SEQUENCES):
@@ -37,22 +37,22 @@ def batch_size(batch: Any) -> int:
 
 
 def inputs_of(batch: Any) -> Any:
-    """What the model is given: the first part of a tuple or list, or all of it."""
+    """The input of the model: the first item of a tuple or list, or else the whole batch."""
     return batch[0] if isinstance(batch, _SEQUENCES) else batch
 
 
 def targets_of(batch: Any) -> Any:
-    """The second part of a batch.
+    """The targets of a batch: the second item of a tuple or list.
 
     Raises:
-        TypeError: the batch has no second part.
+        TypeError: the batch has no second item.
     """
     if isinstance(batch, _SEQUENCES) and len(batch) > 1:
         return batch[1]
     what = f"{len(batch)} part(s)" if isinstance(batch, _SEQUENCES) else type(batch).__qualname__
     raise TypeError(
         f"a batch of (inputs, targets) is needed here, but this one is {what}: perform Predict"
-        " and GetLoss your own way, in a Learner subclass or a callback"
+        " and GetLoss yourself, in a Learner subclass or a callback"
     )
 
 
@@ -62,7 +62,7 @@ def check_batch(batch: Any, phase: str, index: int) -> None:
     Args:
         batch: what the loader yielded.
         phase: "train" or "valid".
-        index: the number of the batch in the epoch.
+        index: the index of the batch in the epoch.
     """
     if batch is None or isinstance(batch, str | bytes | bool | int | float | complex):
         raise TypeError(

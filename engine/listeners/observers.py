@@ -49,9 +49,9 @@ class Observer(EventStream[E], Closing):
         """Deliver the events of one fit.
 
         Args:
-            scope: its deadline ends the delivery. There is no other cancellation from outside: one
-                that comes without it was raised by the receiver itself, and is only an error.
-            report: called with an error that is to end the fit.
+            scope: its deadline ends the delivery. Nothing else cancels it from outside: any other
+                cancellation was raised by the receiver itself, and counts as its error.
+            report: called with an error that ends the fit.
         """
         contained = (Exception, CancelException, anyio.get_cancelled_exc_class())
         async for event in self:
@@ -75,7 +75,7 @@ class Observer(EventStream[E], Closing):
 
 
 class CallbackObserver(Observer[Event]):
-    """Gives the events that a callback `observes` to its watcher; there is one for each fit."""
+    """Passes the events that a callback `observes` to its watcher, of which each fit has one."""
 
     def __init__(self, owner: StreamOwner, callback: Callback) -> None:
         self._current = current = _CurrentWatcher(callback)

@@ -508,7 +508,7 @@ def test_accumulation_skips_the_step_and_its_actions_alone(learner: Spoken) -> N
 
 
 def test_the_base_of_the_actions_cannot_be_subscribed_to(learner: Spoken) -> None:
-    with pytest.raises(TypeError, match="subscribe to one by its own name"):
+    with pytest.raises(TypeError, match="subscribe to one action by its class"):
         learner.on(ActionEvent)(lambda event: None)
 
 

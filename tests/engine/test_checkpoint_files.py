@@ -204,7 +204,7 @@ def test_without_any_number_there_is_no_best(tmp_path: Path, folder_of: Any) -> 
 
 def test_the_best_of_a_number_that_is_not_there_is_told(tmp_path: Path, folder_of: Any) -> None:
     checkpoints = folder_of(1, ("accuracy", "max"))
-    with pytest.raises(ValueError, match="no number 'accuracy' of an epoch, but loss"):
+    with pytest.raises(ValueError, match="the epoch has no metric 'accuracy'; it has loss"):
         put(checkpoints, 1)
     assert numbers(tmp_path) == [1]
 

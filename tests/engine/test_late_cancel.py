@@ -98,7 +98,7 @@ async def test_a_batch_that_hangs_is_told_with_its_place(
         "log_level": "warning",
         "run_id": learner.run_id,
         "seconds": 0.05,
-        "hint": "the fit was cancelled, and returns when its thread comes to its next event",
+        "hint": "the fit was cancelled, and returns when its thread reaches its next event",
     }
     assert events.names[-4:] == ["BeforeBatch", "CleanupBatch", "CleanupEpoch", "CleanupFit"]
     assert (learner.result.status, learner.result.who) == ("cancelled", "host")

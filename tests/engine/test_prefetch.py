@@ -127,7 +127,7 @@ def test_it_says_what_it_wraps() -> None:
 
 @pytest.mark.parametrize("depth", [0, -1, 1.0, True, None, "2"])
 def test_a_depth_that_is_none_is_an_error_that_names_it(depth: Any) -> None:
-    with pytest.raises(ValueError, match=f"depth={depth!r}: give a whole number"):
+    with pytest.raises(ValueError, match=f"depth={depth!r}: give an integer"):
         Prefetcher([], depth=depth)
 
 

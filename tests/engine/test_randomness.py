@@ -151,10 +151,10 @@ def test_a_state_of_other_loaders_is_named() -> None:
     with_two, without = random_state(some_loaders()), random_state(DataLoaders())
     assert random_state_differs(some_loaders(), with_two) is None
     assert random_state_differs(some_loaders(), without) == (
-        "the loaders have 2 random generators of their own, and had 0"
+        "the loaders have 2 random generators, but the checkpoint has 0"
     )
     assert random_state_differs(DataLoaders(), with_two) == (
-        "the loaders have 0 random generators of their own, and had 2"
+        "the loaders have 0 random generators, but the checkpoint has 2"
     )
 
 
@@ -163,12 +163,12 @@ def test_a_state_of_more_devices_is_named(device: str) -> None:
     here = getattr(torch, device).device_count()
     state = {**random_state(DataLoaders()), device: [torch.zeros(1)] * (here + 1)}
     assert random_state_differs(DataLoaders(), state) == (
-        f"there are {here} {device} devices, and there were {here + 1}"
+        f"there are {here} {device} devices, but the checkpoint has {here + 1}"
     )
 
 
 @pytest.mark.skipif(torch.backends.mps.is_available(), reason="there is such a device")
 def test_a_state_of_another_kind_of_device_is_named() -> None:
     state = {**random_state(DataLoaders()), "mps": torch.zeros(1)}
-    told = "there is no mps device, and there was one"
+    told = "there is no mps device, but the checkpoint has a state for one"
     assert random_state_differs(DataLoaders(), state) == told

@@ -425,7 +425,7 @@ async def test_when_the_deadline_is_over_the_fit_is_left_at_its_next_event(
         "run_id": result.run_id,
         "signal": signum.name,
         "deadline": 0.05,
-        "hint": "the batch is not done: the fit is left at its next event, without a checkpoint",
+        "hint": "the batch is not completed: the fit ends at its next event, without a checkpoint",
     }
     assert checkpoints.last is not None
     assert Checkpoint.load(checkpoints.last).position.batches == 1
@@ -445,7 +445,7 @@ async def test_a_cleanup_that_outlasts_the_deadline_is_told_and_not_cut(
         result = await learner.fit(graceful=0.01, cbs=cbs)
     assert events.names == AFTER_THE_SECOND_BATCH
     assert (result.status, result.who) == ("cancelled", "SIGTERM")
-    assert [line["hint"] for line in logs] == ["the batch is done, and what cleans up is not"]
+    assert [line["hint"] for line in logs] == ["the batch is completed, but the cleanup is not"]
 
 
 @pytest.mark.usefixtures("heard")

@@ -169,8 +169,8 @@ async def test_a_fit_has_the_weights_it_has_with_a_dataloader(
     ("tensors", "arguments", "error", "words"),
     [
         ((), {}, ValueError, r"there are no tensors: give one, or \(inputs, targets\)"),
-        (([1, 2],), {}, TypeError, r"tensor 0 is a list: torch.as_tensor\(\) makes one"),
-        ((torch.tensor(1.0),), {}, ValueError, r"tensor 0 is a single number"),
+        (([1, 2],), {}, TypeError, r"tensor 0 is a list: convert it with torch.as_tensor\(\)"),
+        ((torch.tensor(1.0),), {}, ValueError, r"tensor 0 is a scalar"),
         ((torch.ones(3), torch.ones(4)), {}, ValueError, "different numbers of samples: 3, 4"),
         ((torch.ones(3),), {"transform": 3}, TypeError, "transform=3 cannot be called"),
         ((torch.ones(3),), {"device": "meta", "num_workers": 1}, ValueError, "num_workers=1 is"),

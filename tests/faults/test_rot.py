@@ -186,7 +186,7 @@ def test_another_format_is_told_with_the_versions_and_not_passed_over(folder: Pa
     forge_manifest(last, format=2, versions=versions, files=None)
     for path in (last, folder):
         with pytest.raises(
-            CheckpointError, match=r"format 2, and .* reads 1: .* eventrain 9\.1"
+            CheckpointError, match=r"format 2, but .* reads 1: .* eventrain 9\.1"
         ) as e:
             Checkpoint.load(path)
         assert not isinstance(e.value, CheckpointDamagedError)
