@@ -349,8 +349,11 @@ def test_wait_for_waits_for_the_thread(
     """G4: `asyncio.wait_for`."""
 
     async def main() -> None:
+        slow = SlowBatch()
+        fit = asyncio.create_task(learner.fit(cbs=slow))
+        await slow.reached.wait()
         with pytest.raises(TimeoutError):
-            await asyncio.wait_for(learner.fit(cbs=SlowBatch()), timeout=0.5)
+            await asyncio.wait_for(fit, timeout=0.05)
         assert_cut_in_the_second_batch(learner, events)
 
     with record_events(learner) as events:
@@ -803,7 +806,7 @@ def test_cancelling_again_during_an_async_cleanup_does_not_prolong_it(
     learner: TrainLearner, run_native: Callable[..., Any]
 ) -> None:
     """G4: the deadline is set by the first cancel; later ones neither cut nor move it."""
-    learner.cleanup_timeout = 0.2
+    learner.cleanup_timeout = 2
     cleaned: list[str] = []
 
     async def main() -> None:

@@ -98,7 +98,7 @@ async def test_a_batch_that_hangs_is_told_with_its_place(
         "log_level": "warning",
         "run_id": learner.run_id,
         "seconds": 0.05,
-        "hint": "the fit was cancelled, and returns when its thread comes to its next event",
+        "hint": "the fit was cancelled, and returns when its thread reaches its next event",
     }
     assert events.names[-4:] == ["BeforeBatch", "CleanupBatch", "CleanupEpoch", "CleanupFit"]
     assert (learner.result.status, learner.result.who) == ("cancelled", "host")
@@ -192,7 +192,7 @@ async def test_a_loader_that_blocks_is_told_with_the_line_of_ones_own(
     loader = DataLoader(Blocks(lambda: wait_until(lambda: logs)))
     *innermost, own, engines = await where_it_waits_for(loader, learner, logs)
     assert len(innermost) == 3
-    assert (own, engines) == ("Blocks.__getitem__", "read")
+    assert (own, engines) == ("Blocks.__getitem__", "read_batches")
 
 
 @pytest.fixture(scope="module")
@@ -216,7 +216,7 @@ async def test_a_worker_process_that_blocks_is_told_with_what_waits_for_it(
     )
     threading.Thread(target=lambda: (wait_until(lambda: logs), released.set())).start()
     *_, engines = await where_it_waits_for(loader, learner, logs)
-    assert engines == "read"
+    assert engines == "read_batches"
 
 
 # --------------------------------------------------------------- nothing else is changed by it
@@ -298,9 +298,22 @@ def test_the_task_knows_how_often_it_was_cancelled(
 
     async def main() -> None:
         hangs = Hangs(lambda: logs)
+
+        async def fit_within_a_timeout() -> None:
+            async with asyncio.timeout(None) as scope:
+
+                async def expire() -> None:
+                    await hangs.reached.wait()
+                    scope.reschedule(0)
+
+                expiring = asyncio.create_task(expire())
+                try:
+                    await learner.fit(cbs=hangs)
+                finally:
+                    assert expiring.done()
+
         with pytest.raises(TimeoutError):
-            async with asyncio.timeout(0.1):
-                await learner.fit(cbs=hangs)
+            await fit_within_a_timeout()
         assert asyncio.current_task().cancelling() == 0
 
     run_native(main)

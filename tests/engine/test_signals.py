@@ -442,7 +442,7 @@ async def test_a_cleanup_that_outlasts_the_deadline_is_told_and_not_cut(
     )
     with anyio.fail_after(GUARD), record_events(learner) as events, capture_logs() as logs:
         cbs = InBatch(lambda: send(signal.SIGTERM))
-        result = await learner.fit(graceful=0.01, cbs=cbs)
+        result = await learner.fit(graceful=2, cbs=cbs)
     assert events.names == AFTER_THE_SECOND_BATCH
     assert (result.status, result.who) == ("cancelled", "SIGTERM")
     assert [line["hint"] for line in logs] == ["the batch is done, and what cleans up is not"]
