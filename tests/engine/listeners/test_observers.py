@@ -42,8 +42,7 @@ from hypothesis import strategies as st
 from structlog.testing import capture_logs
 from torch import nn
 
-GUARD = 20
-"""Seconds after which something has hung."""
+from tests.support.waiting import GUARD, until, wait_until
 
 POLICIES = ["drop_oldest", "latest", "block"]
 
@@ -58,20 +57,6 @@ def learner(make_model: Callable[[], nn.Module], dls: DataLoaders) -> TrainLearn
 def waiting(stream: EventStream[Any]) -> int:
     """How many events a stream holds for its reader."""
     return stream.emitted - stream.delivered - stream.dropped
-
-
-def wait_until(condition: Callable[[], object]) -> None:
-    """Block the training thread until something is so."""
-    deadline = time.monotonic() + GUARD
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
-
-
-async def until(condition: Callable[[], object]) -> None:
-    """Let the event loop go round until something is so."""
-    while not condition():
-        await anyio.lowlevel.checkpoint()
 
 
 async def names_of(stream: AsyncIterator[Event]) -> list[str]:

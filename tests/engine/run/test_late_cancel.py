@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -29,16 +29,11 @@ from eventrain.events import (
     record_events,
 )
 from structlog.testing import capture_logs
-from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-GUARD = 20
-"""Seconds after which something has hung."""
-
-
-@pytest.fixture
-def learner(make_model: Callable[[], nn.Module], dls: DataLoaders) -> TrainLearner:
-    return TrainLearner(make_model(), dls)
+from tests.support import waiting
+from tests.support.native import natively
+from tests.support.waiting import GUARD, wait_until
 
 
 @pytest.fixture(autouse=True)
@@ -50,14 +45,6 @@ def _hasty(monkeypatch: pytest.MonkeyPatch) -> None:
 def logs() -> Iterator[list[Any]]:
     with capture_logs() as logs:
         yield logs
-
-
-def wait_until(condition: Callable[[], object]) -> None:
-    """Block the training thread, as a slow batch does, until something is so."""
-    deadline = time.monotonic() + GUARD
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
 
 
 class Hangs(Callback):
@@ -90,7 +77,7 @@ async def test_a_batch_that_hangs_is_told_with_its_place(
     (line,) = logs
     (sleeping, batch, *_) = line.pop("where")
     file, _, place = sleeping.partition(":")
-    assert file == __file__
+    assert file == waiting.__file__
     assert place.endswith(" in wait_until")
     assert batch.endswith(" in Hangs.before_batch")
     assert line == {
@@ -220,23 +207,6 @@ async def test_a_worker_process_that_blocks_is_told_with_what_waits_for_it(
 
 
 # --------------------------------------------------------------- nothing else is changed by it
-
-
-@pytest.fixture
-def run_native(request: pytest.FixtureRequest) -> Callable[..., Any]:
-    """Run a coroutine function on asyncio alone, where tasks are cancelled natively."""
-    factory = None
-    if request.param == "uvloop":
-        factory = pytest.importorskip("uvloop").new_event_loop
-
-    def run(main: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
-        with asyncio.Runner(loop_factory=factory) as runner:
-            return runner.run(main())
-
-    return run
-
-
-natively = pytest.mark.parametrize("run_native", ["asyncio", "uvloop"], indirect=True)
 
 
 @natively

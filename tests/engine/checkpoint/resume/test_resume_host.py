@@ -25,9 +25,7 @@ from tests.support.resuming import (
     outcome,
     traces,
 )
-
-GUARD = 20
-"""Seconds after which something has hung."""
+from tests.support.waiting import GUARD
 
 
 async def test_on_every_backend_it_is_the_undisturbed_fit(tmp_path: Path) -> None:
