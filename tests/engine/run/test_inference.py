@@ -35,8 +35,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 from torcheval.metrics import MulticlassAccuracy
 
-GUARD = 20
-"""Seconds after which something has hung."""
+from tests.support.waiting import GUARD
 
 Digits = tuple[torch.Tensor, torch.Tensor]
 

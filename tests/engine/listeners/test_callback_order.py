@@ -42,8 +42,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-GUARD = 20
-"""Seconds after which something has hung."""
+from tests.support.waiting import GUARD
 
 MakeModel = Callable[[], nn.Module]
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from contextlib import suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -41,33 +40,7 @@ from eventrain.events import (
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-GUARD = 20
-"""Seconds after which something has hung."""
-
-
-@pytest.fixture
-def learner(make_model: Callable[[], nn.Module], dls: DataLoaders) -> TrainLearner:
-    return TrainLearner(make_model(), dls)
-
-
-def thread_has_ended(learner: TrainLearner) -> bool:
-    """Whether the thread of the learner's last fit is gone."""
-    return f"eventrain-{learner.run_id}" not in {t.name for t in threading.enumerate()}
-
-
-def in_a_thread(work: Callable[[], Any]) -> Any:
-    """Run something that may hang in a thread that the tests can do without."""
-    future: Future[Any] = Future()
-
-    def target() -> None:
-        try:
-            future.set_result(work())
-        except BaseException as exc:
-            future.set_exception(exc)
-
-    threading.Thread(target=target, daemon=True).start()
-    return future.result(GUARD)
-
+from tests.support.waiting import GUARD, in_a_thread, thread_has_ended
 
 # ------------------------------------------------------------------------------------ the thread
 

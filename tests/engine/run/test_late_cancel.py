@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -29,16 +29,11 @@ from eventrain.events import (
     record_events,
 )
 from structlog.testing import capture_logs
-from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-GUARD = 20
-"""Seconds after which something has hung."""
-
-
-@pytest.fixture
-def learner(make_model: Callable[[], nn.Module], dls: DataLoaders) -> TrainLearner:
-    return TrainLearner(make_model(), dls)
+from tests.support import waiting
+from tests.support.native import natively
+from tests.support.waiting import GUARD, wait_until
 
 
 @pytest.fixture(autouse=True)
@@ -50,14 +45,6 @@ def _hasty(monkeypatch: pytest.MonkeyPatch) -> None:
 def logs() -> Iterator[list[Any]]:
     with capture_logs() as logs:
         yield logs
-
-
-def wait_until(condition: Callable[[], object]) -> None:
-    """Block the training thread, as a slow batch does, until something is so."""
-    deadline = time.monotonic() + GUARD
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
 
 
 class Hangs(Callback):
@@ -90,7 +77,7 @@ async def test_a_batch_that_hangs_is_told_with_its_place(
     (line,) = logs
     (sleeping, batch, *_) = line.pop("where")
     file, _, place = sleeping.partition(":")
-    assert file == __file__
+    assert file == waiting.__file__
     assert place.endswith(" in wait_until")
     assert batch.endswith(" in Hangs.before_batch")
     assert line == {
@@ -192,7 +179,7 @@ async def test_a_loader_that_blocks_is_told_with_the_line_of_ones_own(
     loader = DataLoader(Blocks(lambda: wait_until(lambda: logs)))
     *innermost, own, engines = await where_it_waits_for(loader, learner, logs)
     assert len(innermost) == 3
-    assert (own, engines) == ("Blocks.__getitem__", "read")
+    assert (own, engines) == ("Blocks.__getitem__", "read_batches")
 
 
 @pytest.fixture(scope="module")
@@ -216,27 +203,10 @@ async def test_a_worker_process_that_blocks_is_told_with_what_waits_for_it(
     )
     threading.Thread(target=lambda: (wait_until(lambda: logs), released.set())).start()
     *_, engines = await where_it_waits_for(loader, learner, logs)
-    assert engines == "read"
+    assert engines == "read_batches"
 
 
 # --------------------------------------------------------------- nothing else is changed by it
-
-
-@pytest.fixture
-def run_native(request: pytest.FixtureRequest) -> Callable[..., Any]:
-    """Run a coroutine function on asyncio alone, where tasks are cancelled natively."""
-    factory = None
-    if request.param == "uvloop":
-        factory = pytest.importorskip("uvloop").new_event_loop
-
-    def run(main: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
-        with asyncio.Runner(loop_factory=factory) as runner:
-            return runner.run(main())
-
-    return run
-
-
-natively = pytest.mark.parametrize("run_native", ["asyncio", "uvloop"], indirect=True)
 
 
 @natively
@@ -298,9 +268,22 @@ def test_the_task_knows_how_often_it_was_cancelled(
 
     async def main() -> None:
         hangs = Hangs(lambda: logs)
+
+        async def fit_within_a_timeout() -> None:
+            async with asyncio.timeout(None) as scope:
+
+                async def expire() -> None:
+                    await hangs.reached.wait()
+                    scope.reschedule(0)
+
+                expiring = asyncio.create_task(expire())
+                try:
+                    await learner.fit(cbs=hangs)
+                finally:
+                    assert expiring.done()
+
         with pytest.raises(TimeoutError):
-            async with asyncio.timeout(0.1):
-                await learner.fit(cbs=hangs)
+            await fit_within_a_timeout()
         assert asyncio.current_task().cancelling() == 0
 
     run_native(main)

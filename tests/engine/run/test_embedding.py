@@ -33,23 +33,10 @@ from structlog.testing import capture_logs
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-GUARD = 20
-"""Seconds after which something has hung."""
+from tests.support.waiting import GUARD, wait_until
+
 GUARD_OF_A_PROCESS = 120
 """The same for a process of its own, which imports torch first, perhaps beside others that do."""
-
-
-@pytest.fixture
-def learner(make_model: Callable[[], nn.Module], dls: DataLoaders) -> TrainLearner:
-    return TrainLearner(make_model(), dls)
-
-
-def wait_until(condition: Callable[[], object]) -> None:
-    """Block this thread until something is so."""
-    deadline = time.monotonic() + GUARD
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
 
 
 # ------------------------------------------------------------------------------------ the loop

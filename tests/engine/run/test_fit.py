@@ -42,31 +42,14 @@ from torch import nn, optim
 from torch.nn import functional as F
 from torcheval.metrics import MulticlassAccuracy
 
-GUARD = 20
-"""Seconds after which something has hung."""
+from tests.support.training import TRAIN_BATCH, VALID_BATCH
+from tests.support.waiting import GUARD
 
 MakeModel = Callable[[], nn.Module]
 Digits = tuple[torch.Tensor, torch.Tensor]
 
-TRAIN_BATCH = [
-    "BeforeBatch",
-    "AfterPredict",
-    "AfterLoss",
-    "AfterBackward",
-    "BeforeStep",
-    "AfterStep",
-    "CleanupStep",
-    "AfterBatch",
-    "CleanupBatch",
-]
-VALID_BATCH = ["BeforeBatch", "AfterPredict", "AfterLoss", "AfterBatch", "CleanupBatch"]
 TRAIN_EPOCH = ["BeforeEpoch", *TRAIN_BATCH * 3, "AfterEpoch", "CleanupEpoch"]
 VALID_EPOCH = ["BeforeEpoch", *VALID_BATCH * 2, "AfterEpoch", "CleanupEpoch"]
-
-
-@pytest.fixture
-def learner(make_model: MakeModel, dls: DataLoaders) -> TrainLearner:
-    return TrainLearner(make_model(), dls)
 
 
 def counts(result: FitResult) -> tuple[int, int, int, int]:
@@ -713,7 +696,7 @@ async def test_an_async_receiver_may_emit_an_event(
     # In a thread, so that a loop that is blocked does not block the tests.
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
-    await anyio.to_thread.run_sync(thread.join, GUARD / 4)
+    await anyio.to_thread.run_sync(thread.join, GUARD)
     assert not thread.is_alive()
     assert errors == [] or "async" in str(errors[0])
     assert heard == ([0] if errors else [0, 1, 2])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import threading
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -39,14 +38,9 @@ from eventrain.events import (
 )
 from torch import nn
 
-GUARD = 20
-"""Seconds after which something has hung."""
+from tests.support.training import TRAIN_BATCH, VALID_BATCH
+from tests.support.waiting import GUARD, wait_until
 
-TRAIN_BATCH = [
-    *["BeforeBatch", "AfterPredict", "AfterLoss", "AfterBackward"],
-    *["BeforeStep", "AfterStep", "CleanupStep", "AfterBatch", "CleanupBatch"],
-]
-VALID_BATCH = ["BeforeBatch", "AfterPredict", "AfterLoss", "AfterBatch", "CleanupBatch"]
 TRAIN_EPOCH = ["BeforeEpoch", *TRAIN_BATCH * 2, "AfterEpoch", "CleanupEpoch"]
 VALID_EPOCH = ["BeforeEpoch", *VALID_BATCH * 2, "AfterEpoch", "CleanupEpoch"]
 WHOLE_FIT = ["BeforeFit", *[*TRAIN_EPOCH, *VALID_EPOCH] * 2, "AfterFit", "CleanupFit"]
@@ -60,14 +54,6 @@ STOPPED = ScopeEnd("cancelled", "somebody", "enough")
 @pytest.fixture
 def learner(make_model: Callable[[], nn.Module], make_batches: Callable[..., Any]) -> TrainLearner:
     return TrainLearner(make_model(), DataLoaders(make_batches(2), make_batches(2, seed=1)))
-
-
-def wait_until(condition: Callable[[], object]) -> None:
-    """Block the training thread, as a slow batch does, until something is so."""
-    deadline = time.monotonic() + GUARD
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
 
 
 def stop(learner: TrainLearner, scope: Any = "fit") -> None:

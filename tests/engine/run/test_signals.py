@@ -13,9 +13,7 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -44,19 +42,15 @@ from eventrain.events import (
 from structlog.testing import capture_logs
 from torch import nn
 
-GUARD = 20
-"""Seconds after which something has hung."""
+from tests.support.training import TRAIN_BATCH, VALID_BATCH
+from tests.support.waiting import GUARD, in_a_thread, wait_until
+
 GUARD_OF_A_PROCESS = 120
 """The same for a process of its own, which imports torch first, perhaps beside others that do."""
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 both_signals = pytest.mark.parametrize("signum", SIGNALS, ids=["SIGINT", "SIGTERM"])
 
-TRAIN_BATCH = [
-    *["BeforeBatch", "AfterPredict", "AfterLoss", "AfterBackward"],
-    *["BeforeStep", "AfterStep", "CleanupStep", "AfterBatch", "CleanupBatch"],
-]
-VALID_BATCH = ["BeforeBatch", "AfterPredict", "AfterLoss", "AfterBatch", "CleanupBatch"]
 AFTER_THE_SECOND_BATCH = [
     *["BeforeFit", "BeforeEpoch", *TRAIN_BATCH * 2],
     *["CleanupEpoch", "CleanupFit"],
@@ -65,14 +59,6 @@ CUT_IN_THE_SECOND_BATCH = [
     *["BeforeFit", "BeforeEpoch", *TRAIN_BATCH, "BeforeBatch"],
     *["CleanupBatch", "CleanupEpoch", "CleanupFit"],
 ]
-
-
-def wait_until(condition: Callable[[], object]) -> None:
-    """Block the training thread, as a slow batch does, until something is so."""
-    deadline = time.monotonic() + GUARD
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
 
 
 def handlers() -> list[Any]:
@@ -93,11 +79,6 @@ class InBatch(Callback):
         if event.training and event.iter == 1:
             self._act()
             wait_until(lambda: event.learner.stopping)
-
-
-@pytest.fixture
-def learner(make_model: Callable[[], nn.Module], dls: DataLoaders) -> TrainLearner:
-    return TrainLearner(make_model(), dls)
 
 
 @pytest.fixture
@@ -442,7 +423,7 @@ async def test_a_cleanup_that_outlasts_the_deadline_is_told_and_not_cut(
     )
     with anyio.fail_after(GUARD), record_events(learner) as events, capture_logs() as logs:
         cbs = InBatch(lambda: send(signal.SIGTERM))
-        result = await learner.fit(graceful=0.01, cbs=cbs)
+        result = await learner.fit(graceful=2, cbs=cbs)
     assert events.names == AFTER_THE_SECOND_BATCH
     assert (result.status, result.who) == ("cancelled", "SIGTERM")
     assert [line["hint"] for line in logs] == ["the batch is completed, but the cleanup is not"]
@@ -755,19 +736,6 @@ async def test_the_next_fit_hears_the_next_signal(
 # ------------------------------------------------------------------------------- what is refused
 
 
-def in_a_thread(work: Callable[[], Any]) -> Any:
-    future: Future[Any] = Future()
-
-    def target() -> None:
-        try:
-            future.set_result(work())
-        except BaseException as exc:
-            future.set_exception(exc)
-
-    threading.Thread(target=target, daemon=True, name="worker-7").start()
-    return future.result(GUARD)
-
-
 def test_a_fit_in_another_thread_is_refused_with_the_way_out(
     learner: TrainLearner, backend: dict[str, Any]
 ) -> None:
@@ -776,7 +744,7 @@ def test_a_fit_in_another_thread_is_refused_with_the_way_out(
         r" 'worker-7': have a handler of your own call learner\.stop\(graceful=True\)"
     )
     with record_events(learner) as events, pytest.raises(ValueError, match=message):
-        in_a_thread(lambda: learner.run(graceful=True, **backend))
+        in_a_thread(lambda: learner.run(graceful=True, **backend), name="worker-7")
     assert (events.names, learner.fitting) == ([], False)
     assert in_a_thread(lambda: learner.run(**backend)).status == "completed"
 

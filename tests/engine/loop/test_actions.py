@@ -36,8 +36,7 @@ from eventrain.events import (
 from eventrain.events.types import ACTIONS
 from torch import nn
 
-GUARD = 20
-"""Seconds after which something has hung."""
+from tests.support.waiting import GUARD
 
 TRAINING_BATCH = ["predict", "get_loss", "backward", "step", "zero_grad"]
 VALIDATING_BATCH = ["predict", "get_loss"]

@@ -45,9 +45,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from tests.support.waiting import GUARD
+
 N_EPOCHS, N_TRAIN, N_VALID = 2, 3, 2
-GUARD = 20
-"""Seconds after which something has hung."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

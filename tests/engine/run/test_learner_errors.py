@@ -22,15 +22,9 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-GUARD = 20
-"""Seconds after which something has hung."""
+from tests.support.waiting import GUARD
 
 MakeModel = Callable[[], nn.Module]
-
-
-@pytest.fixture
-def learner(make_model: MakeModel, dls: DataLoaders) -> TrainLearner:
-    return TrainLearner(make_model(), dls)
 
 
 @contextmanager
