@@ -11,6 +11,7 @@ import torch
 
 from ...engine.run.mean_loss import MeanLoss
 from ...events import AfterBatch, BeforeFit, Callback, CleanupEpoch, CleanupFit, Event, Watcher
+from .._checks import optional_import
 from ._notebook_cell import CellOutput, in_notebook
 from ._pending_scalar import PendingScalar
 
@@ -71,12 +72,9 @@ class LossCurveCB(Callback):
     observes = (BeforeFit, AfterBatch, CleanupEpoch, CleanupFit)
 
     def __init__(self, ax: Axes | None = None) -> None:
-        try:
-            from ...engine.run import notebook_figure  # noqa: F401 - now: it is slow, and not for the host's loop
-        except ImportError as exc:
-            raise ImportError(
-                "LossCurveCB needs matplotlib: pip install 'eventrain[plot]'"
-            ) from exc
+        with optional_import("LossCurveCB", "matplotlib", "plot"):
+            # Imported here because it is slow, which would hold up the host's event loop later.
+            from ...engine.run import notebook_figure  # noqa: F401
         self._given = ax
         self._fit: _FitCurve | None = None  # the one that is shown
         self._drawing: _Drawing | None = None

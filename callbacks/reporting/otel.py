@@ -18,6 +18,7 @@ from ...events import (
     ScopeEnd,
     Watcher,
 )
+from .._checks import optional_import
 from ._otel_meters import Meters, numbers_of
 from ._pending_scalar import PendingScalar
 from ._sampling import Sampler, check_sampling, pending_loss
@@ -126,12 +127,8 @@ class OpenTelemetryCB(Callback):
         every_seconds: float = 0,
     ) -> None:
         check_sampling(every, every_seconds)
-        try:
+        with optional_import("OpenTelemetryCB", "opentelemetry-api", "otel"):
             from opentelemetry import metrics, trace
-        except ImportError as exc:
-            raise ImportError(
-                "OpenTelemetryCB needs opentelemetry-api: pip install 'eventrain[otel]'"
-            ) from exc
         self.every = every
         self.every_seconds = every_seconds
         if not every:

@@ -6,7 +6,6 @@ import sys
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from numbers import Real
 from time import monotonic
 from typing import TYPE_CHECKING
 
@@ -20,6 +19,7 @@ from ...events import (
     Event,
     Watcher,
 )
+from .._checks import is_number, optional_import
 from ._notebook_cell import CellOutput
 from ._pending_scalar import PendingScalar
 from .jsonable import escape_control
@@ -82,10 +82,8 @@ class ProgressCB(Callback):
     buffer = 100_000  # what begins and ends is not to be lost, however long the host is busy
 
     def __init__(self, console: Console | None = None) -> None:
-        try:
+        with optional_import("ProgressCB", "rich", "progress"):
             from rich import get_console
-        except ImportError as exc:
-            raise ImportError("ProgressCB needs rich: pip install 'eventrain[progress]'") from exc
         self.console = console or get_console()
         self._fit: _FitWatcher | None = None  # the one whose display was made last
 
@@ -234,7 +232,7 @@ class _Display:
 
     def end_epoch(self, event: CleanupEpoch) -> None:
         for name, value in event.metrics.items():
-            if isinstance(value, Real) and not isinstance(value, bool):
+            if is_number(value):
                 row = self._rows.setdefault(event.epoch, {})
                 row[f"{event.phase} {name}"] = float(value)
 

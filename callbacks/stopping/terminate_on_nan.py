@@ -9,6 +9,7 @@ import torch
 
 from ...engine.loop.loss import check_scalar
 from ...events import AfterLoss, BeforeFit, BeforeStep, Callback, CancelFitException
+from .._checks import check_int
 
 
 class TerminateOnNaNCB(Callback):
@@ -43,9 +44,7 @@ class TerminateOnNaNCB(Callback):
     order = 65  # after unscaling (60), before clipping (70), which would spread what it finds
 
     def __init__(self, every: int = 1) -> None:
-        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-            raise ValueError(f"every={every!r}: give a number of batches, 1 or more")
-        self.every = every
+        self.every = check_int("every", every, "a number of batches, 1 or more")
         self._batches = 0
         self._due = False
 

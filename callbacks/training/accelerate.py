@@ -21,6 +21,7 @@ from ...events import (
     Event,
     Step,
 )
+from .._checks import optional_import
 from ._gradient_scaling import GradientScaling
 from .train import TrainCB
 
@@ -50,12 +51,8 @@ class AccelerateCB(TrainCB):
     order = 60  # where MixedTrainingCB is: one of the two scales, never both
 
     def __init__(self, mixed_precision: str | None = None, **kwargs: Any) -> None:
-        try:
+        with optional_import("AccelerateCB", "accelerate", "accelerate"):
             from accelerate import Accelerator
-        except ImportError as exc:
-            raise ImportError(
-                "AccelerateCB needs accelerate: pip install 'eventrain[accelerate]'"
-            ) from exc
         if mixed_precision is None:
             mixed_precision = "fp16" if torch.cuda.is_available() else "no"
         self.accelerator = Accelerator(mixed_precision=mixed_precision, **kwargs)
