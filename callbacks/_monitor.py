@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from numbers import Real
-
 import torch
 
 from ..events import CleanupEpoch, LearnerLike
+from ._checks import is_number
 
 
 def is_training(learner: LearnerLike) -> bool:
@@ -44,6 +43,6 @@ def monitored(event: CleanupEpoch, name: str) -> float | None:
     value = event.metrics[name]
     if isinstance(value, torch.Tensor) and value.numel() == 1:
         value = value.item()  # the host waits for the device here
-    if isinstance(value, bool) or not isinstance(value, Real):
+    if not is_number(value):
         raise TypeError(f"monitor={name!r}: {value!r} is no number")
     return float(value)

@@ -6,7 +6,6 @@ import math
 import os
 from collections.abc import Mapping
 from functools import partial
-from numbers import Real
 from pathlib import Path
 from time import monotonic
 from typing import Any, Literal, cast
@@ -22,6 +21,7 @@ from ..engine.checkpoint.snapshot import Snapshot
 from ..engine.checkpoint.state import state_of, stateless
 from ..engine.loop.state import Position
 from ..events import BeforeFit, Callback, CleanupBatch, CleanupEpoch, CleanupFit, Event
+from ._checks import check_float, check_int
 from ._monitor import is_training
 
 log = structlog.get_logger("eventrain")
@@ -91,8 +91,16 @@ class CheckpointCB(Callback):
     ) -> None:
         if every_epochs is every_batches is every_seconds is None:
             every_epochs = 1
-        _check_counts(every_epochs=every_epochs, every_batches=every_batches, keep_last=keep_last)
-        _check_seconds(every_seconds)
+        counts = {
+            "every_epochs": every_epochs,
+            "every_batches": every_batches,
+            "keep_last": keep_last,
+        }
+        for name, n in counts.items():
+            if n is not None:
+                check_int(name, n, "a positive number, or None")
+        if every_seconds is not None:
+            check_float("every_seconds", every_seconds, "a positive number, or None", positive=True)
         if keep_best is not None:
             if not isinstance(keep_best, tuple | list) or len(keep_best) != 2:
                 raise ValueError(f'keep_best={keep_best!r}: give a pair, such as ("loss", "min")')
@@ -225,15 +233,3 @@ def _learner_of(event: Event) -> Learner:
 
 def _reader_of(learner: Learner) -> ResumableReader:
     return cast(ResumableReader, learner.reader)
-
-
-def _check_seconds(seconds: Any) -> None:
-    is_number = isinstance(seconds, Real) and not isinstance(seconds, bool)
-    if seconds is not None and not (is_number and 0 < seconds < math.inf):
-        raise ValueError(f"every_seconds={seconds!r}: give a positive number, or None")
-
-
-def _check_counts(**counts: Any) -> None:
-    for name, n in counts.items():
-        if n is not None and (isinstance(n, bool) or not isinstance(n, int) or n < 1):
-            raise ValueError(f"{name}={n!r}: give a positive number, or None")

@@ -13,6 +13,7 @@ import torch
 from ...engine.data.batches import targets_of
 from ...engine.run.mean_loss import MeanLoss
 from ...events import AfterBatch, AfterEpoch, BeforeEpoch, BeforeFit, Callback
+from .._checks import optional_import
 
 with warnings.catch_warnings():
     # torcheval 0.0.7 compiles with torch.jit.script, which torch has deprecated: nothing that
@@ -125,12 +126,10 @@ class MetricsCB(Callback):
             ValueError: nothing is recorded yet, or no number under one of the names.
             ImportError: matplotlib is not installed.
         """
-        try:
+        with optional_import("plot()", "matplotlib", "plot"):
             from matplotlib.ticker import MaxNLocator
 
             from ...engine.run.notebook_figure import NotebookFigure
-        except ImportError as exc:
-            raise ImportError("plot() needs matplotlib: pip install 'eventrain[plot]'") from exc
         curves = _curves(self.history)
         names = [names] if isinstance(names, str) else list(curves if names is None else names)
         if not curves:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 from ...events import CleanupBatch, CleanupEpoch, CleanupFit
+from .._checks import is_number
 from .jsonable import escape_surrogates
 
 if TYPE_CHECKING:
@@ -106,8 +106,7 @@ def numbers_of(prefix: str, values: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in values.items():
         if getattr(value, "ndim", None) == 0 and callable(tolist := getattr(value, "tolist", None)):
             value = tolist()  # a tensor, for which the event loop waits, or a number of numpy's
-        is_number = isinstance(value, Real) and not isinstance(value, bool)
-        if not is_number:
+        if not is_number(value):
             continue
         try:
             number = float(value)

@@ -7,16 +7,14 @@ from time import monotonic
 from typing import Any
 
 from ...events import BatchEvent
+from .._checks import check_float, check_int
 from ._pending_scalar import PendingScalar
 
 
 def check_sampling(every: Any, every_seconds: Any) -> None:
     """Raise a ValueError unless they are a number of batches, and of seconds."""
-    if isinstance(every, bool) or not isinstance(every, int) or every < 0:
-        raise ValueError(f"every={every!r}: give a number of batches, 0 for none of them")
-    is_number = isinstance(every_seconds, int | float) and not isinstance(every_seconds, bool)
-    if not is_number or not 0 <= every_seconds < math.inf:
-        raise ValueError(f"every_seconds={every_seconds!r}: give seconds, 0 for no such limit")
+    check_int("every", every, "a number of batches, 0 for none of them", least=0)
+    check_float("every_seconds", every_seconds, "seconds, 0 for no such limit")
 
 
 class Sampler:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ...engine.run.mean_loss import MeanLoss
-from ...events import AfterBatch, BeforeFit, Callback, CleanupEpoch, CleanupFit, Event
+from ...events import AfterBatch, BeforeFit, Callback, CleanupEpoch, CleanupFit, Event, Watcher
+from .._checks import optional_import
 from ._notebook_cell import CellOutput, in_notebook
 from ._pending_scalar import PendingScalar
 
@@ -71,49 +72,72 @@ class LossCurveCB(Callback):
     observes = (BeforeFit, AfterBatch, CleanupEpoch, CleanupFit)
 
     def __init__(self, ax: Axes | None = None) -> None:
-        try:
-            from ...engine.run import notebook_figure  # noqa: F401 - now: it is slow, and not for the host's loop
-        except ImportError as exc:
-            raise ImportError(
-                "LossCurveCB needs matplotlib: pip install 'eventrain[plot]'"
-            ) from exc
+        with optional_import("LossCurveCB", "matplotlib", "plot"):
+            # Imported here because it is slow, which would hold up the host's event loop later.
+            from ...engine.run import notebook_figure  # noqa: F401
         self._given = ax
-        self._losses = _Losses()
-        self._watched: tuple[Any, str] | None = None  # learner and run_id
+        self._fit: _FitCurve | None = None  # the one that is shown
         self._drawing: _Drawing | None = None
-        self._due = 0.0
 
     @property
     def train(self) -> list[tuple[int, float]]:
-        return self._losses.train.points
+        return [] if self._fit is None else self._fit.train.points
 
     @property
     def valid(self) -> list[tuple[int, float]]:
-        return self._losses.valid.points
+        return [] if self._fit is None else self._fit.valid.points
 
     @property
     def figure(self) -> FigureBase | None:
         return None if self._drawing is None else self._drawing.figure
 
+    def watcher(self, event: Event) -> Watcher:
+        """The object that collects and draws the losses of one fit."""
+        fit = _FitCurve(self)
+        if isinstance(event, BeforeFit) and event.learner.trains:
+            self._fit = fit
+        return fit
+
+    def shows(self, fit: _FitCurve) -> bool:
+        """Whether it is this fit that is shown: one that trains and was observed from its start,
+        until the next one begins."""
+        return self._fit is fit
+
+    def begin_drawing(self, fit: _FitCurve) -> _Drawing:
+        """Make the drawing of a fit, in place of the one before where the axes are given."""
+        if self._given is not None and self._drawing is not None:
+            self._drawing.remove()
+        self._drawing = _Drawing({"train": fit.train, "valid": fit.valid}, self._given)
+        return self._drawing
+
+
+class _FitCurve:
+    """The losses of one fit. `wants` collects them in the training thread, which waits for the
+    device only at the end of the fit; `observe` draws them on the host's event loop."""
+
+    def __init__(self, callback: LossCurveCB) -> None:
+        self.train = _Line()
+        self.valid = _Line()
+        self._callback = callback
+        self._drawing: _Drawing | None = None
+        self._due = 0.0
+        self._batch = 0
+        self._validation = MeanLoss()
+
     def wants(self, event: Event) -> bool:
-        """Collect the losses; draw if it is time to, and nothing waits to be drawn."""
-        fit = event.learner, event.run_id
-        if isinstance(event, BeforeFit):
-            if event.learner.trains:
-                self._watched, self._losses, self._due = fit, _Losses(), 0.0
-            elif self._watched is not None and self._watched[0] is event.learner:
-                self._watched = None
+        """Collect the losses; draw if it is time to, and no drawing is pending."""
+        if not self._callback.shows(self):
             return False
-        if fit != self._watched:
-            return False
-        losses = self._losses
         match event:
+            case BeforeFit():
+                return False
             case AfterBatch():
-                losses.add(event)
+                self._add(event)
             case CleanupEpoch():
-                losses.end_epoch(event)
+                self._end_epoch(event)
             case CleanupFit():
-                losses.end_fit()
+                self.train.end()
+                self.valid.end()
                 return True
         if monotonic() < self._due:
             return False
@@ -122,48 +146,28 @@ class LossCurveCB(Callback):
 
     def observe(self, event: Event) -> None:
         """Draw."""
-        if (event.learner, event.run_id) != self._watched:
+        if not self._callback.shows(self):
             return
-        losses = self._losses
-        if self._drawing is None or self._drawing.losses is not losses:
-            if self._given is not None and self._drawing is not None:
-                self._drawing.remove()
-            self._drawing = _Drawing(losses, self._given)
+        if self._drawing is None:
+            self._drawing = self._callback.begin_drawing(self)
         self._drawing.draw()
         self._due = monotonic() + REDRAW_INTERVAL
-        if isinstance(event, CleanupFit):
-            self._watched = None
 
-
-class _Losses:
-    """The losses of one fit. They are collected in the training thread, which never waits for
-    the device but at the end, and drawn in the host's."""
-
-    def __init__(self) -> None:
-        self.train = _Line()
-        self.valid = _Line()
-        self._batch = 0
-        self._validation = MeanLoss()
-
-    def add(self, event: AfterBatch) -> None:
+    def _add(self, event: AfterBatch) -> None:
         self._batch += event.training
         loss = event.loss
         if loss is None or loss.numel() != 1:
             return
         if event.training:
             self.train.add(self._batch, loss)
-            return
-        self._validation.add(event)
+        else:
+            self._validation.add(event)
 
-    def end_epoch(self, event: CleanupEpoch) -> None:
+    def _end_epoch(self, event: CleanupEpoch) -> None:
         loss = self._validation.mean()
         if loss is not None and event.end.status == "completed":
             self.valid.add(self._batch, loss)
         self._validation = MeanLoss()
-
-    def end_fit(self) -> None:
-        self.train.end()
-        self.valid.end()
 
 
 class _Line:
@@ -209,12 +213,12 @@ class _Line:
 class _Drawing:
     """The picture of one fit's losses."""
 
-    def __init__(self, losses: _Losses, ax: Axes | None) -> None:
+    def __init__(self, lines: dict[str, _Line], ax: Axes | None) -> None:
         from matplotlib.ticker import MaxNLocator
 
         from ...engine.run.notebook_figure import NotebookFigure
 
-        self.losses = losses
+        self._losses = lines
         self._cell = CellOutput() if ax is None and in_notebook() else None
         self._ax = NotebookFigure().panels[0] if ax is None else ax
         self._ax.set(xlabel="batch", ylabel="loss")
@@ -228,7 +232,7 @@ class _Drawing:
     def draw(self) -> None:
         for name, style in _STYLES.items():
             # A copy: the training thread adds to them.
-            points = tuple(getattr(self.losses, name).points)
+            points = tuple(self._losses[name].points)
             if points and name not in self._lines:
                 (self._lines[name],) = self._ax.plot([], [], label=name, **style)
                 self._ax.legend()

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
+from .._checks import is_number
+
 MAX_DEPTH = 20
 """Lists in lists, and mappings, that a record holds; what is deeper, or circular, is text."""
 MAX_ITEMS = 1000
@@ -90,7 +92,7 @@ def numbers(record: Mapping[str, Any], part: str = "") -> dict[str, float]:
     for name, value in (record[part] if part else record).items():
         if value is None and path + name in lost:
             value = float(lost[path + name])
-        if isinstance(value, int | float) and not isinstance(value, bool):
+        if is_number(value):
             with suppress(OverflowError):  # an integer that no float can hold
                 found[escape_surrogates(name)] = float(value)
     return found

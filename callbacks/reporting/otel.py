@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import deque
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ...events import (
@@ -17,7 +16,9 @@ from ...events import (
     CleanupFit,
     Event,
     ScopeEnd,
+    Watcher,
 )
+from .._checks import optional_import
 from ._otel_meters import Meters, numbers_of
 from ._pending_scalar import PendingScalar
 from ._sampling import Sampler, check_sampling, pending_loss
@@ -126,62 +127,87 @@ class OpenTelemetryCB(Callback):
         every_seconds: float = 0,
     ) -> None:
         check_sampling(every, every_seconds)
-        try:
+        with optional_import("OpenTelemetryCB", "opentelemetry-api", "otel"):
             from opentelemetry import metrics, trace
-        except ImportError as exc:
-            raise ImportError(
-                "OpenTelemetryCB needs opentelemetry-api: pip install 'eventrain[otel]'"
-            ) from exc
         self.every = every
         self.every_seconds = every_seconds
         if not every:
             self.observes = tuple(t for t in self.observes if t is not BeforeBatch)
         self._spans = _Spans(trace.get_tracer("eventrain", tracer_provider=tracer_provider))
         self._meters = Meters(metrics.get_meter("eventrain", meter_provider=meter_provider))
-        self._fit: _Fit | None = None
+        self._fit: _FitWatcher | None = None  # the one whose spans are made
 
-    def wants(self, event: Event) -> bool:
-        """What is of the fit that is watched, but most of the batches, which are only counted."""
-        if isinstance(event, CleanupBatch):
-            self._meters.done[event.training, event.end.status] += 1
+    def watcher(self, event: Event) -> Watcher:
+        """The object that makes the spans of one fit."""
+        fit = _FitWatcher(self)
         # An end alone is that of a fit which was stopped before it began, if it had no epoch.
         alone = isinstance(event, CleanupFit) and not event.learner.history
-        if isinstance(event, BeforeFit) or (alone and self._fit_of(event) is None):
-            sampler = Sampler(self.every, self.every_seconds)
-            losses = deque[_Loss](maxlen=self.buffer + 1)  # the one more is being observed
-            self._fit = _Fit(event.learner, event.run_id, sampler, losses)
-        fit = self._fit_of(event)
-        return fit is not None and fit.wants(event)
-
-    def observe(self, event: Event) -> None:
-        """Begin or end a span, and record what is known by then."""
-        try:
-            fit = self._fit_of(event)
-            if fit is not None:
-                self._record(event, fit)
-        except BaseException:
-            self.close()
-            raise
+        if alone or isinstance(event, BeforeFit):
+            self._fit = fit
+        return fit
 
     def close(self) -> None:
         """End the spans that are still open, and do not watch the rest of the fit.
 
-        The end of the fit does; so does an observer that failed. Again is harmless.
+        This happens by itself at the end of the fit and when the observer fails. Closing again is
+        harmless.
         """
         self._fit = None
         self._spans.close()
 
-    def _fit_of(self, event: Event) -> _Fit | None:
-        """The one that is watched, if the event is of that."""
-        fit = self._fit
-        its = fit is not None and fit.learner is event.learner and fit.run_id == event.run_id
-        return fit if its else None
 
-    def _record(self, event: Any, fit: _Fit) -> None:
+_Loss = tuple[tuple[int, int], PendingScalar]
+"""That of a batch, by epoch and iter, on its way to the host."""
+
+
+class _FitWatcher:
+    """Makes the spans of one fit, unless it came late to it or another one has begun since.
+
+    `wants` runs in the training thread: it chooses the batches, and starts to copy their losses to
+    the host. `observe` runs on the event loop.
+    """
+
+    def __init__(self, callback: OpenTelemetryCB) -> None:
+        self._callback = callback
+        self._spans, self._meters = callback._spans, callback._meters
+        self._sampler = Sampler(callback.every, callback.every_seconds)
+        self.losses = deque[_Loss](maxlen=callback.buffer + 1)  # the one more is being observed
+        self._begun = False
+        self._has_span = False  # this batch
+
+    def wants(self, event: Event) -> bool:
+        """All events but most of the batches, which are only counted."""
+        if isinstance(event, CleanupBatch):
+            self._meters.done[event.training, event.end.status] += 1
+        if self._callback._fit is not self:
+            return False
+        if isinstance(event, BeforeBatch):
+            self._has_span = event.training and self._sampler.takes_next()
+            return self._has_span
+        if not isinstance(event, CleanupBatch):
+            return True
+        chosen, self._has_span = self._has_span, False
+        if chosen:
+            with suppress(RuntimeError):  # of a device that failed, say
+                if (loss := pending_loss(event)) is not None:
+                    self.losses.append(((event.epoch, event.iter), loss))
+        return chosen
+
+    def observe(self, event: Event) -> None:
+        """Begin or end a span, and record what is known by then."""
+        if self._callback._fit is not self:
+            return
+        try:
+            self._record(event)
+        except BaseException:
+            self._callback.close()
+            raise
+
+    def _record(self, event: Any) -> None:
         spans, meters = self._spans, self._meters
-        if not fit.begun:  # also where its BeforeFit was not emitted, or dropped
-            fit.begun = True
-            spans.close()  # those of a fit whose end we did not hear of
+        if not self._begun:  # also where its BeforeFit was not emitted, or dropped
+            self._begun = True
+            spans.close()  # those of a fit whose end was not observed
             meters.n_samples = 0
             spans.begin(_FIT, "fit", event, {"eventrain.n_epochs": event.n_epochs})
         match event:
@@ -192,7 +218,7 @@ class OpenTelemetryCB(Callback):
                 place = {**_place(event), "eventrain.iter": event.iter}
                 spans.begin(_BATCH, f"{event.phase} batch", event, place)
             case CleanupBatch():
-                found = numbers_of("eventrain.", {"lr": event.lr, "loss": fit.loss_of(event)})
+                found = numbers_of("eventrain.", {"lr": event.lr, "loss": self._loss_of(event)})
                 found["eventrain.n_samples"] = event.n_samples
                 meters.end_batch(event, spans.end(_BATCH, event, event.end, found))
             case CleanupEpoch():
@@ -203,39 +229,9 @@ class OpenTelemetryCB(Callback):
             case CleanupFit():
                 spans.end(_FIT, event, event.end, {})
                 meters.end_fit(event)
-                self.close()
+                self._callback.close()
 
-
-_Loss = tuple[tuple[int, int], PendingScalar]
-"""That of a batch, by epoch and iter, on its way to the host."""
-
-
-@dataclass(slots=True)
-class _Fit:
-    """The fit that is watched. Its batches are chosen in the training thread, which also starts
-    their losses on their way: the event loop only waits for them."""
-
-    learner: Any
-    run_id: str
-    sampler: Sampler
-    losses: deque[_Loss]
-    begun: bool = False
-    has_span: bool = False  # this batch
-
-    def wants(self, event: Event) -> bool:
-        if isinstance(event, BeforeBatch):
-            self.has_span = event.training and self.sampler.takes_next()
-            return self.has_span
-        if not isinstance(event, CleanupBatch):
-            return True
-        chosen, self.has_span = self.has_span, False
-        if chosen:
-            with suppress(RuntimeError):  # of a device that failed, say
-                if (loss := pending_loss(event)) is not None:
-                    self.losses.append(((event.epoch, event.iter), loss))
-        return chosen
-
-    def loss_of(self, event: CleanupBatch) -> float | None:
+    def _loss_of(self, event: CleanupBatch) -> float | None:
         place = event.epoch, event.iter
         while self.losses and self.losses[0][0] <= place:  # of those before, the event was dropped
             at, loss = self.losses.popleft()

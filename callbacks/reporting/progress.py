@@ -6,7 +6,6 @@ import sys
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from numbers import Real
 from time import monotonic
 from typing import TYPE_CHECKING
 
@@ -18,7 +17,9 @@ from ...events import (
     CleanupEpoch,
     CleanupFit,
     Event,
+    Watcher,
 )
+from .._checks import is_number, optional_import
 from ._notebook_cell import CellOutput
 from ._pending_scalar import PendingScalar
 from .jsonable import escape_control
@@ -81,24 +82,45 @@ class ProgressCB(Callback):
     buffer = 100_000  # what begins and ends is not to be lost, however long the host is busy
 
     def __init__(self, console: Console | None = None) -> None:
-        try:
+        with optional_import("ProgressCB", "rich", "progress"):
             from rich import get_console
-        except ImportError as exc:
-            raise ImportError("ProgressCB needs rich: pip install 'eventrain[progress]'") from exc
         self.console = console or get_console()
-        self._shown = False
+        self._fit: _FitWatcher | None = None  # the one whose display was made last
+
+    def watcher(self, event: Event) -> Watcher:
+        """The object that shows one fit."""
+        return _FitWatcher(self, event)
+
+    def close(self) -> None:
+        """Take the display off the terminal, and give back cursor and standard output.
+
+        This happens by itself when the fit ends, when the observer fails, when the next fit begins
+        and when this object is collected. Closing again is harmless.
+        """
+        if self._fit is not None:
+            self._fit.close()
+
+    def show(self, fit: _FitWatcher) -> None:
+        """Show this fit from now on, in place of the one before."""
+        self.close()  # that of a fit whose end was not observed
+        self._fit = fit
+
+
+class _FitWatcher:
+    """Shows one fit. `wants` chooses the batches in the training thread; `observe` draws."""
+
+    def __init__(self, callback: ProgressCB, event: Event) -> None:
+        console = callback.console
+        self._callback = callback
+        self._shown = isinstance(event, BeforeFit) and (console.is_terminal or console.is_jupyter)
         self._due = 0.0
         self._loss: PendingScalar | None = None
         self._display: _Display | None = None
         self._take_down: Callable[[], object] | None = None
 
     def wants(self, event: Event) -> bool:
-        """All but most of the batches; nothing where there is no terminal."""
-        if isinstance(event, BeforeFit):
-            self._shown = self.console.is_terminal or self.console.is_jupyter
-            self._due = 0.0
-            self._loss = None
-        elif isinstance(event, AfterBatch) and self._shown:
+        """All events but most of the batches; none where there is no terminal."""
+        if isinstance(event, AfterBatch) and self._shown:
             now = monotonic()
             if now < self._due:
                 return False
@@ -108,31 +130,25 @@ class ProgressCB(Callback):
         return self._shown
 
     def observe(self, event: Event) -> None:
-        """Show an event."""
         try:
             if isinstance(event, BeforeFit):
                 self._begin(event)
-            elif self._display is not None and self._display.run_id == event.run_id:
+            elif self._display is not None:
                 self._show(event, self._display)
         except BaseException:
-            with suppress(Exception):  # the first error is the one to tell
+            with suppress(Exception):  # the first error is the one to raise
                 self.close()
             raise
 
     def close(self) -> None:
-        """Take the display off the terminal, and give back cursor and standard output.
-
-        The end of the fit does; so does that of an observer that failed, the next fit, and
-        the end of this object. Again is harmless.
-        """
         self._display = None
         if self._take_down is not None:
             self._take_down()
 
     def _begin(self, event: BeforeFit) -> None:
-        self.close()  # one whose fit ended without our hearing of it
-        display = self._display = _Display(self.console, event)
-        # The display does not know this callback: it is taken down when that is collected too.
+        self._callback.show(self)
+        display = self._display = _Display(self._callback.console, event)
+        # The display has no reference to this object: it is also taken down when that is collected.
         self._take_down = weakref.finalize(self, display.stop)
         display.start()
 
@@ -150,13 +166,12 @@ class ProgressCB(Callback):
 
 
 class _Display:
-    """What is shown of one fit. Keeps no event: that would keep the learner, and so the
-    callback, which takes it down when it is collected."""
+    """The lines and the table of one fit. It keeps no event: an event keeps the learner alive, and
+    so the watcher, with which the display is to go."""
 
     def __init__(self, console: Console, event: BeforeFit) -> None:
         from rich.live import Live
 
-        self.run_id = event.run_id
         self._console = console
         self._n_epochs = event.n_epochs
         self._first: tuple[int, float] | None = None  # an epoch and when it began
@@ -217,7 +232,7 @@ class _Display:
 
     def end_epoch(self, event: CleanupEpoch) -> None:
         for name, value in event.metrics.items():
-            if isinstance(value, Real) and not isinstance(value, bool):
+            if is_number(value):
                 row = self._rows.setdefault(event.epoch, {})
                 row[f"{event.phase} {name}"] = float(value)
 

@@ -19,6 +19,7 @@ from ...events import (
     Event,
     Watcher,
 )
+from .._checks import optional_import
 from .jsonable import numbers
 from .records import CallbackRecords, RecordCB
 
@@ -236,12 +237,8 @@ _lock = Lock()
 
 def _collectors_of(registry: Any, labelnames: tuple[str, ...]) -> _Collectors:
     """Those of the registry: a second set of the same names would be refused by it."""
-    try:
+    with optional_import("PrometheusCB", "prometheus_client", "prometheus"):
         from prometheus_client import REGISTRY, CollectorRegistry
-    except ImportError as exc:
-        raise ImportError(
-            "PrometheusCB needs prometheus_client: pip install 'eventrain[prometheus]'"
-        ) from exc
     registry = REGISTRY if registry is None else registry
     if not isinstance(registry, CollectorRegistry):
         raise TypeError(f"registry={registry!r} is no CollectorRegistry of prometheus_client")

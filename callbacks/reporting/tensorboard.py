@@ -16,6 +16,7 @@ import anyio
 import anyio.to_thread
 
 from ...events import AfterBatch, Callback, CleanupFit, Event, Watcher
+from .._checks import optional_import
 from ._sampling import check_sampling
 from .jsonable import numbers
 from .records import RecordCB, RecordWatcher
@@ -171,12 +172,8 @@ async def _in_thread(function: Callable[[], None]) -> None:
 
 
 def _summary_writer() -> type[SummaryWriter]:
-    try:
+    with optional_import("TensorBoardCB", "tensorboard", "tensorboard"):
         from torch.utils.tensorboard import SummaryWriter
-    except ImportError as exc:
-        raise ImportError(
-            "TensorBoardCB needs tensorboard: pip install 'eventrain[tensorboard]'"
-        ) from exc
     return SummaryWriter
 
 

@@ -6,6 +6,7 @@ import math
 from typing import Any, Literal
 
 from ...events import BeforeEpoch, BeforeFit, Callback, CancelFitException, CleanupEpoch
+from .._checks import check_float, check_int
 from .._monitor import check_monitor, is_training, monitored
 
 
@@ -56,14 +57,10 @@ class EarlyStoppingCB(Callback):
     ) -> None:
         if mode not in ("min", "max"):
             raise ValueError(f"mode={mode!r}: choose 'min' or 'max'")
-        if isinstance(patience, bool) or not isinstance(patience, int) or patience < 1:
-            raise ValueError(f"patience={patience!r}: give a number of epochs, 1 or more")
-        if not isinstance(min_delta, int | float) or not 0 <= min_delta < math.inf:
-            raise ValueError(f"min_delta={min_delta!r}: give a finite number, 0 or more")
         self.monitor = check_monitor(monitor)
         self.mode = mode
-        self.patience = patience
-        self.min_delta = min_delta
+        self.patience = check_int("patience", patience, "a number of epochs, 1 or more")
+        self.min_delta = check_float("min_delta", min_delta, "a finite number, 0 or more")
         self._begin()
 
     def _begin(self) -> None:

@@ -9,17 +9,17 @@ import torch
 
 from ...engine.loop.loss import check_scalar
 from ...events import AfterLoss, BeforeFit, BeforeStep, Callback, CancelFitException
-from ..training.accelerate import AccelerateCB
-from ..training.mixed import MixedTrainingCB
+from .._checks import check_int
 
 
 class TerminateOnNaNCB(Callback):
     """Ends the fit when a training loss, or a gradient that a step would use, is not finite.
 
-    The weights stay those of the step before, and the gradients are dropped. Where a
-    `GradScaler` is at work, gradients are its business: it skips such a step.
+    The weights stay those of the step before, and the gradients are dropped. Gradients are not
+    checked while a callback is attached that is true in `scales_gradients`, as `MixedTrainingCB` is
+    with float16: its `GradScaler` skips such a step.
 
-    The host waits for the device twice in each batch that is looked at.
+    The host waits for the device twice per batch that is checked.
 
     Args:
         every: look at every n-th training batch, and at the gradients of the next step.
@@ -44,9 +44,7 @@ class TerminateOnNaNCB(Callback):
     order = 65  # after unscaling (60), before clipping (70), which would spread what it finds
 
     def __init__(self, every: int = 1) -> None:
-        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-            raise ValueError(f"every={every!r}: give a number of batches, 1 or more")
-        self.every = every
+        self.every = check_int("every", every, "a number of batches, 1 or more")
         self._batches = 0
         self._due = False
 
@@ -72,7 +70,8 @@ class TerminateOnNaNCB(Callback):
             return
         self._due = False
         learner = event.learner
-        if not any(map(_scales, learner.cbs)) and (found := _not_finite(learner.model)):
+        scaled = any(getattr(cb, "scales_gradients", False) for cb in learner.cbs)
+        if not scaled and (found := _not_finite(learner.model)):
             learner.opt.zero_grad()  # not ZeroGrad, which may keep some of them for the next fit
             raise CancelFitException(f"{found}, in batch {event.iter} of epoch {event.epoch}")
 
@@ -84,12 +83,6 @@ class TerminateOnNaNCB(Callback):
         """Go back to what `state_dict` returned."""
         self._batches = state["batches"]
         self._due = state["due"]
-
-
-def _scales(callback: Callback) -> bool:
-    if isinstance(callback, AccelerateCB):
-        return callback.accelerator.scaler is not None
-    return isinstance(callback, MixedTrainingCB) and callback.scaler is not None
 
 
 def _not_finite(model: torch.nn.Module) -> str | None:

@@ -21,7 +21,8 @@ from ...events import (
     Event,
     Step,
 )
-from .mixed import rescale, unscale
+from .._checks import optional_import
+from ._gradient_scaling import GradientScaling
 from .train import TrainCB
 
 
@@ -50,18 +51,19 @@ class AccelerateCB(TrainCB):
     order = 60  # where MixedTrainingCB is: one of the two scales, never both
 
     def __init__(self, mixed_precision: str | None = None, **kwargs: Any) -> None:
-        try:
+        with optional_import("AccelerateCB", "accelerate", "accelerate"):
             from accelerate import Accelerator
-        except ImportError as exc:
-            raise ImportError(
-                "AccelerateCB needs accelerate: pip install 'eventrain[accelerate]'"
-            ) from exc
         if mixed_precision is None:
             mixed_precision = "fp16" if torch.cuda.is_available() else "no"
         self.accelerator = Accelerator(mixed_precision=mixed_precision, **kwargs)
         self._own: tuple[Any, Any, Any] | None = None
         self._marks: dict[str, Any] = {}
-        self._scaled = self._unscaled = self._updated = False
+        self._scaling: GradientScaling | None = None  # of the scaler, if there is one
+
+    @property
+    def scales_gradients(self) -> bool:
+        """Whether a scaler skips the steps whose gradients are not finite."""
+        return self.accelerator.scaler is not None
 
     def receivers(self, learner: Any) -> Iterator[tuple[type[Event], Callable[[Any], Any]]]:
         """As any callback; of the actions, only those it must perform."""
@@ -76,15 +78,13 @@ class AccelerateCB(TrainCB):
         self._marks = {
             key: vars(learner.model)[key] for key in _MARKS if key in vars(learner.model)
         }
-        self._unscaled = self._updated = False
         learner.model = self._prepare(learner.model)
         learner.opt = self._prepare(learner.opt)
         learner.dls = DataLoaders(
             *(self._prepare(getattr(learner.dls, name, None)) for name in ("train", "valid"))
         )
         if self.accelerator.scaler is not None:
-            rescale(learner.model, self.accelerator.scaler)
-            self._scaled = True
+            self._scaling = GradientScaling(self.accelerator.scaler, learner.model)
 
     def _prepare(self, x: Any) -> Any:
         return None if x is None else self.accelerator.prepare(x)
@@ -99,33 +99,28 @@ class AccelerateCB(TrainCB):
         self.accelerator.backward(check_loss(event.learner.loss))
 
     def before_step(self, event: BeforeStep) -> None:
-        if self.accelerator.scaler is not None:
+        if self._scaling is not None:
             self.accelerator.unscale_gradients(event.learner.opt)
-            self._unscaled = True
+            self._scaling.unscaled = True
 
     def step(self, event: Step) -> None:
         event.learner.opt.step()
-        self._updated = True
+        if self._scaling is not None:
+            self._scaling.updated = True
         if self.accelerator.optimizer_step_was_skipped:
             event.learner.opt.zero_grad()
             raise CancelStepException("gradients overflowed: step skipped by accelerate")
 
     def cleanup_step(self, event: CleanupStep) -> None:
-        scaler = self.accelerator.scaler
-        if scaler is None or not self._unscaled:
-            return
-        if not self._updated:  # another receiver cancelled the step
-            scaler.update()
-        rescale(event.learner.model, scaler)
-        self._unscaled = self._updated = False
+        if self._scaling is not None:
+            self._scaling.end_step(event.learner.model)
 
     def cleanup_fit(self, event: CleanupFit) -> None:
         if self._own is None:
             return
         learner = event.learner
-        if self._scaled:
-            unscale(learner.model, self.accelerator.scaler)
-            self._scaled = False
+        if self._scaling is not None:
+            self._scaling.end_fit(learner.model)
         self.accelerator.unwrap_model(learner.model, keep_fp32_wrapper=False)
         self.accelerator.free_memory()  # it holds on to all that it prepared
         learner.model, learner.opt, learner.dls = self._own

@@ -15,6 +15,7 @@ from ...events import (
     CancelStepException,
     CleanupEpoch,
 )
+from .._checks import check_int
 
 
 class GradientAccumulationCB(Callback):
@@ -41,9 +42,7 @@ class GradientAccumulationCB(Callback):
     order = 50  # late on the loss; before anything that touches gradients to be stepped with
 
     def __init__(self, n: int) -> None:
-        if isinstance(n, bool) or not isinstance(n, int) or n < 1:
-            raise ValueError(f"n={n!r}: give the number of batches a step, 1 or more")
-        self.n = n
+        self.n = check_int("n", n, "the number of batches per step, 1 or more")
         self._forget()
 
     def _forget(self) -> None:

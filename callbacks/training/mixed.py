@@ -22,6 +22,7 @@ from ...events import (
     Event,
     Step,
 )
+from ._gradient_scaling import GradientScaling
 from .device import def_device
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -65,7 +66,12 @@ class MixedTrainingCB(Callback):
         self.skipped_steps = 0
         self._device = "cpu"
         self._autocast: torch.autocast | None = None
-        self._scaled = self._unscaled = self._updated = False
+        self._scaling: GradientScaling | None = None  # of the scaler, if there is one
+
+    @property
+    def scales_gradients(self) -> bool:
+        """Whether a scaler skips the steps whose gradients are not finite."""
+        return self.scaler is not None
 
     def receivers(self, learner: Any) -> Iterator[tuple[type[Event], Callable[[Any], Any]]]:
         """As any callback; but the actions are only taken over for a scaler."""
@@ -76,12 +82,10 @@ class MixedTrainingCB(Callback):
     def before_fit(self, event: BeforeFit) -> None:
         model = event.learner.model
         self._device = next((p.device.type for p in model.parameters()), "cpu")
-        self._unscaled = self._updated = False
         self.skipped_steps = 0
         if self.dtype == torch.float16:
             self.scaler = torch.amp.GradScaler(self._device, init_scale=self.init_scale)
-            rescale(model, self.scaler)
-            self._scaled = True
+            self._scaling = GradientScaling(self.scaler, model)
 
     def before_batch(self, event: BeforeBatch) -> None:
         self._autocast = torch.autocast(self._device, dtype=self.dtype)
@@ -103,17 +107,18 @@ class MixedTrainingCB(Callback):
         self.scaler.scale(check_loss(event.learner.loss)).backward()
 
     def before_step(self, event: BeforeStep) -> None:
-        if self.scaler is not None:
-            self.scaler.unscale_(event.learner.opt)
-            self._unscaled = True
+        if self._scaling is not None:
+            self._scaling.scaler.unscale_(event.learner.opt)
+            self._scaling.unscaled = True
 
     def step(self, event: Step) -> None:
         assert self.scaler is not None
+        assert self._scaling is not None
         # The host waits for the device here: the scaler asks whether any gradient overflowed.
         before = self.scaler.get_scale()
         self.scaler.step(event.learner.opt)
         self.scaler.update()
-        self._updated = True
+        self._scaling.updated = True
         after = self.scaler.get_scale()
         if after < before or after == 0:  # no scale is left, and all is NaN
             self.skipped_steps += 1
@@ -123,17 +128,12 @@ class MixedTrainingCB(Callback):
             )
 
     def cleanup_step(self, event: CleanupStep) -> None:
-        if self.scaler is None or not self._unscaled:
-            return
-        if not self._updated:  # another receiver cancelled the step
-            self.scaler.update()
-        rescale(event.learner.model, self.scaler)
-        self._unscaled = self._updated = False
+        if self._scaling is not None:
+            self._scaling.end_step(event.learner.model)
 
     def cleanup_fit(self, event: CleanupFit) -> None:
-        if self.scaler is not None and self._scaled:  # not where the fit ended before ours began
-            unscale(event.learner.model, self.scaler)
-            self._scaled = False
+        if self._scaling is not None:
+            self._scaling.end_fit(event.learner.model)
 
     def state_dict(self) -> dict[str, Any]:
         """The count of skipped steps and, if there is one, the scaler's state."""
@@ -145,17 +145,3 @@ class MixedTrainingCB(Callback):
         self.skipped_steps = state.get("skipped_steps", 0)
         if self.scaler is not None and "scaler" in state:
             self.scaler.load_state_dict(state["scaler"])
-
-
-def rescale(model: torch.nn.Module, scaler: torch.amp.GradScaler) -> None:
-    """Scale gradients that were kept, for momentum say: the next backward adds scaled ones."""
-    for p in model.parameters():
-        if p.grad is not None:
-            p.grad = scaler.scale(p.grad)
-
-
-def unscale(model: torch.nn.Module, scaler: torch.amp.GradScaler) -> None:
-    """Undo `rescale`, at the end of a fit."""
-    for p in model.parameters():
-        if p.grad is not None:
-            p.grad /= scaler.get_scale()

@@ -26,6 +26,7 @@ from eventrain.events import (
     CancelFitException,
     CleanupEpoch,
     Event,
+    Watcher,
 )
 from matplotlib.figure import Figure
 from torch import nn
@@ -229,10 +230,17 @@ class Watched(LossCurveCB):
         self.drawn = threading.Event()
         self.threads: set[int] = set()
 
-    def observe(self, event: Event) -> None:
-        super().observe(event)
-        self.threads.add(threading.get_ident())
-        self.drawn.set()
+    def watcher(self, event: Event) -> Watcher:
+        watcher = super().watcher(event)
+        draw = watcher.observe
+
+        def observe(event: Event) -> None:
+            draw(event)
+            self.threads.add(threading.get_ident())
+            self.drawn.set()
+
+        watcher.observe = observe  # type: ignore[method-assign]
+        return watcher
 
 
 def test_it_draws_on_the_hosts_thread_while_the_training_runs(
@@ -269,15 +277,16 @@ def test_it_draws_every_half_second_and_once_for_a_host_that_was_busy(
     fit = {"learner": learner, "run_id": "r1", "time": 0.0, "n_epochs": 1}
     epoch = {"epoch": 0, "training": True, "n_iter": 60}
     batch = {"n_samples": 0, "lr": 0.1, "loss": torch.tensor(1.0)}
-    assert not cb.wants(BeforeFit(**fit))
+    watcher = cb.watcher(BeforeFit(**fit))
+    assert not watcher.wants(BeforeFit(**fit))
     handed_over, waiting = [], []
     for i in range(60):
         event = AfterBatch(**fit, **epoch, **batch, iter=i)
-        if cb.wants(event):
+        if watcher.wants(event):
             handed_over.append(i)
             waiting.append(event)
         while waiting and i >= 20:  # until then the host is busy
-            cb.observe(waiting.pop())
+            watcher.observe(waiting.pop())
             assert drawn(cb)["train"] == [(j + 1, 1.0) for j in range(i + 1)]
         clock.now += 1 / 16
     assert handed_over == [0, 28, 36, 44, 52]

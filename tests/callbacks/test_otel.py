@@ -35,6 +35,7 @@ from eventrain.events import (
     CleanupEpoch,
     CleanupFit,
     Event,
+    Watcher,
     record_events,
 )
 from opentelemetry import trace
@@ -133,6 +134,29 @@ def learner(train: int = 3, valid: int = 2, *cbs: Any, **kwargs: Any) -> TrainLe
     return TrainLearner(
         line_model(), DataLoaders(batches(train), batches(valid)), cbs=cbs, **kwargs
     )
+
+
+class WrappedWatcher:
+    """The watcher that the callback makes for a fit, for tests to add to."""
+
+    def __init__(self, watcher: Watcher) -> None:
+        self.watcher = watcher
+
+    def wants(self, event: Event) -> bool:
+        return self.watcher.wants(event)
+
+    def observe(self, event: Event) -> None:
+        self.watcher.observe(event)
+
+
+def watched_by(cls: type[WrappedWatcher]) -> type[OpenTelemetryCB]:
+    """The callback with its watchers wrapped in a class of the test's."""
+
+    class Watched(OpenTelemetryCB):
+        def watcher(self, event: Event) -> Watcher:
+            return cls(super().watcher(event))
+
+    return Watched
 
 
 class StoppedLearner(TrainLearner):
@@ -252,13 +276,13 @@ def test_a_batch_that_was_stopped_before_it_began_takes_nothing_of_the_one_befor
 
     handed_over = []
 
-    class Told(OpenTelemetryCB):
+    class Told(WrappedWatcher):
         def observe(self, event: Event) -> None:
             super().observe(event)
             if isinstance(event, CleanupBatch):
                 handed_over.append((event.epoch, event.iter))
 
-    learn = Stopping(line_model(), learner(4, 1).dls, cbs=host.callback(1, Told))
+    learn = Stopping(line_model(), learner(4, 1).dls, cbs=host.callback(1, watched_by(Told)))
     learn.run(2, valid=False)
     assert handed_over == host.batches == [(0, 0), (1, 0), (1, 1), (1, 2), (1, 3)]
     assert host.numbers("eventrain.batches") == {
@@ -275,9 +299,9 @@ def test_the_losses_start_on_their_way_in_the_training_thread(
 
     def starts(event: BatchEvent) -> PendingScalar | None:
         threads.add(threading.get_ident())
-        return _sampling.loss_on_its_way(event)
+        return _sampling.pending_loss(event)
 
-    monkeypatch.setattr(otel, "loss_on_its_way", starts)
+    monkeypatch.setattr(otel, "pending_loss", starts)
     learn, in_training = learner(4, 1), set()
     learn.subscribe(AfterBatch, lambda event: in_training.add(threading.get_ident()))
     events: list[CleanupBatch] = []
@@ -295,15 +319,14 @@ def test_a_host_that_hears_too_late_has_the_losses_of_the_batches_it_hears_of(
     """And what waits for it is bounded, as the buffer is."""
     learn, free, waiting = learner(50, 1), threading.Event(), []
 
-    class Busy(OpenTelemetryCB):
-        buffer = 10
-
+    class Busy(WrappedWatcher):
         def observe(self, event: Event) -> None:
             if isinstance(event, BeforeFit):
                 assert free.wait(60)
             super().observe(event)
 
-    callback = host.callback(1, Busy)
+    callback = host.callback(1, watched_by(Busy))
+    callback.buffer = 10
 
     @learn.on(AfterEpoch)
     def go_on(event: AfterEpoch) -> None:
@@ -572,11 +595,11 @@ async def test_the_spans_end_when_the_host_cancels_the_fit(host: Telemetry) -> N
 def deaf_to(*missed: type[Event]) -> type[OpenTelemetryCB]:
     """The callback as it is where the buffer lost events of these classes."""
 
-    class Deaf(OpenTelemetryCB):
+    class Deaf(WrappedWatcher):
         def wants(self, event: Event) -> bool:
             return super().wants(event) and not isinstance(event, missed)
 
-    return Deaf
+    return watched_by(Deaf)
 
 
 def test_a_span_whose_end_was_lost_ends_with_the_one_around_it(
@@ -659,13 +682,13 @@ def test_a_run_id_that_is_used_again_does_not_mix_two_fits(
 async def test_of_two_fits_at_once_with_one_run_id_it_watches_the_later(host: Telemetry) -> None:
     seen = anyio.Event()
 
-    class Told(OpenTelemetryCB):
+    class Told(WrappedWatcher):
         def observe(self, event: Event) -> None:
             super().observe(event)
             if isinstance(event, CleanupBatch):
                 seen.set()
 
-    callback = host.callback(3, Told)
+    callback = host.callback(3, watched_by(Told))
     first, second = learner(4, 1, callback), learner(2, 1, callback)
 
     @first.on(BeforeBatch, where=lambda event: event.iter == 3)
@@ -785,7 +808,7 @@ async def test_a_long_epoch_is_counted_while_it_runs(host: Telemetry) -> None:
     seen: list[dict[tuple[str, ...], Any]] = []
     counted = anyio.Event()
 
-    class Told(OpenTelemetryCB):
+    class Told(WrappedWatcher):
         def observe(self, event: Event) -> None:
             super().observe(event)
             if isinstance(event, CleanupBatch):
@@ -798,7 +821,7 @@ async def test_a_long_epoch_is_counted_while_it_runs(host: Telemetry) -> None:
         assert host.numbers("eventrain.batches") == {("train", "completed"): 4}
 
     with anyio.fail_after(60):
-        await learn.fit(1, valid=False, cbs=host.callback(4, Told))
+        await learn.fit(1, valid=False, cbs=host.callback(4, watched_by(Told)))
     assert seen == [{("train",): 16}]
     assert host.numbers("eventrain.batches") == {("train", "completed"): 6}
     assert host.numbers("eventrain.samples") == {("train",): 24}
@@ -1024,8 +1047,8 @@ def test_without_opentelemetry_it_says_what_to_install(monkeypatch: pytest.Monke
 def test_importing_it_does_not_import_opentelemetry() -> None:
     """G7: who does not use it, need not have it."""
     code = (
-        "import sys; sys.modules['opentelemetry'] = None; import eventrain.callbacks.otel;"
-        " print('fine')"
+        "import sys; sys.modules['opentelemetry'] = None;"
+        " import eventrain.callbacks.reporting.otel; print('fine')"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True

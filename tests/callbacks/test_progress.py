@@ -314,17 +314,20 @@ class Story:
 
     def __init__(self, cb: ProgressCB, n_iter: int | None, n_epochs: int = 3) -> None:
         self.cb = cb
+        self.watcher: Any = None
         self.base = {"learner": None, "run_id": "r1", "n_epochs": n_epochs}
         self.n_iter = n_iter
 
     def tell(self, event: Any) -> bool:
-        wanted = self.cb.wants(event)
+        wanted: bool = self.watcher.wants(event)
         if wanted:
-            self.cb.observe(event)
+            self.watcher.observe(event)
         return wanted
 
     def begin(self, time: float) -> None:
-        assert self.tell(BeforeFit(**self.base, time=time))
+        event = BeforeFit(**self.base, time=time)
+        self.watcher = self.cb.watcher(event)
+        assert self.tell(event)
 
     def epoch(self, epoch: int, training: bool, time: float) -> None:
         assert self.tell(

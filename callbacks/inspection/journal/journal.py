@@ -24,6 +24,7 @@ from ....events import (
     ScopeEnd,
     StepEvent,
 )
+from ..._checks import check_int
 from ..._monitor import is_training
 from ._digest import digest
 
@@ -88,10 +89,8 @@ class JournalCB(Callback):
     order = math.inf  # what the others change is in the line
 
     def __init__(self, path: str | os.PathLike[str], every: int = 100) -> None:
-        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-            raise ValueError(f"every={every!r}: give a number of batches, 1 for all of them")
         self.path = Path(path)
-        self.every = every
+        self.every = check_int("every", every, "a number of batches, 1 for all of them")
         self._learner: Any = None  # whose fit is heard
         self._file: BinaryIO | None = None
         self._size: int | None = None  # of the file, in bytes; None where nothing is written
