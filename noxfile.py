@@ -57,7 +57,7 @@ def imports(session: nox.Session) -> None:
 def types(session: nox.Session) -> None:
     """mypy, on the package as users install it, which an editable install is not."""
     shutil.rmtree("build", ignore_errors=True)  # what an earlier build left would be installed
-    session.install(".[bench,service]", *group("types"))
+    session.install(".[test]", *group("types"))
     session.run("mypy")
     others = ["-p", "examples", "-p", "benchmarks", "-m", "tests.typed"]
     session.run("mypy", "--config-file", "pyproject.toml", *others)
