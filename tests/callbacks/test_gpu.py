@@ -331,7 +331,7 @@ def test_metrics_are_accumulated_where_the_predictions_are() -> None:
         losses.append(event.loss.item())
         accuracy, auroc = metrics.metrics.values()
         kept = [accuracy.num_correct, accuracy.num_total, *auroc.inputs, *auroc.targets]
-        places.update(t.device.type for t in [*kept, metrics.state_dict()["loss_sum"]])
+        places.update(t.device.type for t in [*kept, metrics.state_dict()["loss"]["sum"]])
 
     learner.run(1, train=False)
     assert places == {DEVICE}
