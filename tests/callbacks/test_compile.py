@@ -38,6 +38,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torcheval.metrics import MulticlassAccuracy
 
 from tests.support.training import weights
+from tests.support.waiting import GUARD
 
 Digits = tuple[torch.Tensor, torch.Tensor]
 one_loop = pytest.mark.parametrize("anyio_backend", ["asyncio"])
@@ -167,7 +168,7 @@ async def test_lr_find_validate_and_get_preds_run_it_too() -> None:
     graphs = Graphs()
     plain, learner = make_learner(), make_learner(cbs=CompileCB(graphs))
     counts = []
-    with anyio.fail_after(60):
+    with anyio.fail_after(GUARD):
         for one in (plain, learner):
             torch.manual_seed(7)
             finder = await one.lr_find(max_epochs=3)

@@ -29,6 +29,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 from torcheval.metrics import MulticlassAccuracy
 
+from tests.support.waiting import GUARD
+
 Batches = list[tuple[torch.Tensor, torch.Tensor]]
 MakeBatches = Callable[..., Batches]
 MakeModel = Callable[[], nn.Module]
@@ -365,7 +367,7 @@ async def test_it_leaves_everything_as_it_was_whatever_ended_it(
         "cancelled": lambda event: raise_(CancelFitException("enough")),
         "failed": lambda event: raise_(Broken()),
     }
-    with anyio.fail_after(30), anyio.CancelScope() as scope:
+    with anyio.fail_after(GUARD), anyio.CancelScope() as scope:
 
         async def by_host(event: AfterBatch) -> None:
             scope.cancel()

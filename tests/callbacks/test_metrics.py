@@ -303,7 +303,7 @@ def test_the_state_of_the_middle_of_an_epoch_can_be_gone_back_to(
             "loss": pytest.approx(mean_loss(batches), rel=1e-9),
         }
     ]
-    assert states[0]["n_samples"] == 64  # the batches after it did not change what was kept
+    assert states[0]["loss"]["n_samples"] == 64  # the batches after it did not change what was kept
 
 
 def test_the_state_can_be_saved_and_loaded_as_plain_data(

@@ -40,6 +40,8 @@ from prometheus_client.parser import text_string_to_metric_families as parse_tex
 from structlog.testing import capture_logs
 from torch import nn
 
+from tests.support.waiting import GUARD
+
 Backend = dict[str, Any]
 Page = dict[tuple[str, frozenset[tuple[str, str]]], float]
 Scrape = Callable[[], Page]
@@ -64,7 +66,7 @@ def endpoint() -> Iterator[tuple[int, Current]]:
     yield server.server_port, current
     server.shutdown()
     server.server_close()
-    thread.join(10)
+    thread.join(GUARD)
 
 
 @pytest.fixture
@@ -195,7 +197,7 @@ async def test_a_scrape_during_the_fit_sees_it_run_and_its_samples_grow(
         page = await anyio.to_thread.run_sync(scrape)
         seen.append((at(page, "fits_running"), at(page, "samples_total", phase="train")))
 
-    with anyio.fail_after(30):
+    with anyio.fail_after(GUARD):
         await learner.fit(1, valid=False)
     page = scrape()
     assert seen == [(1, 8)]  # two batches of four have had a record
@@ -332,7 +334,7 @@ async def test_a_fit_that_the_host_cancels_no_longer_runs(
     dls: DataLoaders, registry: CollectorRegistry, scrape: Scrape
 ) -> None:
     learner = make_learner(dls, PrometheusCB(registry))
-    with anyio.fail_after(30), anyio.CancelScope() as scope:
+    with anyio.fail_after(GUARD), anyio.CancelScope() as scope:
 
         @learner.on(BeforeBatch, once=True)
         async def cancel(event: BeforeBatch) -> None:
@@ -436,7 +438,7 @@ async def test_instances_on_one_registry_share_its_metrics(
         result = await learner.fit(1, valid=False)
         losses[model] = result.history[0]["loss"]
 
-    with anyio.fail_after(30):
+    with anyio.fail_after(GUARD):
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(fit, "cnn", 2)
             tasks.start_soon(fit, "mlp", 3)

@@ -518,7 +518,7 @@ async def test_one_instance_may_watch_several_fits_at_once(anyio_backend_name: s
             await other.wait()
 
         learn.subscribe(BeforeEpoch, meet, where=lambda event: event.training)
-    with anyio.fail_after(20):
+    with anyio.fail_after(GUARD):
         async with anyio.create_task_group() as tasks:
             for learn in learners:
                 tasks.start_soon(learn.fit)

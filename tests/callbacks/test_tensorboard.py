@@ -33,6 +33,8 @@ from tensorboard.summary.writer.event_file_writer import EventFileWriter
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
+from tests.support.waiting import GUARD
+
 Backend = dict[str, Any]
 
 
@@ -345,7 +347,7 @@ async def test_a_fit_that_the_host_cancels_is_whole_on_the_disk(
     dls: DataLoaders, tmp_path: Path
 ) -> None:
     learner = make_learner(dls, TensorBoardCB(tmp_path, every=1))
-    with anyio.fail_after(30), anyio.CancelScope() as scope:
+    with anyio.fail_after(GUARD), anyio.CancelScope() as scope:
 
         @learner.on(BeforeBatch, where=lambda event: event.iter == 2)
         async def cancel(event: BeforeBatch) -> None:
@@ -450,7 +452,7 @@ async def test_files_are_made_and_closed_beside_the_event_loop(
     monkeypatch.setattr(EventFileWriter, "close", spied_close)
     learner = make_learner(dls, TensorBoardCB(tmp_path, every=1))
     limiter = anyio.to_thread.current_default_thread_limiter()
-    with anyio.fail_after(30):
+    with anyio.fail_after(GUARD):
         async with anyio.create_task_group() as tasks:
             gate = threading.Event()
             for _ in range(int(limiter.total_tokens)):  # the host's own threads are all busy

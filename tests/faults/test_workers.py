@@ -20,6 +20,8 @@ from structlog.testing import capture_logs
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
+from tests.support.waiting import GUARD
+
 Batch = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -69,7 +71,7 @@ class Blocking:
     def __iter__(self) -> Iterator[Batch]:
         yield self.batches[0]
         self.blocks.set()
-        assert self.go.wait(30)
+        assert self.go.wait(GUARD)
         yield self.batches[1]
 
 
@@ -90,7 +92,7 @@ async def test_a_loader_that_blocks_when_the_host_cancels_holds_the_fit_up_and_i
         finally:
             ended = True
 
-    with anyio.fail_after(30), capture_logs() as logs:
+    with anyio.fail_after(GUARD), capture_logs() as logs:
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(fit)
             while not loader.blocks.is_set():

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from examples.service.journal import Journal, Message
+from tests.support.waiting import GUARD
 
 
 def record(number: int) -> dict[str, object]:
@@ -37,7 +38,7 @@ async def test_followers_get_what_was_and_what_comes_each_at_its_own_pace() -> N
     async def follow(name: str, last: int) -> None:
         results[name] = await read(journal, last)
 
-    with anyio.fail_after(10):
+    with anyio.fail_after(GUARD):
         journal.append(record(1))
         journal.append(record(2))
         async with anyio.create_task_group() as tasks:
@@ -74,7 +75,7 @@ async def test_messages_from_a_thread_are_numbered_in_their_order() -> None:
         for number in range(1, 11):
             journal.append(record(number))
 
-    with anyio.fail_after(10):
+    with anyio.fail_after(GUARD):
         thread = threading.Thread(target=append)
         thread.start()
         while thread.is_alive():

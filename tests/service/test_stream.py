@@ -13,7 +13,8 @@ from httpx_sse import ServerSentEvent, connect_sse
 from jsonschema import Draft202012Validator
 from referencing import Registry, Resource
 
-from tests.service.running import Serve, Service, wait_until
+from tests.service.running import Serve, Service
+from tests.support.waiting import wait_until
 
 ROOT = Path(__file__).parents[2]
 

@@ -32,6 +32,8 @@ from hypothesis import strategies as st
 from structlog.testing import capture_logs
 from torch import nn
 
+from tests.support.waiting import GUARD
+
 RUN = "this-run"
 
 
@@ -291,7 +293,7 @@ def test_jobs_beside_the_caller_are_done_one_after_the_other() -> None:
     writer, done, may_go_on = BackgroundWriter(background=True), [], threading.Event()
 
     def first() -> None:
-        may_go_on.wait(10)
+        may_go_on.wait(GUARD)
         done.append("first")
 
     writer.write(first)

@@ -34,7 +34,7 @@ def test_a_resumed_fit_has_the_learning_rate_that_it_had(done: Path) -> None:
 @pytest.mark.parametrize("n", [0, 2])
 def test_the_last_checkpoint_is_that_of_the_one_callback(n: int, tmp_path: Path) -> None:
     cbs = [CheckpointCB(tmp_path / str(i)) for i in range(n)]
-    with pytest.raises(ValueError, match=f"and there are {n} of them: pass a path"):
+    with pytest.raises(ValueError, match=f"and there are {n}: pass a path"):
         make_learner().run(1, cbs=cbs, resume="last")
 
 
