@@ -455,7 +455,7 @@ def test_a_model_that_another_callback_put_in_its_place_is_left_alone() -> None:
         ({"mode": "default", "options": {"debug": True}}, "[Ee]ither mode or options"),
     ],
 )
-def test_settings_that_torch_does_not_have_are_told_before_the_first_batch(
+def test_unknown_settings_of_torch_are_reported_before_the_first_batch(
     settings: dict[str, Any], message: str
 ) -> None:
     learner = make_learner(cbs=CompileCB(**settings))
@@ -472,7 +472,7 @@ def test_two_of_them_are_refused() -> None:
     assert learner.model._compiled_call_impl is None
 
 
-def test_a_compiler_that_is_not_there_is_told_by_the_first_batch() -> None:
+def test_a_missing_compiler_is_reported_by_the_first_batch() -> None:
     learner = make_learner(cbs=CompileCB())
     message = r"No working C\+\+ compiler found .*\('no-such-compiler',\)"
     with inductor.patch({"cpp.cxx": ("no-such-compiler",)}):

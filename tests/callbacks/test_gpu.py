@@ -429,7 +429,9 @@ def test_lr_find_restores_the_random_state_of_the_device() -> None:
 
 
 @pytest.mark.parametrize("batches", [2, 6, 8])
-def test_a_resumed_fit_is_the_undisturbed_one_to_the_bit(tmp_path: Path, batches: int) -> None:
+def test_a_resumed_fit_equals_the_uninterrupted_one_to_the_bit(
+    tmp_path: Path, batches: int
+) -> None:
     """Dropout draws from the device's random state; metrics are on the device."""
 
     def make() -> TrainLearner:

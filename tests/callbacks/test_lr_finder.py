@@ -236,7 +236,7 @@ def test_suggestions_depend_on_the_shape_of_the_curve_alone(
 
 
 @pytest.mark.parametrize("n", [0, 1, 2])
-def test_too_few_losses_are_told(n: int) -> None:
+def test_too_few_losses_are_reported(n: int) -> None:
     finder = found([1.0] * n)
     with pytest.raises(ValueError, match=f"{n} losses are too few for a suggestion"):
         finder.suggestion()

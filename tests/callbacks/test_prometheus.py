@@ -134,7 +134,7 @@ def make_learner(dls: DataLoaders, *cbs: Any, **recorded: Any) -> TrainLearner:
 # ---------------------------------------------------------------------------- what is measured
 
 
-def test_a_scrape_tells_what_the_fit_did(
+def test_a_scrape_has_the_numbers_of_the_fit(
     dls: DataLoaders, registry: CollectorRegistry, scrape: Scrape, backend: Backend
 ) -> None:
     cb = PrometheusCB(registry, every_seconds=0)
@@ -479,7 +479,7 @@ def test_a_registry_with_such_a_metric_of_the_host_is_refused_and_left_as_it_was
     PrometheusCB(registry)
 
 
-def test_a_registry_is_let_go_with_its_metrics(dls: DataLoaders) -> None:
+def test_a_registry_is_released_with_its_metrics(dls: DataLoaders) -> None:
     registry = CollectorRegistry()
     make_learner(dls, PrometheusCB(registry)).run(1)
     alive = weakref.ref(registry)
@@ -549,7 +549,7 @@ def test_in_a_host_of_several_processes_no_process_has_time_series_of_its_own(
         ([("model", "a")], TypeError, "mapping"),
     ],
 )
-def test_labels_that_are_none_are_refused(
+def test_invalid_labels_are_refused(
     registry: CollectorRegistry, labels: Any, error: type[Exception], said: str
 ) -> None:
     with pytest.raises(error, match=said):

@@ -266,7 +266,7 @@ def test_what_failed_says_by_whom_and_why(backend: dict[str, Any]) -> None:
     ]
 
 
-def test_what_failed_without_a_receiver_has_nobody_to_name() -> None:
+def test_a_failure_without_a_receiver_names_nobody() -> None:
     class Broken:
         def __iter__(self) -> Any:
             raise OSError("no disk")
@@ -299,7 +299,7 @@ async def test_they_are_written_when_the_host_cancels_the_fit() -> None:
     assert keep.records[-1]["reason"] == learn.result.reason is not None
 
 
-def test_what_was_stopped_before_it_began_took_no_time() -> None:
+def test_a_scope_stopped_before_it_began_took_no_time() -> None:
     """The events of its beginning are not emitted: an epoch's, or the whole fit's."""
     learn = learner()
     learn.on(CleanupEpoch, once=True)(lambda event: learn.stop() and None)
@@ -384,7 +384,7 @@ def test_the_run_id_that_is_given_is_the_one_everywhere(backend: dict[str, Any])
 
 
 @pytest.mark.parametrize("run_id", ["", 7, b"mine", True, ["mine"]])
-def test_a_run_id_that_is_no_text_is_refused_before_any_work(run_id: Any) -> None:
+def test_a_run_id_that_is_not_text_is_refused_before_any_work(run_id: Any) -> None:
     learn = learner()
     with record_events(learn) as events:
         with pytest.raises(ValueError, match=re.escape(f"run_id={run_id!r}: give a non-empty")):
@@ -492,7 +492,7 @@ def test_what_is_large_is_told_by_its_size() -> None:
     }
 
 
-def test_a_reason_that_is_no_text_becomes_one() -> None:
+def test_a_reason_that_is_not_text_becomes_text() -> None:
     learn = learner(1)
 
     @learn.on(AfterEpoch)

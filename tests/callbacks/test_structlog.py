@@ -277,7 +277,7 @@ def test_standard_error_is_where_lines_go_by_default(capsys: pytest.CaptureFixtu
     assert [line["event"] for line in parse(err)] == ["fit_started", "epoch", "epoch", "fit_ended"]
 
 
-def test_a_number_that_is_no_count_or_no_time_is_refused() -> None:
+def test_a_number_that_is_not_a_count_or_a_time_is_refused() -> None:
     with pytest.raises(ValueError, match="every=-1: give a number of batches"):
         StructlogCB(-1)
     with pytest.raises(ValueError, match="every_seconds=-1: give seconds"):
@@ -290,7 +290,7 @@ def test_a_format_and_a_logger_are_refused() -> None:
 
 
 @pytest.mark.parametrize("logger", ["train", 5, print])
-def test_what_is_no_logger_is_refused(logger: Any) -> None:
+def test_an_object_that_is_not_a_logger_is_refused(logger: Any) -> None:
     with pytest.raises(TypeError, match=f"logger={re.escape(repr(logger))}: give a logger"):
         StructlogCB(logger=logger)
 

@@ -62,7 +62,7 @@ def in_threads(*works: Callable[[], None]) -> None:
         raise errors[0]
 
 
-def test_receivers_that_stay_hear_every_event_in_order_while_others_come_and_go() -> None:
+def test_receivers_that_stay_get_every_event_in_order_while_others_come_and_go() -> None:
     """G2."""
     bus, called, passing = Bus(), [], []
     stay = [
@@ -185,7 +185,7 @@ def test_a_receiver_may_wait_for_a_thread_that_subscribes_and_closes() -> None:
     ],
     ids=["close", "subscribe", "a new signal", "the order", "subscriptions", "reorder"],
 )
-def test_whoever_holds_the_lock_of_the_bus_sees_nothing_change(
+def test_nothing_changes_while_the_lock_of_the_bus_is_held(
     work: Callable[[Bus, Subscription], object],
 ) -> None:
     bus = Bus()

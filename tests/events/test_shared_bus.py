@@ -68,7 +68,7 @@ def together(bus: Bus, learners: list[Learner]) -> None:
         learner.subscribe(BeforeBatch, lambda _: barrier.wait(GUARD), once=True)
 
 
-def test_a_learner_hears_its_own_events_and_the_bus_hears_all(
+def test_a_learner_gets_its_own_events_and_the_bus_gets_all(
     bus: Bus, small: TrainLearner, large: TrainLearner
 ) -> None:
     """G10."""
@@ -82,7 +82,7 @@ def test_a_learner_hears_its_own_events_and_the_bus_hears_all(
     assert {event.learner for event in of_large} == {large}
 
 
-async def test_concurrent_fits_in_one_task_group_do_not_hear_each_other(
+async def test_concurrent_fits_in_one_task_group_do_not_get_each_others_events(
     bus: Bus, small: TrainLearner, large: TrainLearner
 ) -> None:
     """G10: plain and async receivers, by `subscribe`, `on` and `record_events`."""

@@ -329,7 +329,9 @@ class Batches(Callback):
 
 
 @pytest.mark.parametrize("why", ["a file", "below a file", "a long name", "not allowed"])
-def test_a_folder_that_cannot_be_written_is_told_before_any_work(tmp_path: Path, why: str) -> None:
+def test_a_folder_that_cannot_be_written_is_reported_before_any_work(
+    tmp_path: Path, why: str
+) -> None:
     (tmp_path / "file").write_text("mine")
     if why == "not allowed":
         if os.geteuid() == 0:
@@ -424,7 +426,7 @@ def test_training_goes_on_while_a_slow_disk_is_written_and_fit_ends_after_it(
     ]
 
 
-def test_what_is_written_late_is_what_there_was_when_it_was_saved(
+def test_a_checkpoint_written_late_has_the_state_of_when_it_was_saved(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trained_on = threading.Event()

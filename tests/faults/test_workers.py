@@ -35,7 +35,7 @@ class Slow(Dataset[Batch]):
         return torch.full((3,), float(index % 7)), torch.zeros(1)
 
 
-def test_a_worker_that_is_killed_is_told_and_the_last_checkpoint_is_whole(
+def test_a_killed_worker_is_reported_and_the_last_checkpoint_is_whole(
     make_model: Callable[[], nn.Module], tmp_path: Path
 ) -> None:
     loader = DataLoader(Slow(), 4, num_workers=2)

@@ -31,7 +31,7 @@ async def read(journal: Journal, last: int = 0) -> list[int]:
     return seen
 
 
-async def test_followers_get_what_was_and_what_comes_each_at_its_own_pace() -> None:
+async def test_followers_get_old_and_new_messages_each_at_its_own_pace() -> None:
     journal = Journal(100)
     results: dict[str, list[int]] = {}
 
@@ -57,7 +57,7 @@ async def test_followers_get_what_was_and_what_comes_each_at_its_own_pace() -> N
     }
 
 
-async def test_who_comes_too_late_is_told_how_many_it_missed() -> None:
+async def test_a_late_follower_learns_how_many_messages_it_missed() -> None:
     journal = Journal(3)
     for number in range(1, 11):
         journal.append(record(number))

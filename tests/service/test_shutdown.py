@@ -104,7 +104,7 @@ def test_while_it_stops_it_answers_but_takes_no_runs(serve: Serve, gate: Gate) -
     assert service.process.wait(60) == 0
 
 
-def test_a_client_that_does_not_read_holds_up_no_shutdown(serve: Serve) -> None:
+def test_a_client_that_does_not_read_does_not_delay_the_shutdown(serve: Serve) -> None:
     service = serve("--interval", 0, "--send-timeout", 600, module="tests.service.faulty")
     run_id = service.start(dataset="fashion-mnist", epochs=1000, batch_size=1)
     with service.deaf(run_id) as deaf:

@@ -1,4 +1,4 @@
-"""In which order callbacks and subscribers run, and that `explain` tells it."""
+"""The order in which callbacks and subscribers run, and how `explain` shows it."""
 
 from __future__ import annotations
 
@@ -299,7 +299,7 @@ def test_a_circle_closed_by_a_temporary_callback_is_refused_before_the_fit() -> 
     assert heard_by(learner) == ["A", "C"]
 
 
-def test_callbacks_that_only_perform_or_observe_are_no_matter_to_the_others() -> None:
+def test_callbacks_that_only_perform_or_observe_do_not_affect_the_others() -> None:
     class Watches(Callback):
         observes = (AfterBatch,)
         run_after = ("A",)

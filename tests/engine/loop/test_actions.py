@@ -302,7 +302,7 @@ def test_learners_that_share_a_bus_perform_their_own_actions(
     assert other.said == said_by_method(TRAINING_BATCH, 3)
 
 
-def test_an_action_event_tells_where_the_loop_is(learner: Spoken) -> None:
+def test_an_action_event_has_the_position_of_the_loop(learner: Spoken) -> None:
     told: list[tuple[int, bool, int, int | None]] = []
 
     @learner.on(Predict)

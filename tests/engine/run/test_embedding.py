@@ -1,4 +1,4 @@
-"""A fit as a guest: what a service, a script or a notebook notices of it, which is little."""
+"""A fit in a service, a script or a notebook: it leaves the host's process as it was."""
 
 from __future__ import annotations
 
@@ -249,7 +249,7 @@ async def test_fits_at_the_same_time_share_the_global_rng_and_are_told_so_once(
     ]
 
 
-async def test_fits_one_after_the_other_are_told_nothing(
+async def test_fits_one_after_the_other_log_no_warning(
     learner: TrainLearner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """G10: they share nothing at the same time, also after one that failed."""

@@ -1,4 +1,4 @@
-"""One thread runs the fit: what it takes over from its host, what it leaves behind."""
+"""One thread runs the fit: its context comes from the host, and nothing of it stays there."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`fit(graceful=...)`: the first SIGTERM or SIGINT ends the fit with its batch; no host is hurt.
+"""`fit(graceful=...)`: the first SIGTERM or SIGINT ends the fit after its batch.
 
 The handlers are those of this process, the main thread of which runs the tests; where a signal
 kills, or a script is to end well, it is a process of its own.
@@ -414,7 +414,7 @@ async def test_when_the_deadline_is_over_the_fit_is_left_at_its_next_event(
 
 @pytest.mark.parametrize("cleanup", [CleanupBatch, CleanupFit])
 @pytest.mark.usefixtures("heard")
-async def test_a_cleanup_that_outlasts_the_deadline_is_told_and_not_cut(
+async def test_a_cleanup_that_outlasts_the_deadline_is_logged_and_not_cut(
     learner: TrainLearner, cleanup: type[Event]
 ) -> None:
     """G1: the batch is done, so the checkpoint is taken: nothing else is to be left."""
@@ -556,7 +556,7 @@ def test_a_callback_that_the_host_has_added_to_its_loop_stays(
         runner.run(main())
 
 
-def test_a_receiver_that_a_trio_host_has_opened_hears_the_second_signal(
+def test_a_signal_receiver_of_a_trio_host_gets_the_second_signal(
     learner: TrainLearner,
 ) -> None:
     async def main() -> None:
@@ -722,7 +722,7 @@ async def test_a_fit_that_ends_leaves_the_signals_to_the_one_that_goes_on(
 
 
 @both_signals
-async def test_the_next_fit_hears_the_next_signal(
+async def test_the_next_fit_gets_the_next_signal(
     learner: TrainLearner, heard: list[int], signum: signal.Signals
 ) -> None:
     """G9."""
@@ -750,7 +750,7 @@ def test_a_fit_in_another_thread_is_refused_with_the_way_out(
 
 
 @pytest.mark.parametrize("graceful", [-1, -0.5, 0, 0.0, float("nan"), "30", None, [30]])
-async def test_what_is_no_time_is_refused(learner: TrainLearner, graceful: Any) -> None:
+async def test_an_invalid_time_is_refused(learner: TrainLearner, graceful: Any) -> None:
     before = handlers()
     with pytest.raises(ValueError, match="give True, or seconds above 0") as caught:
         await learner.fit(graceful=graceful)

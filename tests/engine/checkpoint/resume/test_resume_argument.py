@@ -49,7 +49,7 @@ def test_where_no_checkpoint_is_the_fit_says_so(name: str, tmp_path: Path) -> No
     assert learner.run(1).status == "completed"
 
 
-def test_of_nothing_yet_the_last_is_a_beginning_which_is_told(tmp_path: Path) -> None:
+def test_without_a_checkpoint_last_begins_anew_and_logs_it(tmp_path: Path) -> None:
     with capture_logs() as logs:
         learner = make_learner()
         result = learner.run(1, cbs=CheckpointCB(tmp_path / "new"), resume="last")

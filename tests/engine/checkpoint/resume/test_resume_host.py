@@ -28,7 +28,7 @@ from tests.support.resuming import (
 from tests.support.waiting import GUARD
 
 
-async def test_on_every_backend_it_is_the_undisturbed_fit(tmp_path: Path) -> None:
+async def test_on_every_backend_it_equals_the_uninterrupted_fit(tmp_path: Path) -> None:
     make = KINDS["all-at-once"]
     disturb(0)
     learner = make()
