@@ -59,7 +59,8 @@ def types(session: nox.Session) -> None:
     shutil.rmtree("build", ignore_errors=True)  # what an earlier build left would be installed
     session.install(".[bench,service]", *group("types"))
     session.run("mypy")
-    session.run("mypy", "--config-file", "pyproject.toml", "-p", "examples", "-p", "benchmarks")
+    others = ["-p", "examples", "-p", "benchmarks", "-m", "tests.typed"]
+    session.run("mypy", "--config-file", "pyproject.toml", *others)
 
 
 @nox.session

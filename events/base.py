@@ -67,7 +67,12 @@ class Event:
             learner: the learner that emits it.
             extra: the fields that a subclass adds.
         """
-        return cls(learner, learner.run_id, time(), *extra)
+        return cls(*cls._position(learner), *extra)
+
+    @staticmethod
+    def _position(learner: Any) -> tuple[Any, ...]:
+        """The values of the fields that tell where the learner is, in order."""
+        return learner, learner.run_id, time()
 
 
 def hook_name(class_name: str) -> str:
@@ -105,9 +110,9 @@ class FitEvent(Event):
 
     n_epochs: int
 
-    @classmethod
-    def of(cls, learner: Any, *extra: Any) -> Self:
-        return cls(learner, learner.run_id, time(), learner.n_epochs, *extra)
+    @staticmethod
+    def _position(learner: Any) -> tuple[Any, ...]:
+        return learner, learner.run_id, time(), learner.n_epochs
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -116,6 +121,18 @@ class _InEpoch(Event):
     epoch: int
     training: bool
     n_iter: int | None
+
+    @staticmethod
+    def _position(learner: Any) -> tuple[Any, ...]:
+        return (
+            learner,
+            learner.run_id,
+            time(),
+            learner.n_epochs,
+            learner.epoch,
+            learner.training,
+            learner.n_iter,
+        )
 
     @property
     def phase(self) -> Literal["train", "valid"]:
@@ -134,19 +151,6 @@ class EpochEvent(_InEpoch):
         n_iter: the number of batches in the epoch, None if the loader has no length.
     """
 
-    @classmethod
-    def of(cls, learner: Any, *extra: Any) -> Self:
-        return cls(
-            learner,
-            learner.run_id,
-            time(),
-            learner.n_epochs,
-            learner.epoch,
-            learner.training,
-            learner.n_iter,
-            *extra,
-        )
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _InBatch(_InEpoch):
@@ -155,35 +159,35 @@ class _InBatch(_InEpoch):
     lr: float | torch.Tensor | None
     loss: torch.Tensor | None
 
+    @staticmethod
+    def _position(learner: Any) -> tuple[Any, ...]:
+        lr = None if learner.opt is None else learner.opt.param_groups[0]["lr"]
+        loss = learner.loss
+        return (
+            learner,
+            learner.run_id,
+            time(),
+            learner.n_epochs,
+            learner.epoch,
+            learner.training,
+            learner.n_iter,
+            learner.iter,
+            learner.n_samples,
+            lr.clone() if isinstance(lr, torch.Tensor) else lr,  # schedulers change it in place
+            loss.detach() if isinstance(loss, torch.Tensor) else None,
+        )
+
     @classmethod
     def of(cls, learner: Any, *extra: Any) -> Self:
+        position = _InBatch._position(learner)
         if extra or hasattr(cls, "__post_init__"):
-            return cls(*_batch_values(learner), *extra)
-        draft: Any = _Draft(_batch_values(learner))
+            return cls(*position, *extra)
+        draft: Any = _Draft(position)
         try:
             draft.__class__ = cls
         except TypeError:  # a subclass with a `__dict__`, or with slots of its own
-            return cls(*_batch_values(learner))
+            return cls(*position)
         return draft  # type: ignore[no-any-return]
-
-
-def _batch_values(learner: Any) -> tuple[Any, ...]:
-    """The fields of an event of a batch or step, in order."""
-    lr = None if learner.opt is None else learner.opt.param_groups[0]["lr"]
-    loss = learner.loss
-    return (
-        learner,
-        learner.run_id,
-        time(),
-        learner.n_epochs,
-        learner.epoch,
-        learner.training,
-        learner.n_iter,
-        learner.iter,
-        learner.n_samples,
-        lr.clone() if isinstance(lr, torch.Tensor) else lr,  # schedulers change it in place
-        loss.detach() if isinstance(loss, torch.Tensor) else None,
-    )
 
 
 class _Draft(_InBatch):
@@ -196,7 +200,7 @@ class _Draft(_InBatch):
     __slots__ = ()
     __setattr__ = object.__setattr__
 
-    def __init__(self: Any, values: tuple[Any, ...]) -> None:
+    def __init__(self: Any, position: tuple[Any, ...]) -> None:
         (
             self.learner,
             self.run_id,
@@ -209,7 +213,7 @@ class _Draft(_InBatch):
             self.n_samples,
             self.lr,
             self.loss,
-        ) = values
+        ) = position
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -241,16 +245,6 @@ class ActionEvent(_InEpoch):
 
     iter: int
 
-    @classmethod
-    def of(cls, learner: Any, *extra: Any) -> Self:
-        return cls(
-            learner,
-            learner.run_id,
-            time(),
-            learner.n_epochs,
-            learner.epoch,
-            learner.training,
-            learner.n_iter,
-            learner.iter,
-            *extra,
-        )
+    @staticmethod
+    def _position(learner: Any) -> tuple[Any, ...]:
+        return (*_InEpoch._position(learner), learner.iter)

@@ -25,7 +25,7 @@ import torch
 from ..loop.state import Position
 from .validate import disallowed_names, incomplete_shapes
 
-FORMAT = 1
+FORMAT = 2
 """Increased when the checkpoints of earlier versions can no longer be read."""
 
 STATE, MANIFEST = "state.pt", "manifest.json"

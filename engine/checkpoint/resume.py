@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Protocol, cast, runtime_checkable
 
 import structlog
 import torch
@@ -90,13 +90,12 @@ class ResumedReader(ResumableReader):
         position: the position at which the checkpoint was saved.
     """
 
-    def __init__(self, checkpoint: Checkpoint, learner: SavedLearner) -> None:
+    def __init__(self, checkpoint: Checkpoint) -> None:
         super().__init__()
         self.resumed_from = checkpoint.path
         self.position = checkpoint.position
         self.loaded = False
         self._checkpoint: Checkpoint | None = checkpoint
-        self._learner = learner
 
     def begin(self, loop: LoopState) -> None:
         """Check that the checkpoint fits; load it, unless its epoch has to be begun first.
@@ -118,10 +117,10 @@ class ResumedReader(ResumableReader):
                     f" but this one has {phase}=False"
                 )
         assert self._checkpoint is not None
-        check_state(self._learner, self._checkpoint.state)
+        check_state(cast(SavedLearner, loop), self._checkpoint.state)
         self._log_caveats(loop, self._checkpoint)
         if position.batches == 0:
-            self._load(self._checkpoint.state)
+            self._load(loop, self._checkpoint.state)
 
     def includes(self, epoch: int, training: bool) -> bool:
         if self.position.is_beyond(epoch, training):
@@ -146,7 +145,7 @@ class ResumedReader(ResumableReader):
         # A Prefetcher has drawn ahead: its generators keep their states from after the skipping.
         ahead = generators(loop.dls) if isinstance(loop.dl, Prefetcher) else []
         states = [generator.get_state() for generator in ahead]
-        self._load(state)
+        self._load(loop, state)
         for generator, state_there in zip(ahead, states, strict=True):
             generator.set_state(state_there)
         return read_batches(loop, batches, position.batches)
@@ -158,13 +157,14 @@ class ResumedReader(ResumableReader):
             " BeforeEpoch, before its state was loaded"
         )
 
-    def _load(self, state: State) -> None:
-        before = Snapshot(state_of(self._learner)).wait()
+    def _load(self, loop: LoopState, state: State) -> None:
+        learner = cast(SavedLearner, loop)
+        before = Snapshot(state_of(learner)).wait()
         try:
-            set_state(self._learner, state)
+            set_state(learner, state)
         except BaseException:
             with suppress(Exception):  # the first error is the one to raise
-                set_state(self._learner, before)
+                set_state(learner, before)
             raise
         self.loaded = True
         self._checkpoint = None  # it holds as much memory as the model and the optimizer

@@ -119,7 +119,7 @@ class Fit:
         checkpoint = last_checkpoint(learner.cbs) if last else Checkpoint.load(resume)
         if checkpoint is None:
             return
-        learner.reader = self._resumed = ResumedReader(checkpoint, learner)
+        learner.reader = self._resumed = ResumedReader(checkpoint)
         learner.epochs = range(checkpoint.position.epoch, learner.n_epochs)
         learner.run_id = self._plan.run_id or checkpoint.manifest["run_id"]
 
@@ -163,7 +163,7 @@ class Fit:
             valid_batches=learner.progress[False].batches,
             steps=learner.progress[True].steps,
             seconds=seconds,
-            history=tuple(filter(has_numbers, learner.history)),
+            history=tuple(row for row in learner.history if numbers_of(row)),
             dropped=dict(+dropped),  # without the zeros
             resumed_from=None if learner.resumed_from is None else str(learner.resumed_from),
         )
@@ -199,11 +199,6 @@ def make_optimizer(learner: Fittable, lr: float) -> Any:
     if not callable(getattr(opt, "step", None)) or not hasattr(opt, "param_groups"):
         raise TypeError(f"opt_func={opt_func!r} returned {opt!r}, which is not an optimizer")
     return opt
-
-
-def has_numbers(row: dict[str, Any]) -> bool:
-    """Whether callbacks have recorded values in a row of the history."""
-    return bool(numbers_of(row))
 
 
 def numbers_of(row: dict[str, Any]) -> dict[str, Any]:
