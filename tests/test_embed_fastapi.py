@@ -86,7 +86,7 @@ def test_an_unknown_fit_has_no_events_and_cannot_be_stopped(client: httpx.Client
 
 
 def test_every_epoch_is_told_until_the_fit_is_complete(client: httpx.Client) -> None:
-    fit = start(client, epochs=10, lr=1e9)  # so high that the loss is no number any more
+    fit = start(client, epochs=10, lr=1e9)  # so high that the loss becomes NaN
     told = list(listen(client, fit))
     epochs = [epoch for epoch in range(10) for _ in ("train", "valid")]
     assert [epoch for epoch, _ in told] == epochs[-len(told) :]

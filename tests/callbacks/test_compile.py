@@ -84,7 +84,7 @@ def make_learner(model: nn.Module | None = None, cbs: Any = ()) -> TrainLearner:
     return TrainLearner(make_model() if model is None else model, make_dls(), lr=0.05, cbs=cbs)
 
 
-# ------------------------------------------------------------------------- beside other callbacks
+# --------------------------------------------------------------------------- with other callbacks
 
 CASES: dict[str, Callable[[], list[Callback]]] = {
     "nothing": lambda: [],

@@ -61,7 +61,7 @@ def make_model() -> nn.Module:
 
 
 def make_batches(n: int = 6, *, pinned: bool = False) -> Batches:
-    """16 samples each, on the host; ten classes that can be told apart."""
+    """16 samples each, on the host; ten classes that can be separated."""
     generator = torch.Generator().manual_seed(n)
     centers = torch.randn(10, 64, generator=generator)
     batches = []

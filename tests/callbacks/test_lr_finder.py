@@ -388,7 +388,7 @@ async def test_it_leaves_everything_as_it_was_whatever_ended_it(
 
 
 class Counts(nn.Linear):
-    """Counts its calls in a buffer that is no part of its state."""
+    """Counts its calls in a buffer that is not part of its state."""
 
     def __init__(self) -> None:
         super().__init__(3, 1)

@@ -362,7 +362,7 @@ def test_a_fit_cancelled_as_it_begins_runs_until_then(
 
 
 class Breaks(PrometheusCB):
-    """Its observer fails at the first epoch, and hears no more."""
+    """Its observer fails at the first epoch, and gets no more events."""
 
     def write(self, record: dict[str, Any]) -> None:
         if record["event"] == "epoch":

@@ -1,4 +1,4 @@
-"""StructlogCB: one line a fact, valid JSON whatever the values, beside the training."""
+"""StructlogCB: one line per fact, valid JSON whatever the values, while the training runs."""
 
 from __future__ import annotations
 
@@ -221,7 +221,7 @@ def test_by_default_lines_go_to_the_hosts_own_logger(backend: dict[str, Any]) ->
 
 
 def test_the_hosts_configuration_holds_also_when_it_comes_later() -> None:
-    """And its NaN is no number there either, whatever it renders with."""
+    """And NaN is not a number there either, whatever it renders with."""
     learn = learner(1, 1, StructlogCB(every=1), loss_func=lambda p, y: p.mean() * math.nan)
     seen = []
 

@@ -392,11 +392,11 @@ def test_one_that_fails_leaves_what_it_has_written_and_no_thread(
 
 
 def lost(learner: TrainLearner, cb: TensorBoardCB, run_id: str) -> None:
-    """A fit whose end the callback does not hear: it is detached before."""
+    """A fit whose end does not reach the callback: it is detached before."""
 
     @learner.on(BeforeEpoch, where=lambda event: event.epoch == 1, once=True)
     async def detach(event: BeforeEpoch) -> None:
-        while not writer_threads():  # it has heard of the fit
+        while not writer_threads():  # the fit has reached it
             await anyio.lowlevel.checkpoint()
         learner.remove_cbs(cb)
 

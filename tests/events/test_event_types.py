@@ -124,7 +124,7 @@ each_class = pytest.mark.parametrize("event_type", FIELDS, ids=lambda cls: cls._
 
 @each_class
 def test_an_event_holds_these_fields_and_no_batch_or_predictions(event_type: type[Event]) -> None:
-    """G12: there is no field that a batch, predictions or a graph could be kept in."""
+    """G12: no field could hold a batch, predictions or a graph."""
     assert is_dataclass(event_type)
     assert [field.name for field in fields(event_type)] == FIELDS[event_type]
 

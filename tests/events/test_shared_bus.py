@@ -1,4 +1,4 @@
-"""One bus for several learners: each hears its own, the bus hears all."""
+"""One bus for several learners: each gets its own events, the bus gets all."""
 
 from __future__ import annotations
 

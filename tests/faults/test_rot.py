@@ -1,4 +1,4 @@
-"""Checkpoints that have rotted: what was changed, is told, and is never trained on.
+"""Corrupted checkpoints: every change is reported, and none is trained on.
 
 EVENTRAIN_LONG in the environment has every bit of the state flipped; otherwise it is 3,000 of them.
 """

@@ -51,7 +51,7 @@ def test_a_killed_worker_is_reported_and_the_last_checkpoint_is_whole(
             process.join()
 
     # On a thread that is not the main one torch looks for dead workers every 5 seconds; if the
-    # main thread has made a loader with workers before, it is told there by a signal, at once.
+    # main thread has made a loader with workers before, a signal reports it there at once.
     told = "exited unexpectedly|killed by signal"
     with record_events(learner) as events, pytest.raises(RuntimeError, match=told):
         learner.run(1, valid=False, cbs=CheckpointCB(tmp_path, every_batches=2))

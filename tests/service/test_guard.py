@@ -270,7 +270,7 @@ def test_there_are_no_websockets(guarded: Service, run_id: str) -> None:
     assert ask(guarded, line, *upgrade, BEARER, "Origin: http://evil.example").status == 403
 
 
-# What is no proper request.
+# Malformed requests.
 
 
 @pytest.mark.parametrize(

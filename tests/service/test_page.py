@@ -117,7 +117,7 @@ def await_rows(page: Page, n: int) -> None:
 
 
 def await_state(page: Page, state: Callable[[], Any], accept: Callable[[Any], bool]) -> None:
-    """Wait until the service tells what is accepted, and let the page go on meanwhile."""
+    """Wait until the service's state is accepted, and let the page go on meanwhile."""
     for _ in range(1200):
         if accept(found := state()):
             return

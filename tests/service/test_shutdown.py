@@ -69,7 +69,7 @@ def test_a_run_that_has_just_started_stops(serve: Serve) -> None:
 
 
 async def test_a_run_that_has_not_begun_its_fit_stops() -> None:
-    """At once after its start: what could be told it only later would train to its end."""
+    """Right after its start: a stop that reached it only later would let it train to its end."""
     with anyio.fail_after(GUARD):
         async with anyio.create_task_group() as tasks:
             runs = Runs(tasks, {"digits": digits_in_memory()}, Settings())

@@ -489,7 +489,7 @@ states = st.recursive(
 @given(state=states)
 def test_any_plain_state_comes_back(tmp_path_factory: Any, state: Any) -> None:
     back = round_trip(tmp_path_factory.mktemp("any"), state)
-    assert repr(back) == repr(state)  # tells 1 from True, 0.0 from -0.0, and nan is itself
+    assert repr(back) == repr(state)  # distinguishes 1 from True, 0.0 from -0.0, and nan is itself
 
 
 def test_a_damaged_checkpoint_given_by_its_path_is_reported_too(tmp_path: Path) -> None:

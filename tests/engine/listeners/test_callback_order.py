@@ -78,7 +78,7 @@ def make_learner(*cbs: Callback) -> Any:
 
 
 def heard_by(learner: Any, event_type: type[Event] = BeforeFit) -> list[str]:
-    """Who hears one event, in order, without a fit."""
+    """The receivers of one event, in order, without a fit."""
     learner.heard.clear()
     learner.bus.send(BeforeFit(learner, "r1", 0.0, 1))
     return list(learner.heard)
@@ -318,7 +318,7 @@ ORDERS = st.lists(st.integers(-9, 9), min_size=2, max_size=6, unique=True)
 def test_any_list_of_callbacks_runs_in_one_order_that_keeps_all_constraints(
     data: st.DataObject,
 ) -> None:
-    """G2: with distinct orders and no circle, the order of the list is no matter."""
+    """G2: with distinct orders and no cycle, the order of the list does not matter."""
     orders = data.draw(ORDERS, "orders")
     n = len(orders)
     # What is drawn points one way along a hidden line, so that it makes no circle.
@@ -417,7 +417,7 @@ def recorded_order(learner: Learner, fit: Callable[[], Any]) -> dict[str, list[s
 def test_explain_lists_the_order_in_which_receivers_really_run(
     make_model: MakeModel, dls: DataLoaders
 ) -> None:
-    """G2: told before the run, and then compared with it."""
+    """G2: explained before the run, and then compared with it."""
     learner = MomentumLearner(
         make_model(),
         dls,

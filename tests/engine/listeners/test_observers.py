@@ -527,7 +527,7 @@ async def test_an_observer_closed_in_the_training_thread_gets_what_it_had(
 
 
 async def test_a_stream_closed_in_the_training_thread_ends(learner: TrainLearner) -> None:
-    """Its reader waits on another thread, and has to be told there."""
+    """Its reader waits on another thread, and has to be woken there."""
     heard: list[Event] = []
     with anyio.fail_after(GUARD), record_events(learner) as events:
         async with learner.events() as stream, anyio.create_task_group() as tg:
@@ -621,7 +621,7 @@ def weights(learner: TrainLearner) -> list[torch.Tensor]:
 async def unobserved(
     make_model: Callable[[], nn.Module], dls: DataLoaders
 ) -> tuple[list[str], list[torch.Tensor]]:
-    """The events and the weights of the same fit with nobody beside it."""
+    """The events and the weights of the same fit without observers."""
     learner = TrainLearner(make_model(), dls)
     with record_events(learner) as events:
         await learner.fit(2)
@@ -832,7 +832,7 @@ async def test_an_observer_that_may_raise_ends_the_fit_with_its_error(
 async def test_an_observer_that_may_raise_does_so_when_the_training_is_over(
     learner: TrainLearner,
 ) -> None:
-    """G5: a short fit is over before its observers have heard of it; their errors count too."""
+    """G5: a short fit is over before its observers get the first event; their errors count too."""
     learner.observe(fail, AfterFit, on_error="raise")
     with anyio.fail_after(GUARD), capture_logs(), record_events(learner) as events:
         with pytest.raises(ZeroDivisionError, match="in an observer") as caught:

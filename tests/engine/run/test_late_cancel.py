@@ -157,7 +157,7 @@ class Blocks(Dataset[Any]):
 
 
 async def where_it_waits_for(loader: Any, learner: TrainLearner, logs: list[Any]) -> list[str]:
-    """What is told of a fit that is cancelled while it waits for its first batch."""
+    """The lines that are logged of a fit that is cancelled while it waits for its first batch."""
     learner.dls = DataLoaders(loader)
     waits = anyio.Event()
     token = anyio.lowlevel.current_token()
@@ -175,7 +175,7 @@ async def where_it_waits_for(loader: Any, learner: TrainLearner, logs: list[Any]
 async def test_a_loader_that_blocks_is_logged_with_the_line_of_user_code(
     learner: TrainLearner, logs: list[Any]
 ) -> None:
-    """Beyond the innermost frames, which may all be torch's or the standard library's."""
+    """After the innermost frames, which may all be torch's or the standard library's."""
     loader = DataLoader(Blocks(lambda: wait_until(lambda: logs)))
     *innermost, own, engines = await where_it_waits_for(loader, learner, logs)
     assert len(innermost) == 3

@@ -89,7 +89,7 @@ def test_the_way_out_of_missing_data_is_one(phase: str, learner: TrainLearner) -
 async def test_inference_without_data_names_its_own_way_out(
     method: str, learner: TrainLearner
 ) -> None:
-    """`fit(valid=False)` is no answer for who did not call fit."""
+    """`fit(valid=False)` is not suggested to a caller who did not call fit."""
     learner.dls.valid = None
     with refused(learner, ValueError, "dls.valid is missing") as raised:
         await getattr(learner, method)()

@@ -119,7 +119,7 @@ def test_loading_in_worker_processes_goes_on_with_the_same_random_numbers(places
 
 
 class ByEpoch(Sampler[int]):
-    """As torch's DistributedSampler: another order every epoch, if it is told of it."""
+    """As torch's DistributedSampler: another order every epoch, if `set_epoch` is called."""
 
     epoch = 0
 
