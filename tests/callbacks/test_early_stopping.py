@@ -215,7 +215,7 @@ async def test_it_does_not_act_in_validate_and_in_lr_find(
     assert (result.status, result.epochs) == ("completed", 4)
 
 
-# ------------------------------------------------------------------------- values that are not numbers
+# ---------------------------------------------------------------------- values that are not numbers
 
 
 def test_an_unknown_monitor_is_reported_with_the_known_ones(
