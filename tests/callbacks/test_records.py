@@ -10,7 +10,7 @@ import threading
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import anyio
 import anyio.lowlevel
@@ -41,6 +41,8 @@ from structlog.testing import LogCapture
 from torch import nn
 from torch.nn import functional as F
 
+from tests.support.reporting import line_learner as learner
+from tests.support.reporting import parse_json
 from tests.support.waiting import GUARD
 
 Record = dict[str, Any]
@@ -63,14 +65,10 @@ STRICT = Draft202012Validator({**SCHEMA, "unevaluatedProperties": False}, format
 """It also refuses a key that the record's kind does not list."""
 
 
-def no_constant(text: str) -> NoReturn:
-    raise ValueError(f"{text} is no JSON")
-
-
 def as_json(record: Record) -> Record:
     """The record, if it is strict JSON and just what the schema says."""
     line = json.dumps(record, allow_nan=False)
-    assert json.loads(line, parse_constant=no_constant) == record
+    assert parse_json(line) == record
     STRICT.validate(record)
     assert list(record)[:4] == ["event", "schema_version", "timestamp", "run_id"]
     return record
@@ -83,18 +81,6 @@ class KeepCB(RecordCB):
 
     def write(self, record: Record) -> None:
         self.records.append(record)
-
-
-def batches(n: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    generator = torch.Generator().manual_seed(n)
-    inputs = [torch.randn(4, 3, generator=generator) for _ in range(n)]
-    return [(x, x.sum(1, keepdim=True)) for x in inputs]
-
-
-def learner(train: int = 3, valid: int = 2, *cbs: Any, **kwargs: Any) -> TrainLearner:
-    torch.manual_seed(42)
-    model = nn.Linear(3, 1)
-    return TrainLearner(model, DataLoaders(batches(train), batches(valid)), cbs=cbs, **kwargs)
 
 
 def recorded(learn: TrainLearner, every: int = 100, **fit: Any) -> list[Record]:
@@ -203,7 +189,7 @@ def test_a_learning_rate_that_is_a_tensor_is_a_number_in_the_record() -> None:
 def test_a_loader_without_a_length_has_no_n_iter() -> None:
     class Unsized:
         def __iter__(self) -> Any:
-            return iter(batches(1))
+            return iter(learner(1).dls.train)
 
     learn = learner()
     learn.dls = DataLoaders(Unsized())
@@ -312,7 +298,7 @@ def test_a_scope_stopped_before_it_began_took_no_time() -> None:
             self.stop(reason="not today")
             super().one_fit()
 
-    learn = StoppedLearner(nn.Linear(3, 1), DataLoaders(batches(1)))
+    learn = StoppedLearner(nn.Linear(3, 1), learner(1).dls)
     (ended,) = recorded(learn, valid=False)
     assert (ended["event"], ended["reason"], ended["seconds"]) == ("fit_ended", "not today", 0)
 

@@ -10,7 +10,7 @@ import re
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import anyio
 import anyio.lowlevel
@@ -18,7 +18,7 @@ import pytest
 import structlog
 import torch
 from eventrain.callbacks import MetricsCB, StructlogCB
-from eventrain.engine import DataLoaders, TrainLearner
+from eventrain.engine import TrainLearner
 from eventrain.events import (
     AfterBatch,
     AfterEpoch,
@@ -36,7 +36,8 @@ from jsonschema import Draft202012Validator
 from structlog.contextvars import bound_contextvars, get_contextvars, merge_contextvars
 from structlog.testing import LogCapture, capture_logs
 
-from tests.support.training import line_model
+from tests.support.reporting import line_learner as learner
+from tests.support.reporting import parse_json
 from tests.support.waiting import GUARD
 
 Batches = list[tuple[torch.Tensor, torch.Tensor]]
@@ -45,28 +46,13 @@ SCHEMA = Path(__file__).parents[2] / "docs" / "record.schema.json"
 VALID = Draft202012Validator(json.loads(SCHEMA.read_text()))
 
 
-def no_constant(text: str) -> NoReturn:
-    raise ValueError(f"{text} is no JSON")
-
-
 def parse(text: str) -> list[Line]:
-    """Strictly: neither NaN nor Infinity, which Python's own parser would let pass."""
+    """The lines, each strict JSON that the schema accepts."""
     assert text.endswith("\n")
-    lines = [json.loads(line, parse_constant=no_constant) for line in text.splitlines()]
+    lines = [parse_json(line) for line in text.splitlines()]
     for line in lines:
         VALID.validate(line)
     return lines
-
-
-def learner(train: int = 3, valid: int = 2, *cbs: Any, **kwargs: Any) -> TrainLearner:
-    def batches(n: int) -> Batches:
-        generator = torch.Generator().manual_seed(n)
-        inputs = [torch.randn(4, 3, generator=generator) for _ in range(n)]
-        return [(x, x.sum(1, keepdim=True)) for x in inputs]
-
-    return TrainLearner(
-        line_model(), DataLoaders(batches(train), batches(valid)), cbs=cbs, **kwargs
-    )
 
 
 def logged(learn: TrainLearner, every: int = 100, **fit: Any) -> list[Line]:

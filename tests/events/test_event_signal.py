@@ -39,11 +39,6 @@ from eventrain.events import (
 MakeEvent = Callable[..., Any]
 
 
-@pytest.fixture
-def bus() -> Bus:
-    return Bus()
-
-
 def raising(exc: BaseException, called: list[str] | None = None) -> Callable[[Event], None]:
     """A receiver that raises."""
 

@@ -44,11 +44,6 @@ def fit_names(train: int, valid: int) -> list[str]:
 
 
 @pytest.fixture
-def bus() -> Bus:
-    return Bus()
-
-
-@pytest.fixture
 def small(bus: Bus, make_batches: Any, make_model: Any) -> TrainLearner:
     """One batch of training, one of validation."""
     return TrainLearner(make_model(), DataLoaders(make_batches(1), make_batches(1)), bus=bus)
