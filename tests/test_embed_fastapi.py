@@ -80,13 +80,13 @@ def test_a_bad_number_is_refused_by_name(client: httpx.Client, field: str, value
     assert error["loc"] == ["query", field]
 
 
-def test_of_a_fit_that_is_not_there_is_nothing_to_hear(client: httpx.Client) -> None:
+def test_an_unknown_fit_has_no_events_and_cannot_be_stopped(client: httpx.Client) -> None:
     assert client.get("/fits/99/events").status_code == 204
     assert client.post("/fits/99/stop").json() is False
 
 
 def test_every_epoch_is_told_until_the_fit_is_complete(client: httpx.Client) -> None:
-    fit = start(client, epochs=10, lr=1e9)  # so high that the loss is no number any more
+    fit = start(client, epochs=10, lr=1e9)  # so high that the loss becomes NaN
     told = list(listen(client, fit))
     epochs = [epoch for epoch in range(10) for _ in ("train", "valid")]
     assert [epoch for epoch, _ in told] == epochs[-len(told) :]

@@ -135,7 +135,7 @@ def mirror(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         thread.join()
 
 
-def test_a_training_that_is_told_to_end_and_killed_comes_out_as_undisturbed(tmp_path: Path) -> None:
+def test_a_training_that_is_stopped_and_killed_equals_an_uninterrupted_one(tmp_path: Path) -> None:
     alone = run("resumable", "--epochs", 12, "--checkpoints", tmp_path / "alone")
     assert alone.stdout.splitlines()[-1].startswith("completed, 276 steps")
 

@@ -119,7 +119,7 @@ def test_a_training_that_ends_otherwise_is_found_out(fashion_mnist: Path) -> Non
         data._train("wrong", Wrong(loader, one_label), "cpu", weights)
 
 
-def test_data_that_is_not_there_is_told_where_to_put(tmp_path: Path) -> None:
+def test_missing_data_is_reported_with_where_to_put_it(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=r"not in .*FashionMNIST/raw: .* point --data to"):
         data.run(parsed("--data", str(tmp_path)))
     assert not list(tmp_path.iterdir())

@@ -87,24 +87,24 @@ def test_a_contender_with_other_numbers_is_found_out(
         measure(FEW | {EVENTRAIN: (endtoend.from_dataset, mismeasure)}, {})
 
 
-def test_what_may_change_the_numbers_may_do_so(measure: Measure) -> None:
+def test_contenders_that_may_change_the_numbers_may_do_so(measure: Measure) -> None:
     report = measure(FEW, {"nothing": (endtoend.from_dataset, train_nothing)})
     *_, accuracy, loss = report.tables[1].rows[-1]
     assert (accuracy, loss) == (0.1, 2.3)
 
 
-def test_what_cannot_run_here_is_left_out_and_told(measure: Measure) -> None:
+def test_contenders_that_cannot_run_are_left_out_and_listed(measure: Measure) -> None:
     report = measure(FEW, {"CompileCB()": BROKEN})
     assert [row[0] for row in report.tables[1].rows] == [EVENTRAIN]
     told = "Left out: CompileCB(), as inductor cannot compile here: Install g++"
     assert report.notes[0] == told
 
 
-def test_what_must_be_equal_is_never_left_out(measure: Measure) -> None:
+def test_contenders_that_must_be_equal_are_never_left_out(measure: Measure) -> None:
     with pytest.raises(RuntimeError, match="cannot compile"):
         measure(FEW | {EVENTRAIN: BROKEN}, {})
 
 
-def test_data_that_is_not_there_is_told_where_to_put(tmp_path: Path) -> None:
+def test_missing_data_is_reported_with_where_to_put_it(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="point --data to"):
         endtoend.run(parsed("--data", str(tmp_path)))

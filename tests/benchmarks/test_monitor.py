@@ -61,7 +61,7 @@ def test_both_models_are_watched() -> None:
     assert titles[:4] == kinds
 
 
-def test_what_is_delivered_is_what_the_training_emits(
+def test_every_event_of_the_training_is_delivered(
     task: Task, trained: Task, backend: dict[str, Any]
 ) -> None:
     learner = TrainLearner(deepcopy(task.model), DataLoaders(task.batches))
@@ -87,7 +87,7 @@ def test_a_watched_training_that_ends_otherwise_is_an_error(task: Task) -> None:
         Watch(monitor.nothing).train(task, task, {})
 
 
-def test_what_the_host_empties_is_counted_whole(backend: dict[str, Any]) -> None:
+def test_events_that_the_host_takes_are_all_counted(backend: dict[str, Any]) -> None:
     watch = Watch(monitor.nothing)
     learner = TrainLearner(linear(1).model)
     learner.observe(watch.take, buffer=3)

@@ -38,6 +38,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torcheval.metrics import MulticlassAccuracy
 
 from tests.support.training import weights
+from tests.support.waiting import GUARD
 
 Digits = tuple[torch.Tensor, torch.Tensor]
 one_loop = pytest.mark.parametrize("anyio_backend", ["asyncio"])
@@ -83,7 +84,7 @@ def make_learner(model: nn.Module | None = None, cbs: Any = ()) -> TrainLearner:
     return TrainLearner(make_model() if model is None else model, make_dls(), lr=0.05, cbs=cbs)
 
 
-# ------------------------------------------------------------------------- beside other callbacks
+# --------------------------------------------------------------------------- with other callbacks
 
 CASES: dict[str, Callable[[], list[Callback]]] = {
     "nothing": lambda: [],
@@ -167,7 +168,7 @@ async def test_lr_find_validate_and_get_preds_run_it_too() -> None:
     graphs = Graphs()
     plain, learner = make_learner(), make_learner(cbs=CompileCB(graphs))
     counts = []
-    with anyio.fail_after(60):
+    with anyio.fail_after(GUARD):
         for one in (plain, learner):
             torch.manual_seed(7)
             finder = await one.lr_find(max_epochs=3)
@@ -454,7 +455,7 @@ def test_a_model_that_another_callback_put_in_its_place_is_left_alone() -> None:
         ({"mode": "default", "options": {"debug": True}}, "[Ee]ither mode or options"),
     ],
 )
-def test_settings_that_torch_does_not_have_are_told_before_the_first_batch(
+def test_unknown_settings_of_torch_are_reported_before_the_first_batch(
     settings: dict[str, Any], message: str
 ) -> None:
     learner = make_learner(cbs=CompileCB(**settings))
@@ -471,7 +472,7 @@ def test_two_of_them_are_refused() -> None:
     assert learner.model._compiled_call_impl is None
 
 
-def test_a_compiler_that_is_not_there_is_told_by_the_first_batch() -> None:
+def test_a_missing_compiler_is_reported_by_the_first_batch() -> None:
     learner = make_learner(cbs=CompileCB())
     message = r"No working C\+\+ compiler found .*\('no-such-compiler',\)"
     with inductor.patch({"cpp.cxx": ("no-such-compiler",)}):

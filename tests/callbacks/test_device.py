@@ -76,7 +76,7 @@ def test_a_mapping_keeps_what_makes_it_one_of_its_kind() -> None:
     assert frozen["x"].device.type == "meta"
 
 
-def test_what_is_no_tensor_is_left_alone() -> None:
+def test_values_that_are_not_tensors_are_left_alone() -> None:
     things = [None, "text", b"bytes", 3, 2.5, True, object(), {1, 2}, deque([1]), range(3)]
     for same, thing in zip(to_device(things, "meta"), things, strict=True):
         assert same is thing

@@ -81,7 +81,7 @@ def test_with_mode_max_more_is_better() -> None:
     assert result.reason == "score has not improved for 1 epoch: its best is 0.75, in epoch 1"
 
 
-def test_an_improvement_that_is_not_above_min_delta_is_none() -> None:
+def test_an_improvement_must_be_above_min_delta() -> None:
     stopping = EarlyStoppingCB("score", patience=2, min_delta=0.5)
     result = play([4.0, 3.75, 3.5, 0.0], stopping)
     assert (result.epochs, stopping.best, stopping.best_epoch) == (3, 4.0, 0)
@@ -133,7 +133,7 @@ def test_any_row_of_numbers_ends_where_it_should(
     assert result.status == ("cancelled" if expected else "completed")
 
 
-def test_real_digits_end_where_the_undisturbed_fit_was_at_its_best(
+def test_real_digits_end_where_the_uninterrupted_fit_was_at_its_best(
     digits: Digits, make_cnn: MakeModel
 ) -> None:
     images, labels = digits
@@ -215,10 +215,10 @@ async def test_it_does_not_act_in_validate_and_in_lr_find(
     assert (result.status, result.epochs) == ("completed", 4)
 
 
-# ------------------------------------------------------------------------- what is no such number
+# ---------------------------------------------------------------------- values that are not numbers
 
 
-def test_a_monitor_that_is_not_there_names_what_there_is(
+def test_an_unknown_monitor_is_reported_with_the_known_ones(
     dls: DataLoaders, make_model: MakeModel
 ) -> None:
     learner = TrainLearner(make_model(), dls, cbs=[MetricsCB(), EarlyStoppingCB("accuracy", "max")])
@@ -236,7 +236,7 @@ def test_without_any_numbers_the_error_says_where_they_come_from(
 
 
 @pytest.mark.parametrize("value", [[0.5, 0.5], "0.5", None, True, torch.ones(2), 1j])
-def test_a_value_that_is_no_number_is_refused(value: Any) -> None:
+def test_a_value_that_is_not_a_number_is_refused(value: Any) -> None:
     with pytest.raises(TypeError, match=r"monitor='score': .* is no number"):
         play([value], EarlyStoppingCB("score"))
 
@@ -292,7 +292,7 @@ def play_on(folder: Path, n_epochs: int, stopping: EarlyStoppingCB) -> FitResult
 
 
 @pytest.mark.parametrize("at", [1, 2, 3, 4])
-def test_a_resumed_fit_ends_where_the_undisturbed_one_does(at: int, tmp_path: Path) -> None:
+def test_a_resumed_fit_ends_where_the_uninterrupted_one_does(at: int, tmp_path: Path) -> None:
     whole = EarlyStoppingCB("score", patience=3)
     undisturbed = play(VALUES, whole)
     play_on(tmp_path, at, EarlyStoppingCB("score", patience=3))

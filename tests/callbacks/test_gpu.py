@@ -61,7 +61,7 @@ def make_model() -> nn.Module:
 
 
 def make_batches(n: int = 6, *, pinned: bool = False) -> Batches:
-    """16 samples each, on the host; ten classes that can be told apart."""
+    """16 samples each, on the host; ten classes that can be separated."""
     generator = torch.Generator().manual_seed(n)
     centers = torch.randn(10, 64, generator=generator)
     batches = []
@@ -331,7 +331,7 @@ def test_metrics_are_accumulated_where_the_predictions_are() -> None:
         losses.append(event.loss.item())
         accuracy, auroc = metrics.metrics.values()
         kept = [accuracy.num_correct, accuracy.num_total, *auroc.inputs, *auroc.targets]
-        places.update(t.device.type for t in [*kept, metrics.state_dict()["loss_sum"]])
+        places.update(t.device.type for t in [*kept, metrics.state_dict()["loss"]["sum"]])
 
     learner.run(1, train=False)
     assert places == {DEVICE}
@@ -429,7 +429,9 @@ def test_lr_find_restores_the_random_state_of_the_device() -> None:
 
 
 @pytest.mark.parametrize("batches", [2, 6, 8])
-def test_a_resumed_fit_is_the_undisturbed_one_to_the_bit(tmp_path: Path, batches: int) -> None:
+def test_a_resumed_fit_equals_the_uninterrupted_one_to_the_bit(
+    tmp_path: Path, batches: int
+) -> None:
     """Dropout draws from the device's random state; metrics are on the device."""
 
     def make() -> TrainLearner:

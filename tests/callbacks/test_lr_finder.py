@@ -29,6 +29,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 from torcheval.metrics import MulticlassAccuracy
 
+from tests.support.waiting import GUARD
+
 Batches = list[tuple[torch.Tensor, torch.Tensor]]
 MakeBatches = Callable[..., Batches]
 MakeModel = Callable[[], nn.Module]
@@ -234,7 +236,7 @@ def test_suggestions_depend_on_the_shape_of_the_curve_alone(
 
 
 @pytest.mark.parametrize("n", [0, 1, 2])
-def test_too_few_losses_are_told(n: int) -> None:
+def test_too_few_losses_are_reported(n: int) -> None:
     finder = found([1.0] * n)
     with pytest.raises(ValueError, match=f"{n} losses are too few for a suggestion"):
         finder.suggestion()
@@ -365,7 +367,7 @@ async def test_it_leaves_everything_as_it_was_whatever_ended_it(
         "cancelled": lambda event: raise_(CancelFitException("enough")),
         "failed": lambda event: raise_(Broken()),
     }
-    with anyio.fail_after(30), anyio.CancelScope() as scope:
+    with anyio.fail_after(GUARD), anyio.CancelScope() as scope:
 
         async def by_host(event: AfterBatch) -> None:
             scope.cancel()
@@ -386,7 +388,7 @@ async def test_it_leaves_everything_as_it_was_whatever_ended_it(
 
 
 class Counts(nn.Linear):
-    """Counts its calls in a buffer that is no part of its state."""
+    """Counts its calls in a buffer that is not part of its state."""
 
     def __init__(self) -> None:
         super().__init__(3, 1)

@@ -193,7 +193,7 @@ def test_a_name_used_twice_is_refused(
 @pytest.mark.parametrize(
     "thing", [MulticlassAccuracy, functional.multiclass_accuracy, "accuracy", None, nn.Linear(1, 1)]
 )
-def test_what_is_no_metric_is_refused(thing: Any) -> None:
+def test_an_object_that_is_not_a_metric_is_refused(thing: Any) -> None:
     with pytest.raises(TypeError, match=r"^accuracy=.* is no torcheval metric"):
         MetricsCB(accuracy=thing)
     with pytest.raises(TypeError, match="is no torcheval metric"):
@@ -303,7 +303,7 @@ def test_the_state_of_the_middle_of_an_epoch_can_be_gone_back_to(
             "loss": pytest.approx(mean_loss(batches), rel=1e-9),
         }
     ]
-    assert states[0]["n_samples"] == 64  # the batches after it did not change what was kept
+    assert states[0]["loss"]["n_samples"] == 64  # the batches after it did not change what was kept
 
 
 def test_the_state_can_be_saved_and_loaded_as_plain_data(
@@ -478,7 +478,7 @@ def test_plot_has_a_panel_for_each_number(digits: Digits, make_cnn: MakeModel) -
         assert [text.get_text() for text in ax.get_legend().get_texts()] == ["train", "valid"]
 
 
-def test_plot_has_lines_that_can_be_told_apart_without_colors_and_whole_epochs() -> None:
+def test_plot_has_lines_distinct_without_colors_and_whole_epochs() -> None:
     for n_epochs in (1, 2, 3, 100):
         rows = [(epoch, phase) for epoch in range(n_epochs) for phase in ("train", "eval")]
         ax = recorded(*rows).plot()
@@ -537,7 +537,7 @@ def test_plot_draws_on_the_axes_that_it_is_given() -> None:
     assert left.get_ylabel() == "accuracy"
 
 
-def test_plot_of_what_is_not_there_is_refused() -> None:
+def test_plot_of_an_unknown_metric_is_refused() -> None:
     with pytest.raises(ValueError, match="nothing to plot yet: no epoch has ended"):
         MetricsCB(accuracy=MulticlassAccuracy()).plot()
     metrics = recorded((0, "train"), accuracy=0.5, confusion=[[1, 0], [0, 1]])

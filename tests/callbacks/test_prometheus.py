@@ -18,9 +18,9 @@ import anyio
 import anyio.lowlevel
 import pytest
 import torch
-from eventrain.callbacks import MetricsCB, PrometheusCB
+from eventrain.callbacks import PrometheusCB
 from eventrain.callbacks.reporting.prometheus import MAX_METRICS
-from eventrain.engine import DataLoaders, TrainLearner
+from eventrain.engine import DataLoaders
 from eventrain.events import (
     AfterBatch,
     AfterEpoch,
@@ -38,7 +38,9 @@ from prometheus_client.openmetrics.parser import (
 )
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 from structlog.testing import capture_logs
-from torch import nn
+
+from tests.support.reporting import recording_learner
+from tests.support.waiting import GUARD
 
 Backend = dict[str, Any]
 Page = dict[tuple[str, frozenset[tuple[str, str]]], float]
@@ -64,7 +66,7 @@ def endpoint() -> Iterator[tuple[int, Current]]:
     yield server.server_port, current
     server.shutdown()
     server.server_close()
-    thread.join(10)
+    thread.join(GUARD)
 
 
 @pytest.fixture
@@ -118,25 +120,14 @@ def fits(page: Page) -> dict[str, float]:
     return {"running": at(page, "fits_running"), **found}
 
 
-def make_learner(dls: DataLoaders, *cbs: Any, **recorded: Any) -> TrainLearner:
-    """One with MetricsCB that records some numbers more, as any callback may."""
-    learner = TrainLearner(nn.Linear(3, 1), dls, lr=0.01, cbs=[MetricsCB(), *cbs])
-
-    @learner.on(AfterEpoch)
-    def record(event: AfterEpoch) -> None:
-        learner.record.update(recorded)
-
-    return learner
-
-
 # ---------------------------------------------------------------------------- what is measured
 
 
-def test_a_scrape_tells_what_the_fit_did(
+def test_a_scrape_has_the_numbers_of_the_fit(
     dls: DataLoaders, registry: CollectorRegistry, scrape: Scrape, backend: Backend
 ) -> None:
     cb = PrometheusCB(registry, every_seconds=0)
-    learner = make_learner(dls, cb, accuracy=0.75)
+    learner = recording_learner(dls, cb, accuracy=0.75)
     with record_events(learner) as events:
         result = learner.run(2, run_id="not-a-label", **backend)
         page = scrape()
@@ -183,7 +174,7 @@ def test_before_any_fit_there_are_zeros_and_no_made_up_values(
 async def test_a_scrape_during_the_fit_sees_it_run_and_its_samples_grow(
     make_batches: Callable[..., Any], registry: CollectorRegistry, scrape: Scrape
 ) -> None:
-    learner = make_learner(
+    learner = recording_learner(
         DataLoaders(make_batches(4)), PrometheusCB(registry, every=2, every_seconds=0)
     )
     seen: list[tuple[float, float]] = []
@@ -195,7 +186,7 @@ async def test_a_scrape_during_the_fit_sees_it_run_and_its_samples_grow(
         page = await anyio.to_thread.run_sync(scrape)
         seen.append((at(page, "fits_running"), at(page, "samples_total", phase="train")))
 
-    with anyio.fail_after(30):
+    with anyio.fail_after(GUARD):
         await learner.fit(1, valid=False)
     page = scrape()
     assert seen == [(1, 8)]  # two batches of four have had a record
@@ -206,7 +197,7 @@ async def test_a_scrape_during_the_fit_sees_it_run_and_its_samples_grow(
 def test_counters_go_on_over_fits_and_gauges_show_the_last(
     dls: DataLoaders, registry: CollectorRegistry, scrape: Scrape
 ) -> None:
-    learner = make_learner(dls, PrometheusCB(registry))
+    learner = recording_learner(dls, PrometheusCB(registry))
     learner.run(1)
     result = learner.run(2, train=False)
     page = scrape()
@@ -221,7 +212,7 @@ def test_counters_go_on_over_fits_and_gauges_show_the_last(
 def test_only_every_nth_batch_is_looked_at_and_all_samples_are_counted(
     dls: DataLoaders, registry: CollectorRegistry, scrape: Scrape, every: int, shown: bool
 ) -> None:
-    make_learner(dls, PrometheusCB(registry, every=every, every_seconds=0)).run(1)
+    recording_learner(dls, PrometheusCB(registry, every=every, every_seconds=0)).run(1)
     page = scrape()
     gauges = {"eventrain_batch_loss", "eventrain_learning_rate", "eventrain_samples_per_second"}
     assert names(page) & gauges == (gauges if shown else set())
@@ -244,7 +235,7 @@ def test_numbers_that_are_not_finite_are_shown_and_what_is_no_number_is_not(
         "list": [1.0, math.nan],
         "nested": {"b": math.nan},
     }
-    learner = make_learner(dls, PrometheusCB(registry, every_seconds=0), **recorded)
+    learner = recording_learner(dls, PrometheusCB(registry, every_seconds=0), **recorded)
     with torch.no_grad():
         learner.model.weight.fill_(math.nan)
     learner.run(1, **backend)
@@ -266,7 +257,7 @@ def test_any_name_of_a_metric_reaches_the_scraper(
     dls: DataLoaders, registry: CollectorRegistry, scrape: Scrape
 ) -> None:
     odd = 'say "no"\n\\ ünd € {x="y"} 1'
-    make_learner(dls, PrometheusCB(registry), **{odd: 1.0, "half \ud800": 2.0, "": 3.0}).run(1)
+    recording_learner(dls, PrometheusCB(registry), **{odd: 1.0, "half \ud800": 2.0, "": 3.0}).run(1)
     page = scrape()
     assert at(page, "metric", phase="train", metric=odd) == 1
     assert at(page, "metric", phase="train", metric="half \\ud800") == 2
@@ -276,7 +267,7 @@ def test_any_name_of_a_metric_reaches_the_scraper(
 def test_names_of_metrics_are_bounded_and_what_is_left_out_is_counted(
     dls: DataLoaders, registry: CollectorRegistry, scrape: Scrape
 ) -> None:
-    learner = make_learner(dls, PrometheusCB(registry))
+    learner = recording_learner(dls, PrometheusCB(registry))
     numbers = iter(range(10_000))
 
     @learner.on(AfterEpoch)
@@ -297,7 +288,7 @@ def test_names_of_metrics_are_bounded_and_what_is_left_out_is_counted(
 def test_a_cancelled_fit_no_longer_runs(
     dls: DataLoaders, registry: CollectorRegistry, scrape: Scrape, backend: Backend
 ) -> None:
-    learner = make_learner(dls, PrometheusCB(registry))
+    learner = recording_learner(dls, PrometheusCB(registry))
 
     @learner.on(BeforeBatch)
     def cancel(event: BeforeBatch) -> None:
@@ -314,7 +305,7 @@ def test_a_cancelled_fit_no_longer_runs(
 def test_a_failed_fit_no_longer_runs(
     dls: DataLoaders, registry: CollectorRegistry, scrape: Scrape, backend: Backend
 ) -> None:
-    learner = make_learner(dls, PrometheusCB(registry))
+    learner = recording_learner(dls, PrometheusCB(registry))
 
     @learner.on(BeforeBatch, where=lambda event: not event.training)
     def fail(event: BeforeBatch) -> None:
@@ -331,8 +322,8 @@ def test_a_failed_fit_no_longer_runs(
 async def test_a_fit_that_the_host_cancels_no_longer_runs(
     dls: DataLoaders, registry: CollectorRegistry, scrape: Scrape
 ) -> None:
-    learner = make_learner(dls, PrometheusCB(registry))
-    with anyio.fail_after(30), anyio.CancelScope() as scope:
+    learner = recording_learner(dls, PrometheusCB(registry))
+    with anyio.fail_after(GUARD), anyio.CancelScope() as scope:
 
         @learner.on(BeforeBatch, once=True)
         async def cancel(event: BeforeBatch) -> None:
@@ -347,7 +338,7 @@ async def test_a_fit_that_the_host_cancels_no_longer_runs(
 def test_a_fit_cancelled_as_it_begins_runs_until_then(
     dls: DataLoaders, registry: CollectorRegistry, scrape: Scrape
 ) -> None:
-    learner = make_learner(dls)
+    learner = recording_learner(dls)
 
     @learner.on(BeforeFit)
     def cancel(event: BeforeFit) -> None:
@@ -360,7 +351,7 @@ def test_a_fit_cancelled_as_it_begins_runs_until_then(
 
 
 class Breaks(PrometheusCB):
-    """Its observer fails at the first epoch, and hears no more."""
+    """Its observer fails at the first epoch, and gets no more events."""
 
     def write(self, record: dict[str, Any]) -> None:
         if record["event"] == "epoch":
@@ -371,7 +362,7 @@ class Breaks(PrometheusCB):
 def test_fits_are_counted_when_the_observer_has_failed(
     dls: DataLoaders, registry: CollectorRegistry, scrape: Scrape, backend: Backend
 ) -> None:
-    learner = make_learner(dls, Breaks(registry))
+    learner = recording_learner(dls, Breaks(registry))
     with capture_logs() as logs:
         learner.run(2, **backend)
         learner.run(2, **backend)
@@ -385,7 +376,7 @@ def test_one_detached_in_the_middle_of_a_fit_is_right_again_after_the_next(
     dls: DataLoaders, registry: CollectorRegistry, scrape: Scrape
 ) -> None:
     cb = PrometheusCB(registry)
-    learner = make_learner(dls, cb)
+    learner = recording_learner(dls, cb)
 
     @learner.on(BeforeBatch, once=True)
     def detach(event: BeforeBatch) -> None:
@@ -399,7 +390,7 @@ def test_one_detached_in_the_middle_of_a_fit_is_right_again_after_the_next(
 def test_one_attached_in_the_middle_of_a_fit_never_counts_it_as_running(
     dls: DataLoaders, registry: CollectorRegistry, scrape: Scrape
 ) -> None:
-    learner = make_learner(dls)
+    learner = recording_learner(dls)
 
     @learner.on(BeforeBatch, once=True)
     def attach(event: BeforeBatch) -> None:
@@ -423,7 +414,7 @@ async def test_instances_on_one_registry_share_its_metrics(
 
     async def fit(model: str, n_batches: int) -> None:
         cb = PrometheusCB(registry, {"model": model})
-        learner = make_learner(DataLoaders(make_batches(n_batches)), cb)
+        learner = recording_learner(DataLoaders(make_batches(n_batches)), cb)
 
         @learner.on(BeforeFit)
         async def meet(event: BeforeFit) -> None:
@@ -436,7 +427,7 @@ async def test_instances_on_one_registry_share_its_metrics(
         result = await learner.fit(1, valid=False)
         losses[model] = result.history[0]["loss"]
 
-    with anyio.fail_after(30):
+    with anyio.fail_after(GUARD):
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(fit, "cnn", 2)
             tasks.start_soon(fit, "mlp", 3)
@@ -451,7 +442,7 @@ async def test_instances_on_one_registry_share_its_metrics(
 
 
 def test_by_default_it_is_the_registry_that_everybody_scrapes(dls: DataLoaders) -> None:
-    make_learner(dls, PrometheusCB(), PrometheusCB(REGISTRY)).run(1)
+    recording_learner(dls, PrometheusCB(), PrometheusCB(REGISTRY)).run(1)
     labels = {"status": "completed"}
     assert REGISTRY.get_sample_value("eventrain_fits_total", labels) == 2
 
@@ -477,9 +468,9 @@ def test_a_registry_with_such_a_metric_of_the_host_is_refused_and_left_as_it_was
     PrometheusCB(registry)
 
 
-def test_a_registry_is_let_go_with_its_metrics(dls: DataLoaders) -> None:
+def test_a_registry_is_released_with_its_metrics(dls: DataLoaders) -> None:
     registry = CollectorRegistry()
-    make_learner(dls, PrometheusCB(registry)).run(1)
+    recording_learner(dls, PrometheusCB(registry)).run(1)
     alive = weakref.ref(registry)
     del registry
     gc.collect()
@@ -547,7 +538,7 @@ def test_in_a_host_of_several_processes_no_process_has_time_series_of_its_own(
         ([("model", "a")], TypeError, "mapping"),
     ],
 )
-def test_labels_that_are_none_are_refused(
+def test_invalid_labels_are_refused(
     registry: CollectorRegistry, labels: Any, error: type[Exception], said: str
 ) -> None:
     with pytest.raises(error, match=said):

@@ -10,7 +10,7 @@ import threading
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import anyio
 import anyio.lowlevel
@@ -41,6 +41,8 @@ from structlog.testing import LogCapture
 from torch import nn
 from torch.nn import functional as F
 
+from tests.support.reporting import line_learner as learner
+from tests.support.reporting import parse_json
 from tests.support.waiting import GUARD
 
 Record = dict[str, Any]
@@ -63,14 +65,10 @@ STRICT = Draft202012Validator({**SCHEMA, "unevaluatedProperties": False}, format
 """It also refuses a key that the record's kind does not list."""
 
 
-def no_constant(text: str) -> NoReturn:
-    raise ValueError(f"{text} is no JSON")
-
-
 def as_json(record: Record) -> Record:
     """The record, if it is strict JSON and just what the schema says."""
     line = json.dumps(record, allow_nan=False)
-    assert json.loads(line, parse_constant=no_constant) == record
+    assert parse_json(line) == record
     STRICT.validate(record)
     assert list(record)[:4] == ["event", "schema_version", "timestamp", "run_id"]
     return record
@@ -83,18 +81,6 @@ class KeepCB(RecordCB):
 
     def write(self, record: Record) -> None:
         self.records.append(record)
-
-
-def batches(n: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    generator = torch.Generator().manual_seed(n)
-    inputs = [torch.randn(4, 3, generator=generator) for _ in range(n)]
-    return [(x, x.sum(1, keepdim=True)) for x in inputs]
-
-
-def learner(train: int = 3, valid: int = 2, *cbs: Any, **kwargs: Any) -> TrainLearner:
-    torch.manual_seed(42)
-    model = nn.Linear(3, 1)
-    return TrainLearner(model, DataLoaders(batches(train), batches(valid)), cbs=cbs, **kwargs)
 
 
 def recorded(learn: TrainLearner, every: int = 100, **fit: Any) -> list[Record]:
@@ -203,7 +189,7 @@ def test_a_learning_rate_that_is_a_tensor_is_a_number_in_the_record() -> None:
 def test_a_loader_without_a_length_has_no_n_iter() -> None:
     class Unsized:
         def __iter__(self) -> Any:
-            return iter(batches(1))
+            return iter(learner(1).dls.train)
 
     learn = learner()
     learn.dls = DataLoaders(Unsized())
@@ -266,7 +252,7 @@ def test_what_failed_says_by_whom_and_why(backend: dict[str, Any]) -> None:
     ]
 
 
-def test_what_failed_without_a_receiver_has_nobody_to_name() -> None:
+def test_a_failure_without_a_receiver_names_nobody() -> None:
     class Broken:
         def __iter__(self) -> Any:
             raise OSError("no disk")
@@ -299,7 +285,7 @@ async def test_they_are_written_when_the_host_cancels_the_fit() -> None:
     assert keep.records[-1]["reason"] == learn.result.reason is not None
 
 
-def test_what_was_stopped_before_it_began_took_no_time() -> None:
+def test_a_scope_stopped_before_it_began_took_no_time() -> None:
     """The events of its beginning are not emitted: an epoch's, or the whole fit's."""
     learn = learner()
     learn.on(CleanupEpoch, once=True)(lambda event: learn.stop() and None)
@@ -312,7 +298,7 @@ def test_what_was_stopped_before_it_began_took_no_time() -> None:
             self.stop(reason="not today")
             super().one_fit()
 
-    learn = StoppedLearner(nn.Linear(3, 1), DataLoaders(batches(1)))
+    learn = StoppedLearner(nn.Linear(3, 1), learner(1).dls)
     (ended,) = recorded(learn, valid=False)
     assert (ended["event"], ended["reason"], ended["seconds"]) == ("fit_ended", "not today", 0)
 
@@ -384,7 +370,7 @@ def test_the_run_id_that_is_given_is_the_one_everywhere(backend: dict[str, Any])
 
 
 @pytest.mark.parametrize("run_id", ["", 7, b"mine", True, ["mine"]])
-def test_a_run_id_that_is_no_text_is_refused_before_any_work(run_id: Any) -> None:
+def test_a_run_id_that_is_not_text_is_refused_before_any_work(run_id: Any) -> None:
     learn = learner()
     with record_events(learn) as events:
         with pytest.raises(ValueError, match=re.escape(f"run_id={run_id!r}: give a non-empty")):
@@ -492,7 +478,7 @@ def test_what_is_large_is_told_by_its_size() -> None:
     }
 
 
-def test_a_reason_that_is_no_text_becomes_one() -> None:
+def test_a_reason_that_is_not_text_becomes_text() -> None:
     learn = learner(1)
 
     @learn.on(AfterEpoch)
@@ -518,7 +504,7 @@ async def test_one_instance_may_watch_several_fits_at_once(anyio_backend_name: s
             await other.wait()
 
         learn.subscribe(BeforeEpoch, meet, where=lambda event: event.training)
-    with anyio.fail_after(20):
+    with anyio.fail_after(GUARD):
         async with anyio.create_task_group() as tasks:
             for learn in learners:
                 tasks.start_soon(learn.fit)

@@ -46,8 +46,8 @@ def test_single_batch_comes_after_the_metrics_in_any_order_of_the_list(
 
     @learner.on(CleanupBatch)
     def look(event: CleanupBatch) -> None:
-        state = metrics.state_dict()
-        seen.append((state["n_samples"], state["loss_sum"].item(), event.loss.item() * 4))
+        state = metrics.state_dict()["loss"]
+        seen.append((state["n_samples"], state["sum"].item(), event.loss.item() * 4))
 
     learner.run(1)
     assert [n for n, _, _ in seen] == [4]  # the batch was counted

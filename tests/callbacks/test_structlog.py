@@ -1,4 +1,4 @@
-"""StructlogCB: one line a fact, valid JSON whatever the values, beside the training."""
+"""StructlogCB: one line per fact, valid JSON whatever the values, while the training runs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import re
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import anyio
 import anyio.lowlevel
@@ -18,7 +18,7 @@ import pytest
 import structlog
 import torch
 from eventrain.callbacks import MetricsCB, StructlogCB
-from eventrain.engine import DataLoaders, TrainLearner
+from eventrain.engine import TrainLearner
 from eventrain.events import (
     AfterBatch,
     AfterEpoch,
@@ -36,7 +36,8 @@ from jsonschema import Draft202012Validator
 from structlog.contextvars import bound_contextvars, get_contextvars, merge_contextvars
 from structlog.testing import LogCapture, capture_logs
 
-from tests.support.training import line_model
+from tests.support.reporting import line_learner as learner
+from tests.support.reporting import parse_json
 from tests.support.waiting import GUARD
 
 Batches = list[tuple[torch.Tensor, torch.Tensor]]
@@ -45,28 +46,13 @@ SCHEMA = Path(__file__).parents[2] / "docs" / "record.schema.json"
 VALID = Draft202012Validator(json.loads(SCHEMA.read_text()))
 
 
-def no_constant(text: str) -> NoReturn:
-    raise ValueError(f"{text} is no JSON")
-
-
 def parse(text: str) -> list[Line]:
-    """Strictly: neither NaN nor Infinity, which Python's own parser would let pass."""
+    """The lines, each strict JSON that the schema accepts."""
     assert text.endswith("\n")
-    lines = [json.loads(line, parse_constant=no_constant) for line in text.splitlines()]
+    lines = [parse_json(line) for line in text.splitlines()]
     for line in lines:
         VALID.validate(line)
     return lines
-
-
-def learner(train: int = 3, valid: int = 2, *cbs: Any, **kwargs: Any) -> TrainLearner:
-    def batches(n: int) -> Batches:
-        generator = torch.Generator().manual_seed(n)
-        inputs = [torch.randn(4, 3, generator=generator) for _ in range(n)]
-        return [(x, x.sum(1, keepdim=True)) for x in inputs]
-
-    return TrainLearner(
-        line_model(), DataLoaders(batches(train), batches(valid)), cbs=cbs, **kwargs
-    )
 
 
 def logged(learn: TrainLearner, every: int = 100, **fit: Any) -> list[Line]:
@@ -221,7 +207,7 @@ def test_by_default_lines_go_to_the_hosts_own_logger(backend: dict[str, Any]) ->
 
 
 def test_the_hosts_configuration_holds_also_when_it_comes_later() -> None:
-    """And its NaN is no number there either, whatever it renders with."""
+    """And NaN is not a number there either, whatever it renders with."""
     learn = learner(1, 1, StructlogCB(every=1), loss_func=lambda p, y: p.mean() * math.nan)
     seen = []
 
@@ -277,7 +263,7 @@ def test_standard_error_is_where_lines_go_by_default(capsys: pytest.CaptureFixtu
     assert [line["event"] for line in parse(err)] == ["fit_started", "epoch", "epoch", "fit_ended"]
 
 
-def test_a_number_that_is_no_count_or_no_time_is_refused() -> None:
+def test_a_number_that_is_not_a_count_or_a_time_is_refused() -> None:
     with pytest.raises(ValueError, match="every=-1: give a number of batches"):
         StructlogCB(-1)
     with pytest.raises(ValueError, match="every_seconds=-1: give seconds"):
@@ -290,7 +276,7 @@ def test_a_format_and_a_logger_are_refused() -> None:
 
 
 @pytest.mark.parametrize("logger", ["train", 5, print])
-def test_what_is_no_logger_is_refused(logger: Any) -> None:
+def test_an_object_that_is_not_a_logger_is_refused(logger: Any) -> None:
     with pytest.raises(TypeError, match=f"logger={re.escape(repr(logger))}: give a logger"):
         StructlogCB(logger=logger)
 

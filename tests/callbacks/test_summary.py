@@ -30,6 +30,8 @@ from torch import nn
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torch.utils.flop_counter import FlopCounterMode
 
+from tests.support.waiting import GUARD
+
 Backend = dict[str, Any]
 
 
@@ -143,7 +145,7 @@ class Tangle(nn.Module):
         return {"y": self.tied(y), "more": [y @ y.mT, (self.parts["act"](weights),)]}
 
 
-def test_what_is_shared_nested_or_unused_is_listed_once_and_counted_once() -> None:
+def test_shared_nested_and_unused_modules_are_listed_once_and_counted_once() -> None:
     model = Tangle()
     summary = summarise(model, 2, 5, 6)
     square = 2 * 5 * 6 * 6  # multiply-adds of one 6x6 layer on (2, 5, 6)
@@ -353,9 +355,9 @@ class Meets(nn.Module):
         self.barrier = barrier
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        self.barrier.wait(10)
+        self.barrier.wait(GUARD)
         x = self.line(x)
-        self.barrier.wait(10)
+        self.barrier.wait(GUARD)
         return x.sum(1, keepdim=True)
 
 
@@ -363,7 +365,7 @@ async def test_two_fits_at_the_same_time_count_their_own(make_batches: Callable[
     """G10: two summaries whose forward passes overlap."""
     barrier = threading.Barrier(2)
     summaries = [SummaryCB(io.StringIO()), SummaryCB(io.StringIO())]
-    with anyio.fail_after(30):
+    with anyio.fail_after(GUARD):
         async with anyio.create_task_group() as tasks:
             for summary, width in zip(summaries, (2, 5), strict=True):
                 learner = TrainLearner(
@@ -378,9 +380,7 @@ async def test_two_fits_at_the_same_time_count_their_own(make_batches: Callable[
 
 
 @pytest.mark.parametrize("in_place", [True, False])
-def test_what_is_compiled_is_compiled_as_without_a_summary(
-    dls: DataLoaders, in_place: bool
-) -> None:
+def test_a_summary_does_not_change_what_is_compiled(dls: DataLoaders, in_place: bool) -> None:
     torch._dynamo.reset()
     graphs = []
 

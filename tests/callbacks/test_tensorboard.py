@@ -15,11 +15,10 @@ import anyio
 import anyio.lowlevel
 import pytest
 import torch
-from eventrain.callbacks import MetricsCB, TensorBoardCB
+from eventrain.callbacks import TensorBoardCB
 from eventrain.engine import DataLoaders, TrainLearner
 from eventrain.events import (
     AfterBatch,
-    AfterEpoch,
     BeforeBatch,
     BeforeEpoch,
     CancelEpochException,
@@ -30,8 +29,10 @@ from eventrain.events import (
 from structlog.testing import capture_logs
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
-from torch import nn
 from torch.utils.tensorboard import SummaryWriter
+
+from tests.support.reporting import recording_learner
+from tests.support.waiting import GUARD
 
 Backend = dict[str, Any]
 
@@ -67,24 +68,13 @@ def _no_thread_is_left() -> Iterator[None]:
     assert writer_threads() == []
 
 
-def make_learner(dls: DataLoaders, *cbs: Any, **recorded: Any) -> TrainLearner:
-    """One with MetricsCB that records some numbers more, as any callback may."""
-    learner = TrainLearner(nn.Linear(3, 1), dls, lr=0.01, cbs=[MetricsCB(), *cbs])
-
-    @learner.on(AfterEpoch)
-    def record(event: AfterEpoch) -> None:
-        learner.record.update(recorded)
-
-    return learner
-
-
 # ------------------------------------------------------------------------------ what is written
 
 
 def test_what_is_read_back_is_what_the_fit_did(
     dls: DataLoaders, tmp_path: Path, backend: Backend
 ) -> None:
-    learner = make_learner(dls, TensorBoardCB(tmp_path, every=1), accuracy=0.75)
+    learner = recording_learner(dls, TensorBoardCB(tmp_path, every=1), accuracy=0.75)
     with record_events(learner) as events:
         result = learner.run(2, **backend)
 
@@ -122,7 +112,7 @@ def test_what_is_read_back_is_what_the_fit_did(
 
 
 def test_every_fit_has_a_folder_of_its_own(dls: DataLoaders, tmp_path: Path) -> None:
-    learner = make_learner(dls, TensorBoardCB(tmp_path / "made" / "here", every=1))
+    learner = recording_learner(dls, TensorBoardCB(tmp_path / "made" / "here", every=1))
     learner.run(1, run_id="first")
     learner.run(2, train=False, run_id="second.b-1")
     folder = tmp_path / "made" / "here"
@@ -133,7 +123,7 @@ def test_every_fit_has_a_folder_of_its_own(dls: DataLoaders, tmp_path: Path) -> 
 
 
 def test_two_fits_of_one_id_are_one_run(dls: DataLoaders, tmp_path: Path) -> None:
-    learner = make_learner(dls, TensorBoardCB(tmp_path, every=1))
+    learner = recording_learner(dls, TensorBoardCB(tmp_path, every=1))
     learner.run(1, run_id="again")
     learner.run(1, train=False, run_id="again")
     assert len(os.listdir(tmp_path / "again")) == 2
@@ -144,7 +134,7 @@ def test_two_fits_of_one_id_are_one_run(dls: DataLoaders, tmp_path: Path) -> Non
 def test_every_is_every_how_many_training_batches(
     dls: DataLoaders, tmp_path: Path, every: int, expected: list[int]
 ) -> None:
-    make_learner(dls, TensorBoardCB(tmp_path, every=every)).run(2, run_id="a")
+    recording_learner(dls, TensorBoardCB(tmp_path, every=every)).run(2, run_id="a")
     assert steps(tmp_path / "a") == expected
     assert steps(tmp_path / "a", "loss/train") == [0, 1]
 
@@ -166,7 +156,7 @@ def test_numbers_that_are_not_finite_are_kept_and_what_is_no_number_is_not_writt
         "list": [1.0, math.nan],
         "half \ud800": 1.0,
     }
-    learner = make_learner(dls, TensorBoardCB(tmp_path, every=1), **recorded)
+    learner = recording_learner(dls, TensorBoardCB(tmp_path, every=1), **recorded)
     with torch.no_grad():
         learner.model.weight.fill_(math.nan)
     learner.run(1, run_id="a", **backend)
@@ -213,7 +203,7 @@ class Sized(Generated):
 def test_without_a_length_all_batches_are_counted_also_those_not_written(
     make_batches: Callable[..., Any], tmp_path: Path, backend: Backend
 ) -> None:
-    learner = make_learner(
+    learner = recording_learner(
         DataLoaders(Generated(make_batches(5), 5, 3, 4)), TensorBoardCB(tmp_path, every=2)
     )
     learner.run(3, valid=False, run_id="a", **backend)
@@ -223,7 +213,7 @@ def test_without_a_length_all_batches_are_counted_also_those_not_written(
 def test_an_epoch_cut_short_leaves_a_gap_and_the_next_begins_where_it_always_does(
     dls: DataLoaders, tmp_path: Path
 ) -> None:
-    learner = make_learner(dls, TensorBoardCB(tmp_path, every=1))
+    learner = recording_learner(dls, TensorBoardCB(tmp_path, every=1))
 
     @learner.on(BeforeBatch, where=lambda event: event.epoch == 0 and event.iter == 1)
     def cancel(event: BeforeBatch) -> None:
@@ -236,7 +226,7 @@ def test_an_epoch_cut_short_leaves_a_gap_and_the_next_begins_where_it_always_doe
 def test_steps_never_go_back_when_a_loader_gets_shorter(
     make_batches: Callable[..., Any], tmp_path: Path
 ) -> None:
-    learner = make_learner(DataLoaders(make_batches(4)), TensorBoardCB(tmp_path, every=1))
+    learner = recording_learner(DataLoaders(make_batches(4)), TensorBoardCB(tmp_path, every=1))
 
     @learner.on(BeforeEpoch, where=lambda event: event.epoch == 0)
     def shorten(event: BeforeEpoch) -> None:
@@ -247,7 +237,7 @@ def test_steps_never_go_back_when_a_loader_gets_shorter(
 
 
 def test_steps_begin_anew_with_every_fit(dls: DataLoaders, tmp_path: Path) -> None:
-    learner = make_learner(dls, TensorBoardCB(tmp_path, every=1))
+    learner = recording_learner(dls, TensorBoardCB(tmp_path, every=1))
     for run_id in ("a", "b"):
         learner.run(2, valid=False, run_id=run_id)
         assert steps(tmp_path / run_id) == [0, 1, 2, 3, 4, 5]
@@ -256,7 +246,7 @@ def test_steps_begin_anew_with_every_fit(dls: DataLoaders, tmp_path: Path) -> No
 def test_one_that_comes_in_the_middle_of_a_fit_knows_the_step(
     dls: DataLoaders, tmp_path: Path
 ) -> None:
-    learner = make_learner(dls)
+    learner = recording_learner(dls)
 
     @learner.on(BeforeBatch, where=lambda event: event.epoch == 1 and event.iter == 1, once=True)
     def attach(event: BeforeBatch) -> None:
@@ -294,7 +284,7 @@ def test_no_run_id_leaves_the_folder_or_shares_the_one_of_another(
     dls: DataLoaders, tmp_path: Path
 ) -> None:
     log_dir = tmp_path / "up" / "logs"
-    learner = make_learner(dls, TensorBoardCB(log_dir))
+    learner = recording_learner(dls, TensorBoardCB(log_dir))
     for run_id in ODD_IDS:
         learner.run(1, train=False, run_id=run_id)
     folders = os.listdir(log_dir)
@@ -314,7 +304,7 @@ def test_no_run_id_leaves_the_folder_or_shares_the_one_of_another(
 def test_a_cancelled_fit_is_whole_on_the_disk(
     dls: DataLoaders, tmp_path: Path, backend: Backend
 ) -> None:
-    learner = make_learner(dls, TensorBoardCB(tmp_path, every=1))
+    learner = recording_learner(dls, TensorBoardCB(tmp_path, every=1))
 
     @learner.on(BeforeBatch, where=lambda event: event.epoch == 1 and event.iter == 2)
     def cancel(event: BeforeBatch) -> None:
@@ -329,7 +319,7 @@ def test_a_cancelled_fit_is_whole_on_the_disk(
 def test_a_failed_fit_is_whole_on_the_disk(
     dls: DataLoaders, tmp_path: Path, backend: Backend
 ) -> None:
-    learner = make_learner(dls, TensorBoardCB(tmp_path, every=1))
+    learner = recording_learner(dls, TensorBoardCB(tmp_path, every=1))
 
     @learner.on(BeforeBatch, where=lambda event: not event.training)
     def fail(event: BeforeBatch) -> None:
@@ -344,8 +334,8 @@ def test_a_failed_fit_is_whole_on_the_disk(
 async def test_a_fit_that_the_host_cancels_is_whole_on_the_disk(
     dls: DataLoaders, tmp_path: Path
 ) -> None:
-    learner = make_learner(dls, TensorBoardCB(tmp_path, every=1))
-    with anyio.fail_after(30), anyio.CancelScope() as scope:
+    learner = recording_learner(dls, TensorBoardCB(tmp_path, every=1))
+    with anyio.fail_after(GUARD), anyio.CancelScope() as scope:
 
         @learner.on(BeforeBatch, where=lambda event: event.iter == 2)
         async def cancel(event: BeforeBatch) -> None:
@@ -361,7 +351,7 @@ def test_a_folder_that_cannot_be_made_ends_the_writing_and_not_the_fit(
     dls: DataLoaders, tmp_path: Path, backend: Backend
 ) -> None:
     (tmp_path / "a").write_text("in the way")
-    learner = make_learner(dls, TensorBoardCB(tmp_path))
+    learner = recording_learner(dls, TensorBoardCB(tmp_path))
     with capture_logs() as logs:
         result = learner.run(1, run_id="a", **backend)
     assert result.status == "completed"
@@ -381,7 +371,7 @@ def test_one_that_fails_leaves_what_it_has_written_and_no_thread(
             raise OSError("no more of this")
 
     monkeypatch.setattr(SummaryWriter, "add_scalar", break_at_the_second_epoch)
-    learner = make_learner(dls, TensorBoardCB(tmp_path, every=0))
+    learner = recording_learner(dls, TensorBoardCB(tmp_path, every=0))
     with capture_logs() as logs:
         learner.run(3, valid=False, run_id="a", **backend)
         assert writer_threads() == []
@@ -390,11 +380,11 @@ def test_one_that_fails_leaves_what_it_has_written_and_no_thread(
 
 
 def lost(learner: TrainLearner, cb: TensorBoardCB, run_id: str) -> None:
-    """A fit whose end the callback does not hear: it is detached before."""
+    """A fit whose end does not reach the callback: it is detached before."""
 
     @learner.on(BeforeEpoch, where=lambda event: event.epoch == 1, once=True)
     async def detach(event: BeforeEpoch) -> None:
-        while not writer_threads():  # it has heard of the fit
+        while not writer_threads():  # the fit has reached it
             await anyio.lowlevel.checkpoint()
         learner.remove_cbs(cb)
 
@@ -405,7 +395,7 @@ def test_the_files_of_a_fit_from_which_it_was_detached_are_closed_at_its_end(
     dls: DataLoaders, tmp_path: Path
 ) -> None:
     cb = TensorBoardCB(tmp_path, every=1)
-    learner = make_learner(dls, cb)
+    learner = recording_learner(dls, cb)
     lost(learner, cb, "a")
     assert writer_threads() == []
     learner.run(1, cbs=cb, run_id="b")
@@ -417,7 +407,7 @@ def test_files_that_are_closed_during_a_fit_are_opened_again(
     dls: DataLoaders, tmp_path: Path
 ) -> None:
     cb = TensorBoardCB(tmp_path, every=1)
-    learner = make_learner(dls, cb)
+    learner = recording_learner(dls, cb)
 
     @learner.on(BeforeEpoch, where=lambda event: event.epoch == 1, once=True)
     async def close(event: BeforeEpoch) -> None:
@@ -448,9 +438,9 @@ async def test_files_are_made_and_closed_beside_the_event_loop(
 
     monkeypatch.setattr(EventFileWriter, "__init__", spied_make)
     monkeypatch.setattr(EventFileWriter, "close", spied_close)
-    learner = make_learner(dls, TensorBoardCB(tmp_path, every=1))
+    learner = recording_learner(dls, TensorBoardCB(tmp_path, every=1))
     limiter = anyio.to_thread.current_default_thread_limiter()
-    with anyio.fail_after(30):
+    with anyio.fail_after(GUARD):
         async with anyio.create_task_group() as tasks:
             gate = threading.Event()
             for _ in range(int(limiter.total_tokens)):  # the host's own threads are all busy

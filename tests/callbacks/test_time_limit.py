@@ -157,7 +157,7 @@ def test_the_limit_may_be_a_timedelta() -> None:
 
 
 @pytest.mark.parametrize("limit", [0, -1.0, math.nan, math.inf, True, timedelta(0), timedelta(-1)])
-def test_a_limit_that_is_no_time_is_refused(limit: Any) -> None:
+def test_a_limit_that_is_not_a_time_is_refused(limit: Any) -> None:
     with pytest.raises(ValueError, match=r"limit=.*give seconds, more than 0"):
         TimeLimitCB(limit)
 

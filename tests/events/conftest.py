@@ -7,10 +7,15 @@ from dataclasses import fields
 from typing import Any
 
 import pytest
-from eventrain.events import Event, ScopeEnd
+from eventrain.events import Bus, Event, ScopeEnd
 from eventrain.events.base import HOOKS
 
 MakeEvent = Callable[..., Any]
+
+
+@pytest.fixture
+def bus() -> Bus:
+    return Bus()
 
 
 @pytest.fixture

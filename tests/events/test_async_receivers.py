@@ -31,6 +31,8 @@ from eventrain.events import (
     record_events,
 )
 
+from tests.support.waiting import GUARD
+
 Called = list[tuple[str, int]]
 
 
@@ -78,7 +80,7 @@ async def test_async_receivers_of_all_kinds_are_awaited_in_their_place(
         learner.subscribe(BeforeBatch, partial(plain, name=f"behind {name}"), order=order + 0.5)
         learner.subscribe(BeforeBatch, receivers[name], order=order)
     learner.subscribe(BeforeBatch, partial(plain, name="first"), order=-1)
-    with anyio.fail_after(10):
+    with anyio.fail_after(GUARD):
         await learner.fit()
 
     one_batch = ["first"]
@@ -119,7 +121,7 @@ async def test_the_training_waits_and_the_loop_does_not(learner: TrainLearner) -
     def batch_done(event: AfterBatch) -> None:
         heard.append("batch done")
 
-    with anyio.fail_after(10):
+    with anyio.fail_after(GUARD):
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(learner.fit)
             await asked.wait()
@@ -144,7 +146,7 @@ async def test_every_once_and_where_hold_for_async_receivers(learner: TrainLearn
     learner.on(BeforeBatch, once=True)(receiver("once"))
     learner.on(BeforeBatch, where=lambda e: e.epoch == 1)(receiver("where"))
     learner.on(BeforeBatch, where=lambda e: e.iter == 1, every=2, once=True)(receiver("all"))
-    with anyio.fail_after(10):
+    with anyio.fail_after(GUARD):
         await learner.fit(2, valid=False)
     assert heard == [
         ("once", 0, 0),
@@ -163,7 +165,7 @@ async def test_a_base_class_can_have_an_async_receiver(learner: TrainLearner) ->
         await anyio.lowlevel.checkpoint()
         heard.append(type(event).__name__)
 
-    with anyio.fail_after(10):
+    with anyio.fail_after(GUARD):
         await learner.fit()
     assert heard == ["BeforeFit", "AfterFit", "CleanupFit"]
 
@@ -189,7 +191,7 @@ async def test_methods_of_a_callback_and_actions_may_be_async(learner: TrainLear
             await anyio.lowlevel.checkpoint()
             called.append("cleanup_fit")
 
-    with anyio.fail_after(10):
+    with anyio.fail_after(GUARD):
         result = await learner.fit(cbs=Remote(), valid=False)
     assert result.status == "completed"
     assert called == ["before_fit", *["predict", "get_loss"] * 2, "cleanup_fit"]
@@ -205,7 +207,7 @@ async def test_an_error_of_an_async_receiver_is_raised_by_fit_with_a_note(
         await anyio.lowlevel.checkpoint()
         raise KeyError("broken")
 
-    with anyio.fail_after(10), pytest.raises(KeyError) as caught:
+    with anyio.fail_after(GUARD), pytest.raises(KeyError) as caught:
         await learner.fit()
     assert caught.value.__notes__ == [
         f"raised by {broken.__qualname__} on AfterLoss, epoch 0, iter 1"
@@ -237,7 +239,7 @@ async def test_an_async_receiver_can_cancel_also_from_a_task_group_of_its_own(
             tasks.start_soon(child)
             tasks.start_soon(anyio.sleep_forever)
 
-    with anyio.fail_after(10), record_events(learner) as events:
+    with anyio.fail_after(GUARD), record_events(learner) as events:
         await learner.fit(valid=False)
     first = {t: next(e.end for e in events if type(e) is t) for t in
              (CleanupBatch, CleanupEpoch, CleanupFit)}  # fmt: skip
@@ -261,7 +263,7 @@ async def test_an_error_in_a_task_group_of_a_receiver_is_raised_unwrapped(
             inner.start_soon(child)
             outer.start_soon(anyio.sleep_forever)
 
-    with anyio.fail_after(10), pytest.raises(KeyError, match="child"):
+    with anyio.fail_after(GUARD), pytest.raises(KeyError, match="child"):
         await learner.fit()
 
 
@@ -281,7 +283,7 @@ async def test_all_async_receivers_of_a_cleanup_are_awaited_though_one_fails(
 
     for name in ("one", "two", "three"):
         learner.subscribe(CleanupFit, receiver(name))
-    with anyio.fail_after(10), pytest.raises(ValueError, match=r"^one") as caught:
+    with anyio.fail_after(GUARD), pytest.raises(ValueError, match=r"^one") as caught:
         await learner.fit()
     assert called == ["one", "two", "three"]
     assert [note.split(" (")[0] for note in caught.value.__notes__[1:]] == [
@@ -300,6 +302,6 @@ async def test_an_async_receiver_may_subscribe_and_close(learner: TrainLearner) 
         await anyio.lowlevel.checkpoint()
         learner.subscribe(AfterEpoch, lambda _: heard.append("new"))
 
-    with anyio.fail_after(10):
+    with anyio.fail_after(GUARD):
         await learner.fit()
     assert heard == ["new", "new"]

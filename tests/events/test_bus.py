@@ -452,7 +452,7 @@ def test_one_that_closes_itself_was_called_and_is_not_called_again() -> None:
     assert called == [True, "after", "after"]
 
 
-def test_one_added_by_a_receiver_hears_the_next_event() -> None:
+def test_a_receiver_added_by_another_gets_the_next_event() -> None:
     bus, called = Bus(), []
 
     @bus.on(BeforeFit, once=True)
@@ -467,7 +467,7 @@ def test_one_added_by_a_receiver_hears_the_next_event() -> None:
     assert called == ["adds", -1, 0, 1]
 
 
-def test_one_added_by_a_receiver_hears_an_event_sent_from_within() -> None:
+def test_a_receiver_added_by_another_gets_an_event_sent_from_within() -> None:
     bus, called = Bus(), []
 
     @bus.on(BeforeFit, once=True)
@@ -486,7 +486,7 @@ def test_one_added_by_a_receiver_hears_an_event_sent_from_within() -> None:
 @pytest.mark.parametrize(
     "event_type", ["AfterBatch", "after_batch", int, object, None, 3, Exception, [AfterBatch]]
 )
-def test_what_is_no_event_class_is_refused(event_type: Any) -> None:
+def test_a_class_that_is_not_an_event_is_refused(event_type: Any) -> None:
     bus = Bus()
     for call in (bus.subscribe, lambda t, _: bus.on(t)(print), lambda t, _: bus.signal(t)):
         with pytest.raises(TypeError, match=r"is not an event class.*such as AfterBatch"):
@@ -500,7 +500,7 @@ def test_an_event_in_place_of_its_class_is_refused() -> None:
 
 
 @pytest.mark.parametrize("nothing", ["AfterBatch", BeforeFit, None])
-def test_sending_what_is_no_event_is_refused(nothing: Any) -> None:
+def test_sending_something_other_than_an_event_is_refused(nothing: Any) -> None:
     """Or it would be lost without a word."""
     bus = Bus()
     with pytest.raises(TypeError):
@@ -579,7 +579,7 @@ def test_a_where_that_cannot_be_called_is_refused() -> None:
     assert bus.subscriptions() == ()
 
 
-def test_what_was_refused_is_not_connected_to_any_class(make_event: MakeEvent) -> None:
+def test_a_refused_receiver_is_not_connected_to_any_class(make_event: MakeEvent) -> None:
     bus = Bus()
     bus.signal(BeforeBatch)
     bus.signal(AfterEpoch)

@@ -23,6 +23,8 @@ from eventrain.events import (
     Subscription,
 )
 
+from tests.support.waiting import GUARD
+
 N_THREADS = 6
 
 
@@ -45,7 +47,7 @@ def in_threads(*works: Callable[[], None]) -> None:
 
     def run(work: Callable[[], None]) -> None:
         try:
-            start.wait(10)
+            start.wait(GUARD)
             work()
         except BaseException as exc:
             errors.append(exc)
@@ -54,13 +56,13 @@ def in_threads(*works: Callable[[], None]) -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(20)
+        thread.join(GUARD)
         assert not thread.is_alive()
     if errors:
         raise errors[0]
 
 
-def test_receivers_that_stay_hear_every_event_in_order_while_others_come_and_go() -> None:
+def test_receivers_that_stay_get_every_event_in_order_while_others_come_and_go() -> None:
     """G2."""
     bus, called, passing = Bus(), [], []
     stay = [
@@ -161,7 +163,7 @@ def test_a_receiver_may_wait_for_a_thread_that_subscribes_and_closes() -> None:
 
         thread = threading.Thread(target=work, daemon=True)
         thread.start()
-        thread.join(10)
+        thread.join(GUARD)
         assert not thread.is_alive()
 
     other = bus.subscribe(BeforeFit, lambda _: heard.append("closed"))
@@ -183,7 +185,7 @@ def test_a_receiver_may_wait_for_a_thread_that_subscribes_and_closes() -> None:
     ],
     ids=["close", "subscribe", "a new signal", "the order", "subscriptions", "reorder"],
 )
-def test_whoever_holds_the_lock_of_the_bus_sees_nothing_change(
+def test_nothing_changes_while_the_lock_of_the_bus_is_held(
     work: Callable[[Bus, Subscription], object],
 ) -> None:
     bus = Bus()
@@ -197,7 +199,7 @@ def test_whoever_holds_the_lock_of_the_bus_sees_nothing_change(
         assert not subscription.closed
         assert len(bus.subscriptions()) == 1
         assert list(bus.signals) == [BeforeFit]
-    thread.join(10)
+    thread.join(GUARD)
     assert not thread.is_alive()
 
 
@@ -209,6 +211,6 @@ def test_an_event_is_sent_without_waiting_for_the_lock_of_the_bus() -> None:
     thread = threading.Thread(target=bus.send, args=(fit_event(),), daemon=True)
     with bus.lock:
         thread.start()
-        thread.join(10)
+        thread.join(GUARD)
         assert not thread.is_alive()
     assert len(heard) == 2

@@ -146,7 +146,7 @@ def test_receivers_are_the_methods_with_their_events(learner: TrainLearner) -> N
     assert list(Callback().receivers(learner)) == []
 
 
-def test_one_instance_hears_each_learner_it_is_attached_to(
+def test_one_instance_gets_the_events_of_each_learner_it_is_attached_to(
     make_batches: Any, make_model: Any
 ) -> None:
     class Mine(Callback):
@@ -229,7 +229,7 @@ def test_a_hook_that_takes_no_event_is_refused_when_attached(learner: TrainLearn
         ("backwards", "backward"),
     ],
 )
-def test_a_misspelt_hook_is_refused_with_what_was_meant(name: str, meant: str) -> None:
+def test_a_misspelt_hook_is_refused_with_a_suggestion(name: str, meant: str) -> None:
     with pytest.raises(
         TypeError,
         match=rf"^Mine\.{name} does not receive an event: did you mean '{meant}'\?"
@@ -280,7 +280,7 @@ def test_a_misspelt_hook_of_a_subclass_is_refused() -> None:
 
 
 @pytest.mark.parametrize("name", ["steps", "events", "backwards", "predicts", "step_events"])
-def test_a_method_of_ones_own_may_have_a_name_near_to_a_short_hook(name: str) -> None:
+def test_a_method_may_have_a_name_close_to_a_short_hook(name: str) -> None:
     make_callback(name, lambda self: None)
     make_callback(name, lambda self, n: None)
     make_callback(name, lambda self, n, event: None)
@@ -355,7 +355,7 @@ def test_a_hook_of_all_actions_is_refused_as_no_receiver_can_have_it() -> None:
         make_callback("action_event")
 
 
-def test_a_misspelt_hook_of_a_class_of_ones_own_is_refused() -> None:
+def test_a_misspelt_hook_of_a_custom_event_class_is_refused() -> None:
     @dataclass(frozen=True, slots=True, eq=False)
     class GradientsMeasured(BatchEvent):
         """With a hook to be misspelt."""
@@ -425,7 +425,7 @@ def test_a_callback_that_observes_needs_a_method_for_it() -> None:
 
 
 @pytest.mark.parametrize("observe", [None, 3, "observe"])
-def test_an_observe_that_is_no_method_is_refused(observe: Any) -> None:
+def test_an_observe_that_is_not_a_method_is_refused(observe: Any) -> None:
     with pytest.raises(TypeError, match=r"no method `observe`"):
         type("Mine", (Callback,), {"observes": (AfterBatch,), "observe": observe})
 

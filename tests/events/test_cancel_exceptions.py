@@ -79,6 +79,6 @@ def test_of_several_cancels_the_widest_weighs_most_and_an_error_more() -> None:
     assert most_severe([one, other]) is one
 
 
-def test_what_is_no_group_is_left_as_it_is() -> None:
+def test_an_error_outside_a_group_is_left_as_it_is() -> None:
     for exc in (ValueError(), CancelFitException(), KeyboardInterrupt()):
         assert unwrap(exc) is exc

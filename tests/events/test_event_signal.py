@@ -39,11 +39,6 @@ from eventrain.events import (
 MakeEvent = Callable[..., Any]
 
 
-@pytest.fixture
-def bus() -> Bus:
-    return Bus()
-
-
 def raising(exc: BaseException, called: list[str] | None = None) -> Callable[[Event], None]:
     """A receiver that raises."""
 
@@ -156,7 +151,7 @@ def test_an_error_of_a_nested_sending_names_both_receivers(bus: Bus, make_event:
     "cancel",
     [CancelFitException, CancelEpochException, CancelBatchException, CancelStepException],
 )
-def test_a_cancel_is_told_who_raised_it(
+def test_a_cancel_knows_who_raised_it(
     bus: Bus, make_event: MakeEvent, cancel: type[CancelException]
 ) -> None:
     bus.subscribe(AfterLoss, receiver := raising(cancel("enough")))
@@ -241,7 +236,7 @@ def group(*excs: BaseException) -> BaseExceptionGroup[BaseException]:
     ids=repr,
 )
 @pytest.mark.parametrize("event_type", [AfterLoss, CleanupBatch])
-def test_what_a_task_group_wrapped_is_taken_out(
+def test_an_error_wrapped_by_a_task_group_is_unwrapped(
     bus: Bus,
     make_event: MakeEvent,
     event_type: type[Event],
@@ -270,9 +265,7 @@ def test_several_errors_stay_a_group_without_the_cancels(
     ]
 
 
-def test_a_cancel_taken_out_of_a_group_is_told_who_raised_it(
-    bus: Bus, make_event: MakeEvent
-) -> None:
+def test_a_cancel_taken_out_of_a_group_knows_who_raised_it(bus: Bus, make_event: MakeEvent) -> None:
     bus.subscribe(AfterLoss, receiver := raising(group(CancelBatchException("b"))))
     with pytest.raises(CancelBatchException) as info:
         bus.send(make_event(AfterLoss))
@@ -296,7 +289,9 @@ def test_a_cleanup_event_reaches_all_receivers_whatever_they_raise(
     assert called == ["ValueError", "CancelFitException", "KeyError", "SystemExit", "good"]
 
 
-def test_the_first_error_of_a_cleanup_tells_of_the_others(bus: Bus, make_event: MakeEvent) -> None:
+def test_the_first_error_of_a_cleanup_has_notes_of_the_others(
+    bus: Bus, make_event: MakeEvent
+) -> None:
     """G5: the first one is raised, the others stand in its notes with their receivers."""
     first, second, third = ValueError("first"), KeyError("second"), CancelBatchException("third")
     for exc in (third, first, second):
@@ -375,7 +370,7 @@ def test_an_async_receiver_without_a_learner_is_an_error_and_no_warning(
     assert caught.value.__notes__ == [f"raised by {name} on BeforeFit"]
 
 
-def test_a_wrapper_of_ones_own_awaits_async_receivers_in_their_place(
+def test_a_custom_wrapper_awaits_async_receivers_in_their_place(
     bus: Bus, make_event: MakeEvent, backend: dict[str, Any]
 ) -> None:
     """As with a plain blinker signal: `_async_wrapper`."""
@@ -425,7 +420,7 @@ def test_connect_subscribes_strongly_at_order_0_and_decorates(
     assert [s.order for s in bus.subscriptions()] == [1, 0, 0, -1]
 
 
-def test_connect_to_the_signal_of_a_base_class_hears_those_below(
+def test_connect_to_the_signal_of_a_base_class_gets_its_subclasses(
     bus: Bus, make_event: MakeEvent
 ) -> None:
     heard: list[Event] = []
@@ -442,7 +437,7 @@ def test_connect_refuses_a_sender_and_weakness(bus: Bus, options: dict[str, Any]
     assert not signal.receivers
 
 
-def test_connect_via_hears_every_sender_or_is_refused(bus: Bus, make_event: MakeEvent) -> None:
+def test_connect_via_gets_every_sender_or_is_refused(bus: Bus, make_event: MakeEvent) -> None:
     heard: list[Event] = []
     signal = bus.signal(BeforeFit)
     signal.connect_via(blinker.ANY)(heard.append)

@@ -124,7 +124,7 @@ each_class = pytest.mark.parametrize("event_type", FIELDS, ids=lambda cls: cls._
 
 @each_class
 def test_an_event_holds_these_fields_and_no_batch_or_predictions(event_type: type[Event]) -> None:
-    """G12: there is no field that a batch, predictions or a graph could be kept in."""
+    """G12: no field could hold a batch, predictions or a graph."""
     assert is_dataclass(event_type)
     assert [field.name for field in fields(event_type)] == FIELDS[event_type]
 
@@ -149,7 +149,7 @@ def test_the_repr_of_an_event_shows_all_but_the_learner(
     assert repr(event) == f"{event_type.__name__}({shown})"
 
 
-def test_events_are_told_apart_by_identity(make_event: Callable[..., Any]) -> None:
+def test_events_are_compared_by_identity(make_event: Callable[..., Any]) -> None:
     one, other = make_event(AfterLoss), make_event(AfterLoss)
     assert one != other
     assert len({one, other, one}) == 2
@@ -353,7 +353,7 @@ def test_an_event_class_knows_the_callback_method_that_receives_it(
     assert HOOKS[hook] == (event_type,)
 
 
-def test_a_class_of_ones_own_has_a_hook_and_reaches_callbacks(
+def test_a_custom_event_class_has_a_hook_and_reaches_callbacks(
     dls: DataLoaders, make_model: Any
 ) -> None:
     @dataclass(frozen=True, slots=True, eq=False)
@@ -387,7 +387,7 @@ def test_a_class_of_ones_own_has_a_hook_and_reaches_callbacks(
     assert step == ["BeforeStep", "GradientsMeasured", "AfterStep"]
 
 
-def test_a_class_that_is_no_dataclass_of_its_own_is_an_event_as_well(
+def test_an_event_class_need_not_be_a_dataclass_itself(
     make_event: Callable[..., Any],
 ) -> None:
     class RoundBegins(FitEvent):
@@ -421,7 +421,7 @@ class WithPostInit(BatchEvent):
 
 
 @pytest.mark.parametrize("event_type", [WithDict, WithDefault])
-def test_a_batch_event_of_ones_own_is_made_by_its_own_init(
+def test_a_custom_batch_event_is_made_by_its_own_init(
     event_type: type[Any], dls: DataLoaders, make_model: Any
 ) -> None:
     learner = TrainLearner(make_model(), dls)
@@ -437,9 +437,7 @@ def test_a_batch_event_of_ones_own_is_made_by_its_own_init(
     assert all(getattr(event, "norm", 1.0) == 1.0 for event in own)
 
 
-def test_the_post_init_of_a_batch_event_of_ones_own_is_called(
-    dls: DataLoaders, make_model: Any
-) -> None:
+def test_the_post_init_of_a_custom_batch_event_is_called(dls: DataLoaders, make_model: Any) -> None:
     learner = TrainLearner(make_model(), dls)
     learner.on(BeforeStep)(lambda event: event.learner.emit(WithPostInit))
     learner.on(WithPostInit)(lambda event: None)

@@ -19,7 +19,7 @@ MODULES = [
 ]
 
 
-def test_all_names_what_the_package_shows_and_nothing_else() -> None:
+def test_all_lists_the_public_names_and_nothing_else() -> None:
     shown = {
         name
         for name, value in vars(eventrain.events).items()

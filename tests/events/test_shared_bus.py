@@ -1,4 +1,4 @@
-"""One bus for several learners: each hears its own, the bus hears all."""
+"""One bus for several learners: each gets its own events, the bus gets all."""
 
 from __future__ import annotations
 
@@ -24,6 +24,8 @@ from eventrain.events import (
     record_events,
 )
 
+from tests.support.waiting import GUARD
+
 BATCH = ["BeforeBatch", "AfterPredict", "AfterLoss"]
 TRAIN_BATCH = [
     *BATCH, "AfterBackward", "BeforeStep", "AfterStep", "CleanupStep", "AfterBatch", "CleanupBatch"
@@ -42,11 +44,6 @@ def fit_names(train: int, valid: int) -> list[str]:
 
 
 @pytest.fixture
-def bus() -> Bus:
-    return Bus()
-
-
-@pytest.fixture
 def small(bus: Bus, make_batches: Any, make_model: Any) -> TrainLearner:
     """One batch of training, one of validation."""
     return TrainLearner(make_model(), DataLoaders(make_batches(1), make_batches(1)), bus=bus)
@@ -62,11 +59,11 @@ def together(bus: Bus, learners: list[Learner]) -> None:
     """Have the fits of `learners` meet in each of their first events."""
     barrier = threading.Barrier(len(learners))
     for learner in learners:
-        learner.subscribe(BeforeFit, lambda _: barrier.wait(10))
-        learner.subscribe(BeforeBatch, lambda _: barrier.wait(10), once=True)
+        learner.subscribe(BeforeFit, lambda _: barrier.wait(GUARD))
+        learner.subscribe(BeforeBatch, lambda _: barrier.wait(GUARD), once=True)
 
 
-def test_a_learner_hears_its_own_events_and_the_bus_hears_all(
+def test_a_learner_gets_its_own_events_and_the_bus_gets_all(
     bus: Bus, small: TrainLearner, large: TrainLearner
 ) -> None:
     """G10."""
@@ -80,7 +77,7 @@ def test_a_learner_hears_its_own_events_and_the_bus_hears_all(
     assert {event.learner for event in of_large} == {large}
 
 
-async def test_concurrent_fits_in_one_task_group_do_not_hear_each_other(
+async def test_concurrent_fits_in_one_task_group_do_not_get_each_others_events(
     bus: Bus, small: TrainLearner, large: TrainLearner
 ) -> None:
     """G10: plain and async receivers, by `subscribe`, `on` and `record_events`."""
@@ -94,7 +91,7 @@ async def test_concurrent_fits_in_one_task_group_do_not_hear_each_other(
             events.append(event)
 
     together(bus, [small, large])
-    with anyio.fail_after(20):
+    with anyio.fail_after(GUARD):
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(small.fit)
             tasks.start_soon(large.fit)
@@ -126,10 +123,10 @@ async def test_concurrent_fits_on_one_bus_compute_what_they_compute_alone(
 
     alone, shared = learners(Bus(), Bus()), learners(bus, bus)
     for learner in alone:
-        with anyio.fail_after(10):
+        with anyio.fail_after(GUARD):
             await learner.fit(valid=False)
     together(bus, list(shared))
-    with anyio.fail_after(20):
+    with anyio.fail_after(GUARD):
         async with anyio.create_task_group() as tasks:
             for learner in shared:
                 tasks.start_soon(learner.fit, 1, True, False)
@@ -148,7 +145,7 @@ async def test_a_cancel_ends_the_fit_of_its_own_learner_only(
     def stop(event: AfterBatch) -> None:
         raise CancelFitException("large is done")
 
-    with anyio.fail_after(20):
+    with anyio.fail_after(GUARD):
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(small.fit)
             tasks.start_soon(large.fit)

@@ -28,6 +28,7 @@ from torch import nn
 
 from tests.faults import disk
 from tests.faults.disk import Disk, die_at, make_learner, run_out_of_space, tensors_of
+from tests.support.waiting import GUARD
 
 ROOT = Path(__file__).parents[2]
 
@@ -328,7 +329,9 @@ class Batches(Callback):
 
 
 @pytest.mark.parametrize("why", ["a file", "below a file", "a long name", "not allowed"])
-def test_a_folder_that_cannot_be_written_is_told_before_any_work(tmp_path: Path, why: str) -> None:
+def test_a_folder_that_cannot_be_written_is_reported_before_any_work(
+    tmp_path: Path, why: str
+) -> None:
     (tmp_path / "file").write_text("mine")
     if why == "not allowed":
         if os.geteuid() == 0:
@@ -382,13 +385,13 @@ def test_training_goes_on_while_a_slow_disk_is_written_and_fit_ends_after_it(
             i = sum("begins" in line for line in happened)
             happened.append(f"write {i} begins")
             writing[i].set()
-            assert may_write[i].wait(20)
+            assert may_write[i].wait(GUARD)
         if name == "rename" and path.startswith(".unfinished"):
             happened.append(f"write {sum('done' in line for line in happened)} is done")
 
     class Watch(Callback):
         def meanwhile(self, what: str, i: int) -> None:
-            assert writing[i].wait(20)
+            assert writing[i].wait(GUARD)
             assert len(checkpoints_in(tmp_path)) == i
             happened.append(what)
             may_write[i].set()
@@ -423,14 +426,14 @@ def test_training_goes_on_while_a_slow_disk_is_written_and_fit_ends_after_it(
     ]
 
 
-def test_what_is_written_late_is_what_there_was_when_it_was_saved(
+def test_a_checkpoint_written_late_has_the_state_of_when_it_was_saved(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trained_on = threading.Event()
 
     def wait(_count: int, name: str, path: str) -> None:
         if name == "create" and "000001" in path:
-            assert trained_on.wait(20)
+            assert trained_on.wait(GUARD)
 
     class Watch(Callback):
         def before_batch(self, event: BeforeBatch) -> None:

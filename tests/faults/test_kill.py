@@ -10,7 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 
-def test_a_training_that_is_killed_again_and_again_comes_out_as_undisturbed() -> None:
+def test_a_training_that_is_killed_repeatedly_equals_an_uninterrupted_one() -> None:
     command = [sys.executable, "-m", "tests.faults.kill", "--kills", "6"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
     print(done.stdout, done.stderr)

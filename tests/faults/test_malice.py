@@ -351,7 +351,7 @@ def test_a_manifest_that_is_long_is_not_read(checkpoint: Path, pool: ProcessPool
     b"[" * 500_000, b'{"a":' * 100_000, b"9" * 500_000, b"null", b"[]", b"{}", b'{"sha256": 1}',
     b"\xff\xfe", b"\0" * 1000, b'{"sha256": NaN}',
 ], ids=range(10))  # fmt: skip
-def test_a_manifest_that_is_none_is_damaged(checkpoint: Path, content: bytes) -> None:
+def test_a_file_that_is_not_a_manifest_is_damaged(checkpoint: Path, content: bytes) -> None:
     (checkpoint / "manifest.json").write_bytes(content)
     with pytest.raises(CheckpointDamagedError, match=r"manifest\.json"):
         Checkpoint.load(checkpoint)
@@ -382,7 +382,7 @@ POSITION = {"epoch": 1, "training": True, "batches": 0}
     {"files": {"state.pt": "../../etc/passwd"}},
     {"files": {"state.pt": {"size": "1", "sha256": None}}},
 ], ids=str)  # fmt: skip
-def test_a_manifest_that_does_not_say_what_it_should_is_damaged(
+def test_a_manifest_with_wrong_content_is_damaged(
     checkpoint: Path, changes: dict[str, Any]
 ) -> None:
     forge_manifest(checkpoint, **changes)
@@ -414,7 +414,7 @@ def test_no_file_that_a_manifest_names_is_read_but_the_state(checkpoint: Path) -
 
 @pytest.mark.parametrize("name", ["state.pt", "manifest.json"])
 @pytest.mark.parametrize("target", ["/dev/zero", "/dev/stdin", "itself", "nowhere", "/proc/kmsg"])
-def test_a_link_to_what_is_no_file_is_not_followed(
+def test_a_link_to_something_that_is_not_a_file_is_not_followed(
     checkpoint: Path, pool: ProcessPoolExecutor, name: str, target: str
 ) -> None:
     (checkpoint / name).unlink()

@@ -1,4 +1,4 @@
-"""Checkpoints that have rotted: what was changed, is told, and is never trained on.
+"""Corrupted checkpoints: every change is reported, and none is trained on.
 
 EVENTRAIN_LONG in the environment has every bit of the state flipped; otherwise it is 3,000 of them.
 """
@@ -180,7 +180,7 @@ def test_a_checkpoint_that_lost_both_its_files_is_passed_over(folder: Path) -> N
     assert [line["path"] for line in logs] == [str(last)]
 
 
-def test_another_format_is_told_with_the_versions_and_not_passed_over(folder: Path) -> None:
+def test_another_format_is_reported_with_the_versions_and_not_skipped(folder: Path) -> None:
     versions = {"eventrain": "9.1", "torch": "4.0", "python": "3.20"}
     last = checkpoints_in(folder)[-1]
     forge_manifest(last, format=3, versions=versions, files=None)

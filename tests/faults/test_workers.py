@@ -20,6 +20,8 @@ from structlog.testing import capture_logs
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
+from tests.support.waiting import GUARD
+
 Batch = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -33,7 +35,7 @@ class Slow(Dataset[Batch]):
         return torch.full((3,), float(index % 7)), torch.zeros(1)
 
 
-def test_a_worker_that_is_killed_is_told_and_the_last_checkpoint_is_whole(
+def test_a_killed_worker_is_reported_and_the_last_checkpoint_is_whole(
     make_model: Callable[[], nn.Module], tmp_path: Path
 ) -> None:
     loader = DataLoader(Slow(), 4, num_workers=2)
@@ -49,7 +51,7 @@ def test_a_worker_that_is_killed_is_told_and_the_last_checkpoint_is_whole(
             process.join()
 
     # On a thread that is not the main one torch looks for dead workers every 5 seconds; if the
-    # main thread has made a loader with workers before, it is told there by a signal, at once.
+    # main thread has made a loader with workers before, a signal reports it there at once.
     told = "exited unexpectedly|killed by signal"
     with record_events(learner) as events, pytest.raises(RuntimeError, match=told):
         learner.run(1, valid=False, cbs=CheckpointCB(tmp_path, every_batches=2))
@@ -69,7 +71,7 @@ class Blocking:
     def __iter__(self) -> Iterator[Batch]:
         yield self.batches[0]
         self.blocks.set()
-        assert self.go.wait(30)
+        assert self.go.wait(GUARD)
         yield self.batches[1]
 
 
@@ -90,7 +92,7 @@ async def test_a_loader_that_blocks_when_the_host_cancels_holds_the_fit_up_and_i
         finally:
             ended = True
 
-    with anyio.fail_after(30), capture_logs() as logs:
+    with anyio.fail_after(GUARD), capture_logs() as logs:
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(fit)
             while not loader.blocks.is_set():

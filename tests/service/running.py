@@ -17,6 +17,8 @@ from typing import Any
 
 import httpx
 
+from tests.support.waiting import wait_until
+
 
 @dataclass
 class Service:
@@ -41,11 +43,8 @@ class Service:
 
     def wait(self, run_id: str) -> dict[str, Any]:
         """The state of a run when it has ended."""
-        deadline = time.monotonic() + 120
-        while (state := self.state(run_id))["status"] == "running":
-            assert time.monotonic() < deadline, state
-            time.sleep(0.05)
-        return state
+        wait_until(lambda: self.state(run_id)["status"] != "running", seconds=240)
+        return self.state(run_id)
 
     def connect(self) -> socket.socket:
         """A bare connection, with a small buffer for what it does not read."""
@@ -102,7 +101,7 @@ class Gate:
 
 def address(log: Path, process: subprocess.Popen[bytes]) -> str:
     """Where a server says, in its log, that it runs."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while not (found := re.search(r"running on (http://\S+:\d+)", log.read_text())):
         assert process.poll() is None, log.read_text()
         assert time.monotonic() < deadline, log.read_text()
@@ -110,16 +109,8 @@ def address(log: Path, process: subprocess.Popen[bytes]) -> str:
     return found[1]
 
 
-def wait_until(condition: Callable[[], object], seconds: float = 60) -> None:
-    """Wait until something is so; an error if it takes longer."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
 def rest(connection: socket.socket) -> bytes:
-    """What comes until the other side closes the connection, or resets it."""
+    """All that arrives until the other side closes or resets the connection."""
     connection.settimeout(60)
     got = bytearray()
     with suppress(ConnectionResetError):

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from httpx_sse import connect_sse
 
-from tests.service.running import Serve, rest, wait_until
+from tests.service.running import Serve, rest
+from tests.support.waiting import wait_until
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="there is no /proc/PID/fd")

@@ -1,4 +1,4 @@
-"""Attacks on the service: by other sites, without the token, with what is no proper request."""
+"""Attacks on the service: by other sites, without the token, with malformed requests."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ def test_no_other_site_starts_a_run_logs_in_or_reads(
     "kind",
     ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", ""],
 )
-def test_what_a_form_of_any_site_can_send_is_no_request(guarded: Service, kind: str) -> None:
+def test_a_form_of_another_site_is_not_a_valid_request(guarded: Service, kind: str) -> None:
     """Even from a browser so old that it does not say where it comes from."""
     before = runs(guarded)
     content_type = [f"Content-Type: {kind}"] if kind else []
@@ -225,7 +225,7 @@ def test_no_spelling_of_a_path_gets_by_without_the_token(
         *(TOKEN, f"Basic {TOKEN}", f"Token {TOKEN}", f"Bearer,{TOKEN}", f"Bearer {TOKEN} x", ""),
     ],
 )
-def test_what_is_not_the_token_is_refused(guarded: Service, credentials: str) -> None:
+def test_a_wrong_token_is_refused(guarded: Service, credentials: str) -> None:
     answer = ask(guarded, "GET /runs", f"Authorization: {credentials}")
     assert answer.status == 401
     assert "POST /session" in answer.text
@@ -270,7 +270,7 @@ def test_there_are_no_websockets(guarded: Service, run_id: str) -> None:
     assert ask(guarded, line, *upgrade, BEARER, "Origin: http://evil.example").status == 403
 
 
-# What is no proper request.
+# Malformed requests.
 
 
 @pytest.mark.parametrize(
@@ -280,7 +280,7 @@ def test_there_are_no_websockets(guarded: Service, run_id: str) -> None:
         *("a" * 16 + "%0a", "%0a" + "a" * 16, "a" * 15 + "%00", "%D9%A1" * 16, "%ff" * 16),
     ],
 )
-def test_what_cannot_be_an_id_is_none(guarded: Service, made_up: str) -> None:
+def test_an_invalid_id_is_refused(guarded: Service, made_up: str) -> None:
     for line in ("GET /runs/{}", "GET /runs/{}/events", "GET /runs/{}/weights"):
         answer = ask(guarded, line.format(made_up), BEARER)
         assert answer.status == 422
@@ -316,7 +316,7 @@ def test_only_files_of_the_page_are_served(guarded: Service, path: str) -> None:
         *(("more", value) for value in ("1", "NaN", '"\\udfff"')),
     ],
 )
-def test_a_value_of_no_use_is_named_and_not_repeated(
+def test_an_invalid_value_is_named_and_not_repeated(
     guarded: Service, field: str, value: str
 ) -> None:
     before = runs(guarded)
@@ -336,7 +336,7 @@ def test_a_value_of_no_use_is_named_and_not_repeated(
         '{"epochs": ' + "9" * 8000 + "}",
     ],
 )
-def test_what_is_no_object_of_json_is_refused(guarded: Service, body: str) -> None:
+def test_a_body_that_is_not_a_json_object_is_refused(guarded: Service, body: str) -> None:
     for path in ("/runs", "/session"):
         answer = ask(guarded, f"POST {path}", BEARER, JSON, body=body)
         assert answer.status in (400, 422)
@@ -515,7 +515,7 @@ def test_a_name_that_no_host_has_is_refused(name: str) -> None:
     "limit",
     [*({"max_clients": value} for value in (0, -1)), *({"interval": v} for v in (-0.1, inf, nan))],
 )
-def test_a_limit_that_is_none_is_named(limit: dict[str, Any]) -> None:
+def test_an_invalid_limit_is_named(limit: dict[str, Any]) -> None:
     (name,) = limit
     with pytest.raises(ValueError, match=f"^{name}="):
         Settings(**limit)
@@ -561,7 +561,7 @@ def test_the_oldest_session_makes_room_for_one_too_many() -> None:
 
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
-async def test_nobody_behind_the_guard_parses_cookies(anyio_backend: str) -> None:
+async def test_cookies_are_not_parsed_behind_the_guard(anyio_backend: str) -> None:
     """Python's own parser takes seconds for one of backslashes (CVE-2024-7592)."""
     seen: list[Scope] = []
 

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from examples.service.journal import Journal, Message
+from tests.support.waiting import GUARD
 
 
 def record(number: int) -> dict[str, object]:
@@ -30,14 +31,14 @@ async def read(journal: Journal, last: int = 0) -> list[int]:
     return seen
 
 
-async def test_followers_get_what_was_and_what_comes_each_at_its_own_pace() -> None:
+async def test_followers_get_old_and_new_messages_each_at_its_own_pace() -> None:
     journal = Journal(100)
     results: dict[str, list[int]] = {}
 
     async def follow(name: str, last: int) -> None:
         results[name] = await read(journal, last)
 
-    with anyio.fail_after(10):
+    with anyio.fail_after(GUARD):
         journal.append(record(1))
         journal.append(record(2))
         async with anyio.create_task_group() as tasks:
@@ -56,7 +57,7 @@ async def test_followers_get_what_was_and_what_comes_each_at_its_own_pace() -> N
     }
 
 
-async def test_who_comes_too_late_is_told_how_many_it_missed() -> None:
+async def test_a_late_follower_learns_how_many_messages_it_missed() -> None:
     journal = Journal(3)
     for number in range(1, 11):
         journal.append(record(number))
@@ -74,7 +75,7 @@ async def test_messages_from_a_thread_are_numbered_in_their_order() -> None:
         for number in range(1, 11):
             journal.append(record(number))
 
-    with anyio.fail_after(10):
+    with anyio.fail_after(GUARD):
         thread = threading.Thread(target=append)
         thread.start()
         while thread.is_alive():

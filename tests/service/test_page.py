@@ -117,7 +117,7 @@ def await_rows(page: Page, n: int) -> None:
 
 
 def await_state(page: Page, state: Callable[[], Any], accept: Callable[[Any], bool]) -> None:
-    """Wait until the service tells what is accepted, and let the page go on meanwhile."""
+    """Wait until the service's state is accepted, and let the page go on meanwhile."""
     for _ in range(1200):
         if accept(found := state()):
             return
@@ -203,7 +203,7 @@ def test_a_run_started_in_the_form_grows_before_ones_eyes(service: Service, visi
     assert service.wait(run_id)["reason"] == "stopped by a client"
 
 
-def test_stop_tells_the_reason_and_shows_it_as_text(
+def test_stop_sends_the_reason_and_shows_it_as_text(
     service: Service, visit: Open, running: str
 ) -> None:
     page = visit(f"{service.url}/#{running}")
@@ -255,7 +255,7 @@ def test_the_skip_link_goes_to_the_run_and_leaves_the_address(
     assert page.url.endswith(ended)
 
 
-def test_what_the_service_says_against_a_field_stands_at_it(service: Service, visit: Open) -> None:
+def test_an_error_of_a_field_is_shown_next_to_it(service: Service, visit: Open) -> None:
     page = visit(service.url)
     page.fill("#epochs", "0")
     page.fill("#lr", "fast")
@@ -269,9 +269,7 @@ def test_what_the_service_says_against_a_field_stands_at_it(service: Service, vi
     assert page.evaluate("document.activeElement.id") == "epochs"
 
 
-def test_the_form_starts_with_what_the_service_takes_for_granted(
-    service: Service, visit: Open
-) -> None:
+def test_the_form_starts_with_the_defaults_of_the_service(service: Service, visit: Open) -> None:
     page = visit(service.url)
     schema = service.client.get("/openapi.json").json()["components"]["schemas"]["NewRun"]
     for name, field in schema["properties"].items():
@@ -422,7 +420,7 @@ def test_an_address_of_no_run_says_so(service: Service, visit: Open) -> None:
     sync_api.expect(page.locator("#no-run")).to_contain_text("No run 0123456789abcdef")
 
 
-def test_losses_that_are_no_numbers_leave_holes(service: Service, visit: Open) -> None:
+def test_losses_that_are_not_numbers_leave_gaps(service: Service, visit: Open) -> None:
     run_id = service.start(epochs=2, lr=10, batch_size=64, seed=1)
     assert service.wait(run_id)["history"][-1]["loss"] is None
     page = visit(f"{service.url}/#{run_id}")
@@ -484,7 +482,7 @@ def line(service: Service) -> Iterator[Line]:
     line.close()
 
 
-def test_a_lost_connection_is_told_and_goes_on_where_it_was(
+def test_a_lost_connection_is_shown_and_continues_where_it_was(
     service: Service, visit: Open, running: str, line: Line
 ) -> None:
     page = visit(f"{line.url}/#{running}")

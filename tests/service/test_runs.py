@@ -96,7 +96,7 @@ def test_runs_on_fashion_mnist_found_in_the_folder(service: Service, fashion_mni
         ("momentum", 0.9),
     ],
 )
-def test_a_field_that_cannot_be_is_named(service: Service, field: str, value: Any) -> None:
+def test_an_invalid_field_is_named(service: Service, field: str, value: Any) -> None:
     before = len(service.client.get("/runs").json())
     answer = service.client.post("/runs", json={field: value})
     assert answer.status_code == 422
@@ -104,7 +104,7 @@ def test_a_field_that_cannot_be_is_named(service: Service, field: str, value: An
     assert len(service.client.get("/runs").json()) == before
 
 
-def test_data_that_is_not_there_is_named(serve: Serve) -> None:
+def test_missing_data_is_named(serve: Serve) -> None:
     service = serve("--data", "/nowhere")
     answer = service.client.post("/runs", json={"dataset": "fashion-mnist"})
     assert answer.status_code == 422
@@ -167,7 +167,7 @@ def test_stopping_twice_is_harmless(service: Service) -> None:
     assert (state["status"], state["reason"]) == ("cancelled", "stopped by a client")
 
 
-def test_a_scope_that_is_none_is_named(service: Service) -> None:
+def test_an_invalid_scope_is_named(service: Service) -> None:
     run_id = service.start(epochs=1)
     answer = service.client.post(f"/runs/{run_id}/stop", json={"scope": "world"})
     assert answer.status_code == 422

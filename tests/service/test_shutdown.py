@@ -21,6 +21,7 @@ from examples.datasets import digits_in_memory
 from examples.service.runs import NewRun, Runs
 from examples.service.settings import Settings
 from tests.service.running import Gate, Serve, Service, address, rest
+from tests.support.waiting import GUARD
 
 ROOT = Path(__file__).parents[2]
 REASON = "the service is shutting down"
@@ -34,7 +35,7 @@ def last_message(service: Service, run_id: str, listening: threading.Barrier) ->
     ):
         messages = source.iter_sse()
         next(messages)
-        listening.wait(30)
+        listening.wait(GUARD)
         *_, last = messages
     data: dict[str, Any] = json.loads(last.data)
     return data
@@ -46,7 +47,7 @@ def test_three_runs_stop_and_say_why(serve: Serve) -> None:
     listening = threading.Barrier(4)
     with ThreadPoolExecutor() as pool:
         ends = [pool.submit(last_message, service, run_id, listening) for run_id in runs]
-        listening.wait(30)
+        listening.wait(GUARD)
         assert service.terminate() == 0
         for run_id, end in zip(runs, ends, strict=True):
             last = end.result(30)
@@ -68,8 +69,8 @@ def test_a_run_that_has_just_started_stops(serve: Serve) -> None:
 
 
 async def test_a_run_that_has_not_begun_its_fit_stops() -> None:
-    """At once after its start: what could be told it only later would train to its end."""
-    with anyio.fail_after(60):
+    """Right after its start: a stop that reached it only later would let it train to its end."""
+    with anyio.fail_after(GUARD):
         async with anyio.create_task_group() as tasks:
             runs = Runs(tasks, {"digits": digits_in_memory()}, Settings())
             run = await runs.start(NewRun(epochs=1000))
@@ -83,7 +84,7 @@ async def test_a_run_that_has_not_begun_its_fit_stops() -> None:
 def test_an_idle_service_ends_with_exit_code_0(serve: Serve, signum: signal.Signals) -> None:
     service = serve()
     service.process.send_signal(signum)
-    assert service.process.wait(30) == 0
+    assert service.process.wait(GUARD) == 0
     assert not [line for line in service.lines() if line["level"] in ("warning", "error")]
 
 
@@ -103,7 +104,7 @@ def test_while_it_stops_it_answers_but_takes_no_runs(serve: Serve, gate: Gate) -
     assert service.process.wait(60) == 0
 
 
-def test_a_client_that_does_not_read_holds_up_no_shutdown(serve: Serve) -> None:
+def test_a_client_that_does_not_read_does_not_delay_the_shutdown(serve: Serve) -> None:
     service = serve("--interval", 0, "--send-timeout", 600, module="tests.service.faulty")
     run_id = service.start(dataset="fashion-mnist", epochs=1000, batch_size=1)
     with service.deaf(run_id) as deaf:
@@ -182,5 +183,5 @@ def test_uvicorns_own_graceful_timeout_leaves_no_thread(tmp_path: Path) -> None:
         assert "timeout graceful shutdown exceeded" in log.read_text()
     finally:
         process.kill()
-        process.wait(30)
+        process.wait(GUARD)
         process.stdout.close()

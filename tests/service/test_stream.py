@@ -13,7 +13,8 @@ from httpx_sse import ServerSentEvent, connect_sse
 from jsonschema import Draft202012Validator
 from referencing import Registry, Resource
 
-from tests.service.running import Serve, Service, wait_until
+from tests.service.running import Serve, Service
+from tests.support.waiting import wait_until
 
 ROOT = Path(__file__).parents[2]
 
@@ -77,14 +78,14 @@ def test_messages_are_numbered_typed_and_as_the_schema_says(
     assert logged == ["fit_started", *["epoch"] * 4, "fit_ended"]
 
 
-def test_the_schema_refuses_what_is_no_message(schema: Draft202012Validator) -> None:
+def test_the_schema_refuses_invalid_messages(schema: Draft202012Validator) -> None:
     gap = {"event": "gap", "schema_version": 1, "run_id": "r", "missed": 3}
     assert schema.is_valid(gap)
     for wrong in ({"missed": 0}, {"event": "other"}, {"schema_version": 2}, {"more": 1}):
         assert not schema.is_valid({**gap, **wrong})
 
 
-def test_a_run_that_has_ended_is_told_from_the_start_and_then_no_more(service: Service) -> None:
+def test_a_run_that_has_ended_is_streamed_once_from_the_start(service: Service) -> None:
     run_id = service.start(epochs=1)
     live = list(read(service, run_id))
     assert as_sent(read(service, run_id)) == as_sent(live)
@@ -106,7 +107,7 @@ def test_last_event_id_resumes_without_loss_or_repetition(service: Service) -> N
 
 
 @pytest.mark.parametrize("value", ["-1", "one", "1.5", ""])
-def test_a_last_event_id_that_is_none_is_named(service: Service, value: str) -> None:
+def test_an_invalid_last_event_id_is_named(service: Service, value: str) -> None:
     run_id = service.start(epochs=1)
     answer = service.client.get(f"/runs/{run_id}/events", headers={"last-event-id": value})
     assert answer.status_code == 422
@@ -119,7 +120,7 @@ def test_a_last_event_id_of_the_future_is_refused(service: Service) -> None:
     assert answer.status_code == 409
 
 
-def test_a_client_is_told_what_the_journal_holds_no_longer(
+def test_a_client_learns_how_many_messages_the_journal_no_longer_holds(
     serve: Serve, schema: Draft202012Validator
 ) -> None:
     service = serve("--journal-size", 5)

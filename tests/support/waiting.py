@@ -15,12 +15,12 @@ GUARD = 60
 """Seconds after which something hangs, also on a busy machine."""
 
 
-def wait_until(condition: Callable[[], object]) -> None:
+def wait_until(condition: Callable[[], object], seconds: float = GUARD) -> None:
     """Block this thread until the condition holds."""
-    deadline = time.monotonic() + GUARD
+    deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
-        time.sleep(0.001)
+        time.sleep(0.002)
 
 
 async def until(condition: Callable[[], object]) -> None:

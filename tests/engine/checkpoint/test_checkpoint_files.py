@@ -1,4 +1,4 @@
-"""What is in a checkpoint's files, and which files of a folder stay."""
+"""The files of a checkpoint, and which checkpoints of a folder are kept."""
 
 from __future__ import annotations
 
@@ -31,6 +31,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
 from torch import nn
+
+from tests.support.waiting import GUARD
 
 RUN = "this-run"
 
@@ -126,13 +128,13 @@ def test_where_there_is_none_that_is_told(tmp_path: Path, there: str) -> None:
         Checkpoint.load(folder)
 
 
-def test_a_file_instead_of_a_folder_is_told(tmp_path: Path) -> None:
+def test_a_file_instead_of_a_folder_is_reported(tmp_path: Path) -> None:
     (tmp_path / "weights.pt").touch()
     with pytest.raises(CheckpointError, match=r"weights\.pt is a file"):
         Checkpoint.load(tmp_path / "weights.pt")
 
 
-def test_what_could_not_be_read_back_is_not_written(tmp_path: Path) -> None:
+def test_values_that_cannot_be_read_back_are_not_written(tmp_path: Path) -> None:
     write(tmp_path)
     for value in (Path("x"), {1, 2}, np.float64(1), b"bytes", 1 << 3000, object()):
         with pytest.raises(TypeError, match="could not be read back"):
@@ -202,7 +204,7 @@ def test_without_any_number_there_is_no_best(tmp_path: Path, folder_of: Any) -> 
     assert read_manifest(checkpoints.last)["metrics"] == {"loss": None}
 
 
-def test_the_best_of_a_number_that_is_not_there_is_told(tmp_path: Path, folder_of: Any) -> None:
+def test_the_best_of_a_missing_metric_is_an_error(tmp_path: Path, folder_of: Any) -> None:
     checkpoints = folder_of(1, ("accuracy", "max"))
     with pytest.raises(ValueError, match="the epoch has no metric 'accuracy'; it has loss"):
         put(checkpoints, 1)
@@ -240,7 +242,7 @@ def test_checkpoints_of_other_runs_are_left_alone(tmp_path: Path, folder_of: Any
     ]
 
 
-def test_damaged_ones_are_told_and_left_alone(tmp_path: Path, folder_of: Any) -> None:
+def test_damaged_checkpoints_are_reported_and_left_alone(tmp_path: Path, folder_of: Any) -> None:
     put(folder_of(run_id="another"), 0)
     put(folder_of(), 0)
     for path in checkpoints_in(tmp_path):
@@ -287,11 +289,11 @@ def test_a_folder_is_free_again_when_a_run_has_ended_wherever_that_was(
     CheckpointFolder(tmp_path / "checkpoints", "another", None, None).close()
 
 
-def test_jobs_beside_the_caller_are_done_one_after_the_other() -> None:
+def test_background_jobs_are_done_one_after_the_other() -> None:
     writer, done, may_go_on = BackgroundWriter(background=True), [], threading.Event()
 
     def first() -> None:
-        may_go_on.wait(10)
+        may_go_on.wait(GUARD)
         done.append("first")
 
     writer.write(first)
@@ -304,7 +306,7 @@ def test_jobs_beside_the_caller_are_done_one_after_the_other() -> None:
 
 
 @pytest.mark.parametrize("background", [True, False])
-def test_what_a_job_raises_comes_out_once(background: bool) -> None:
+def test_an_error_of_a_job_is_raised_once(background: bool) -> None:
     writer = BackgroundWriter(background)
 
     def fail() -> None:
@@ -423,7 +425,7 @@ def test_numpy_arrays_come_back_as_tensors(tmp_path: Path) -> None:
     assert torch.equal(back["a"], torch.arange(6).reshape(2, 3))
 
 
-def test_what_is_changed_later_is_not_changed_in_the_copy(tmp_path: Path) -> None:
+def test_later_changes_are_not_in_the_copy(tmp_path: Path) -> None:
     tensor, array, listed = torch.zeros(2), np.zeros(2), [1]
     snapshot = Snapshot({"t": tensor, "a": array, "l": listed})
     tensor += 1
@@ -465,7 +467,7 @@ def test_the_versions_of_modules_are_kept(tmp_path: Path) -> None:
     ({"a": torch.eye(2).to_sparse()}, r"(?s)value\['a'\].*sparse"),
     ([torch.empty(2, device="meta")], r"value\[0\].*meta"),
 ], ids=["set", "object", "function", "bytes", "large", "key", "sparse", "meta"])  # fmt: skip
-def test_what_can_be_no_part_of_one_is_told_with_its_place(value: Any, place: str) -> None:
+def test_a_value_that_cannot_be_saved_is_named_with_its_place(value: Any, place: str) -> None:
     with pytest.raises(TypeError, match=place):
         Snapshot(value, "value")
 
@@ -487,10 +489,10 @@ states = st.recursive(
 @given(state=states)
 def test_any_plain_state_comes_back(tmp_path_factory: Any, state: Any) -> None:
     back = round_trip(tmp_path_factory.mktemp("any"), state)
-    assert repr(back) == repr(state)  # tells 1 from True, 0.0 from -0.0, and nan is itself
+    assert repr(back) == repr(state)  # distinguishes 1 from True, 0.0 from -0.0, and nan is itself
 
 
-def test_a_damaged_one_is_told_by_its_path_too(tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_given_by_its_path_is_reported_too(tmp_path: Path) -> None:
     path = write(tmp_path)
     (path / "state.pt").unlink()
     with pytest.raises(CheckpointDamagedError, match=r"checkpoint-000001/state\.pt"):

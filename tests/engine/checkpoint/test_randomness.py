@@ -91,7 +91,7 @@ def test_other_loaders_made_in_the_same_way_go_on_with_it() -> None:
     assert draw(others) == drawn
 
 
-def test_what_is_not_in_use_has_no_state(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_library_that_is_not_in_use_has_no_state(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "numpy")
     state = random_state(DataLoaders())
     assert state.keys() - {"cuda", "xpu", "mps"} == {"python", "torch", "generators"}
@@ -138,7 +138,7 @@ def test_generators_are_found_wherever_a_loader_has_them(loader: Any, expected: 
     assert generators(DataLoaders(loader, loader)) == expected  # each of them once
 
 
-def test_a_sampler_that_is_its_own_is_looked_at_once() -> None:
+def test_a_sampler_that_refers_to_itself_is_looked_at_once() -> None:
     class Circle:
         def __init__(self) -> None:
             self.sampler = self

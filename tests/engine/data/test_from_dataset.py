@@ -1,4 +1,4 @@
-"""DataLoaders.from_dataset: the fastest loader with the same batches, and the words about it."""
+"""DataLoaders.from_dataset: the fastest loader with the same batches, and why it is that one."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ class InBatches(InLists):
         return torch.stack([i, i**2.0], 1), i
 
 
-def test_a_dataset_of_ones_own_is_read_sample_by_sample() -> None:
+def test_a_custom_dataset_is_read_sample_by_sample() -> None:
     assert_as_a_dataloader(Squares(), "samples", "not known where a Squares has its samples")
 
 
@@ -189,7 +189,7 @@ class Darker(FashionMNIST):
     ],
     ids=["subclass", "resize", "target", "function"],
 )
-def test_what_is_not_pointwise_is_read_sample_by_sample(
+def test_a_transform_that_is_not_pointwise_is_read_sample_by_sample(
     fashion_mnist: Path, make: Callable[[Path], Any], reason: str
 ) -> None:
     dataset = Subset(make(fashion_mnist), range(20))

@@ -86,7 +86,7 @@ class Loader:
 
 
 @given(batches=st.lists(st.integers()), depth=st.integers(1, 5), taken=st.integers(0, 12))
-def test_what_is_handed_out_is_a_prefix_in_order_and_no_thread_is_left(
+def test_the_batches_are_a_prefix_in_order_and_no_thread_is_left(
     batches: list[int], depth: int, taken: int
 ) -> None:
     ahead = Prefetcher(batches, depth=depth)
@@ -109,7 +109,7 @@ def test_it_is_as_long_as_its_loader() -> None:
         len(Prefetcher(iter([1, 2, 3])))
 
 
-def test_what_has_only_getitem_can_be_read() -> None:
+def test_an_object_with_only_getitem_can_be_read() -> None:
     class Old:
         def __getitem__(self, index: int) -> int:
             return [10, 20][index]
@@ -125,12 +125,12 @@ def test_it_says_what_it_wraps() -> None:
 
 
 @pytest.mark.parametrize("depth", [0, -1, 1.0, True, None, "2"])
-def test_a_depth_that_is_none_is_an_error_that_names_it(depth: Any) -> None:
+def test_an_invalid_depth_is_an_error_that_names_it(depth: Any) -> None:
     with pytest.raises(ValueError, match=f"depth={depth!r}: give an integer"):
         Prefetcher([], depth=depth)
 
 
-def test_what_cannot_be_iterated_is_an_error_that_names_it() -> None:
+def test_a_loader_that_cannot_be_iterated_is_named() -> None:
     with pytest.raises(TypeError, match=r"loader=5 cannot be iterated"):
         Prefetcher(5)  # type: ignore[arg-type]
 
@@ -191,7 +191,7 @@ def test_a_batch_that_was_handed_out_is_not_held() -> None:
         gc.enable()
 
 
-def test_what_was_read_for_nobody_is_let_go() -> None:
+def test_batches_read_for_nobody_are_released() -> None:
     loader = Loader(9)
     loader.readers = loader.closed_by = _Forgetful()  # who holds the thread holds its queues
     gc.disable()
@@ -366,7 +366,9 @@ async def test_in_a_fit_the_error_says_which_batch(make_model: Callable[[], nn.M
     assert learner.result.batches == 2
 
 
-async def test_an_empty_loader_is_told_of_as_without(make_model: Callable[[], nn.Module]) -> None:
+async def test_an_empty_loader_is_reported_as_without_the_callback(
+    make_model: Callable[[], nn.Module],
+) -> None:
     learner = TrainLearner(make_model(), DataLoaders(Prefetcher([])))
     with pytest.raises(ValueError, match=r"dls.train is empty.*Prefetcher\(\[\], depth=1\)"):
         await learner.fit(valid=False)
@@ -388,7 +390,7 @@ def test_the_generator_behind_it_is_closed_in_the_thread_that_read_it(depth: int
     assert loader.closed_by == loader.readers[:1]
 
 
-def test_a_generator_that_others_hold_can_be_read_on() -> None:
+def test_a_generator_that_others_hold_can_be_read_further() -> None:
     """As after a plain loop over it that is left."""
     batches = (i for i in range(9))
     ahead = Prefetcher(batches)

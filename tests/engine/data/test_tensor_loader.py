@@ -179,7 +179,7 @@ async def test_a_fit_has_the_weights_it_has_with_a_dataloader(
         ((torch.ones(3),), {"sampler": RandomSampler([1]), "shuffle": True}, ValueError, "sampler"),
     ],
 )
-def test_what_makes_no_loader_is_an_error_that_says_so(
+def test_arguments_that_make_no_loader_are_an_error_that_says_so(
     tensors: tuple[Any, ...], arguments: dict[str, Any], error: type[Exception], words: str
 ) -> None:
     with pytest.raises(error, match=words):

@@ -1,4 +1,4 @@
-"""In which order callbacks and subscribers run, and that `explain` tells it."""
+"""The order in which callbacks and subscribers run, and how `explain` shows it."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def make_learner(*cbs: Callback) -> Any:
 
 
 def heard_by(learner: Any, event_type: type[Event] = BeforeFit) -> list[str]:
-    """Who hears one event, in order, without a fit."""
+    """The receivers of one event, in order, without a fit."""
     learner.heard.clear()
     learner.bus.send(BeforeFit(learner, "r1", 0.0, 1))
     return list(learner.heard)
@@ -299,7 +299,7 @@ def test_a_circle_closed_by_a_temporary_callback_is_refused_before_the_fit() -> 
     assert heard_by(learner) == ["A", "C"]
 
 
-def test_callbacks_that_only_perform_or_observe_are_no_matter_to_the_others() -> None:
+def test_callbacks_that_only_perform_or_observe_do_not_affect_the_others() -> None:
     class Watches(Callback):
         observes = (AfterBatch,)
         run_after = ("A",)
@@ -318,7 +318,7 @@ ORDERS = st.lists(st.integers(-9, 9), min_size=2, max_size=6, unique=True)
 def test_any_list_of_callbacks_runs_in_one_order_that_keeps_all_constraints(
     data: st.DataObject,
 ) -> None:
-    """G2: with distinct orders and no circle, the order of the list is no matter."""
+    """G2: with distinct orders and no cycle, the order of the list does not matter."""
     orders = data.draw(ORDERS, "orders")
     n = len(orders)
     # What is drawn points one way along a hidden line, so that it makes no circle.
@@ -417,7 +417,7 @@ def recorded_order(learner: Learner, fit: Callable[[], Any]) -> dict[str, list[s
 def test_explain_lists_the_order_in_which_receivers_really_run(
     make_model: MakeModel, dls: DataLoaders
 ) -> None:
-    """G2: told before the run, and then compared with it."""
+    """G2: explained before the run, and then compared with it."""
     learner = MomentumLearner(
         make_model(),
         dls,

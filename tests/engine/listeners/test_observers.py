@@ -1,4 +1,4 @@
-"""Observers hear a fit from beside it: they lose only what is counted, and change nothing."""
+"""Observers run on the host's event loop: what they lose is counted, and they change nothing."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ async def read_into(stream: AsyncIterator[Event], heard: list[Event]) -> None:
 # -------------------------------------------------------------------------------------- streams
 
 
-async def test_a_stream_hears_every_event_in_order(learner: TrainLearner) -> None:
+async def test_a_stream_gets_every_event_in_order(learner: TrainLearner) -> None:
     """G8: the very objects that receivers get, the last ones after the fit has ended."""
     heard: list[Event] = []
     with anyio.fail_after(GUARD), record_events(learner) as events:
@@ -115,7 +115,7 @@ async def test_a_stream_ends_with_the_fit_however_that_ends(
     assert heard[-1].end.status == ending
 
 
-async def test_a_stream_hears_the_classes_it_names_and_those_below_once(
+async def test_a_stream_gets_the_classes_it_names_and_their_subclasses_once(
     learner: TrainLearner,
 ) -> None:
     """A class and its base are not heard twice."""
@@ -134,7 +134,7 @@ async def test_a_stream_hears_the_classes_it_names_and_those_below_once(
     assert (of_batches.emitted, of_batches.dropped) == (2, 0)
 
 
-async def test_a_stream_opened_during_the_fit_hears_the_rest(learner: TrainLearner) -> None:
+async def test_a_stream_opened_during_the_fit_gets_the_rest(learner: TrainLearner) -> None:
     """It ends with the fit that it was opened in."""
     opened = threading.Event()
     learner.on(CleanupEpoch, once=True)(lambda event: opened.wait(GUARD))
@@ -197,7 +197,7 @@ async def test_a_stream_watches_one_fit(learner: TrainLearner) -> None:
     assert first.run_id != second.run_id
 
 
-async def test_a_stream_of_one_learner_does_not_hear_another_on_its_bus(
+async def test_a_stream_of_one_learner_gets_no_events_of_another_on_its_bus(
     learner: TrainLearner, make_model: Callable[[], nn.Module], dls: DataLoaders
 ) -> None:
     """G10: a shared bus, separate streams."""
@@ -219,7 +219,7 @@ async def test_a_stream_of_one_learner_does_not_hear_another_on_its_bus(
         ({"on_error": "ignore"}, "on_error='ignore': choose 'log' or 'raise'"),
     ],
 )
-def test_wrong_arguments_are_told_when_they_are_given(
+def test_wrong_arguments_are_reported_when_they_are_given(
     learner: TrainLearner, arguments: dict[str, Any], error: str
 ) -> None:
     """And nothing is left behind."""
@@ -230,7 +230,7 @@ def test_wrong_arguments_are_told_when_they_are_given(
     assert learner.bus.subscriptions() == ()
 
 
-def test_a_stream_of_what_is_no_event_is_refused(learner: TrainLearner) -> None:
+def test_a_stream_of_something_other_than_events_is_refused(learner: TrainLearner) -> None:
     """Before any fit."""
     with pytest.raises(TypeError, match="is not an event class"):
         learner.events(nn.Module)
@@ -278,7 +278,7 @@ async def test_latest_delivers_the_newest(learner: TrainLearner) -> None:
     assert result.dropped == {stream.name: len(events) - 1}
 
 
-async def test_latest_delivers_to_a_slow_reader_what_is_newest_then(
+async def test_latest_delivers_the_newest_event_to_a_slow_reader(
     learner: TrainLearner,
 ) -> None:
     """G8: never an event older than one it has had, and always the last."""
@@ -348,7 +348,7 @@ async def test_a_fit_is_cancelled_while_a_full_buffer_blocks_it(learner: TrainLe
 
 
 @pytest.mark.parametrize("scope", ["fit", "epoch", "batch"])
-async def test_stop_is_heard_while_a_full_buffer_blocks_the_training(
+async def test_stop_takes_effect_while_a_full_buffer_blocks_the_training(
     learner: TrainLearner, scope: str
 ) -> None:
     """G8: nothing is lost, and with the reader back the rest of the fit goes on."""
@@ -527,7 +527,7 @@ async def test_an_observer_closed_in_the_training_thread_gets_what_it_had(
 
 
 async def test_a_stream_closed_in_the_training_thread_ends(learner: TrainLearner) -> None:
-    """Its reader waits on another thread, and has to be told there."""
+    """Its reader waits on another thread, and has to be woken there."""
     heard: list[Event] = []
     with anyio.fail_after(GUARD), record_events(learner) as events:
         async with learner.events() as stream, anyio.create_task_group() as tg:
@@ -544,7 +544,7 @@ async def test_a_stream_closed_in_the_training_thread_ends(learner: TrainLearner
     assert heard == events[: events.names.index("CleanupEpoch") + 1]
 
 
-async def test_an_observer_opened_by_a_callback_as_the_fit_begins_hears_it(
+async def test_an_observer_opened_by_a_callback_as_the_fit_begins_gets_its_events(
     learner: TrainLearner,
 ) -> None:
     """However short the fit is: from the next event to the last."""
@@ -565,7 +565,7 @@ async def test_an_observer_opened_by_a_callback_as_the_fit_begins_hears_it(
     assert learner.streams == []
 
 
-async def test_an_observer_opened_by_the_host_during_a_fit_hears_the_rest(
+async def test_an_observer_opened_by_the_host_during_a_fit_gets_the_rest(
     learner: TrainLearner,
 ) -> None:
     """From then on."""
@@ -581,7 +581,7 @@ async def test_an_observer_opened_by_the_host_during_a_fit_hears_the_rest(
     assert heard == events[events.names.index("CleanupEpoch") + 1 :]
 
 
-async def test_a_callback_may_observe_beside_its_receivers(learner: TrainLearner) -> None:
+async def test_a_callback_may_have_observers_and_receivers(learner: TrainLearner) -> None:
     """`observes` and `observe`, filtered by `wants`, for as long as it is attached."""
 
     class Watch(Callback):
@@ -621,7 +621,7 @@ def weights(learner: TrainLearner) -> list[torch.Tensor]:
 async def unobserved(
     make_model: Callable[[], nn.Module], dls: DataLoaders
 ) -> tuple[list[str], list[torch.Tensor]]:
-    """The events and the weights of the same fit with nobody beside it."""
+    """The events and the weights of the same fit without observers."""
     learner = TrainLearner(make_model(), dls)
     with record_events(learner) as events:
         await learner.fit(2)
@@ -832,7 +832,7 @@ async def test_an_observer_that_may_raise_ends_the_fit_with_its_error(
 async def test_an_observer_that_may_raise_does_so_when_the_training_is_over(
     learner: TrainLearner,
 ) -> None:
-    """G5: a short fit is over before its observers have heard of it; their errors count too."""
+    """G5: a short fit is over before its observers get the first event; their errors count too."""
     learner.observe(fail, AfterFit, on_error="raise")
     with anyio.fail_after(GUARD), capture_logs(), record_events(learner) as events:
         with pytest.raises(ZeroDivisionError, match="in an observer") as caught:

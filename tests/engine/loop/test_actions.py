@@ -179,7 +179,7 @@ def test_subscribers_and_callbacks_are_in_one_order(learner: Spoken) -> None:
 
 
 def test_who_listens_to_everything_performs_nothing(learner: Spoken) -> None:
-    """A subscription to a base class hears no action, so it takes none over."""
+    """A subscription to a base class gets no actions, so it takes none over."""
     heard: list[Event] = []
     learner.on(Event)(heard.append)
     learner.run(1)
@@ -292,7 +292,7 @@ def test_a_performer_that_closes_itself_leaves_the_action_to_the_next(learner: S
 def test_learners_that_share_a_bus_perform_their_own_actions(
     make_model: MakeModel, dls: DataLoaders
 ) -> None:
-    """G10: a subscriber of one is no performer for the other."""
+    """G10: a subscriber of one is not a performer for the other."""
     bus = Bus()
     one, other = (Spoken(make_model(), dls, bus=bus) for _ in range(2))
     one.add_cbs(taking_over(Predict, "callback"))
@@ -302,7 +302,7 @@ def test_learners_that_share_a_bus_perform_their_own_actions(
     assert other.said == said_by_method(TRAINING_BATCH, 3)
 
 
-def test_an_action_event_tells_where_the_loop_is(learner: Spoken) -> None:
+def test_an_action_event_has_the_position_of_the_loop(learner: Spoken) -> None:
     told: list[tuple[int, bool, int, int | None]] = []
 
     @learner.on(Predict)

@@ -1,4 +1,4 @@
-"""Reading on from the middle of an epoch: nothing is repeated, and nothing left out."""
+"""Resuming in the middle of an epoch: no batch is repeated, and none is left out."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ def whole_and_rest(make: Callable[[], Any], n: int) -> tuple[list[Any], list[Any
 
 @pytest.mark.parametrize("n", [1, 3, 5])
 @pytest.mark.parametrize("kind", [*SKIPPED, *AGAIN])
-def test_what_is_read_on_is_the_rest_of_the_epoch(kind: str, n: int) -> None:
+def test_resuming_reads_the_rest_of_the_epoch(kind: str, n: int) -> None:
     make = {**SKIPPED, **AGAIN}[kind]
     whole, rest, loader = whole_and_rest(lambda: make(Numbers()), n)
     assert rest == whole[n:]
@@ -162,13 +162,13 @@ def test_what_is_read_on_is_the_rest_of_the_epoch(kind: str, n: int) -> None:
 
 @pytest.mark.parametrize("n", [1, 3, 5])
 @pytest.mark.parametrize("kind", PREFETCHED)
-def test_what_is_prefetched_is_read_on_too(kind: str, n: int) -> None:
+def test_prefetched_batches_are_resumed_too(kind: str, n: int) -> None:
     whole, rest, _ = whole_and_rest(PREFETCHED[kind], n)
     assert rest == whole[n:]
 
 
 @pytest.mark.parametrize("kind", sorted(SKIPPED.keys() - {"batches by the dataset"}))
-def test_what_the_dataset_draws_goes_on_too(kind: str) -> None:
+def test_random_numbers_of_the_dataset_continue_too(kind: str) -> None:
     whole, rest, _ = whole_and_rest(lambda: SKIPPED[kind](Noisy()), 2)
     assert rest == whole[2:]
     assert rest != []
@@ -176,7 +176,7 @@ def test_what_the_dataset_draws_goes_on_too(kind: str) -> None:
 
 @pytest.mark.parametrize("n", [1, 4])
 @pytest.mark.parametrize("kind", SKIPPED)
-def test_nothing_is_loaded_of_what_is_passed_over(kind: str, n: int) -> None:
+def test_samples_of_skipped_batches_are_not_read(kind: str, n: int) -> None:
     data = Numbers()
     rest = skip_to(SKIPPED[kind](data), n, None)
     assert data.read == []
@@ -333,7 +333,7 @@ def test_the_loaders_of_accelerate_read_ahead() -> None:
         (Position(1, False, 1), [(0, True), (0, False), (1, True)], [(1, False)]),
     ],
 )
-def test_a_position_tells_what_is_done_and_what_was_begun(
+def test_a_position_has_what_is_done_and_what_was_begun(
     position: Position, beyond: list[Any], within: list[Any]
 ) -> None:
     parts = [(epoch, training) for epoch in (0, 1) for training in (True, False)]

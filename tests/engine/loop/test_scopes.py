@@ -376,7 +376,7 @@ IDS = ["-".join(filter(None, place[:2])) for place in PLACES]
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("place", PLACES, ids=IDS)
 @pytest.mark.parametrize("carrier", ["subscriber", "callback", "async"])
-def test_what_follows_when_a_receiver_raises(carrier: str, place: Place, kind: str) -> None:
+def test_the_rules_hold_when_a_receiver_raises(carrier: str, place: Place, kind: str) -> None:
     """G1, G3, G5: each event and action, each cancel and an error, each kind of receiver."""
     anyio.run(fit_and_compare, make_learner(), {place: (kind,)}, carrier)
 
@@ -399,7 +399,7 @@ def test_what_follows_when_a_receiver_raises(carrier: str, place: Place, kind: s
     ],
     ids=lambda place: "-".join(filter(None, place[:2])),
 )
-async def test_what_follows_when_an_async_receiver_raises(
+async def test_the_rules_hold_when_an_async_receiver_raises(
     place: Place, carrier: str, kind: str
 ) -> None:
     """G1, G3, G5: on every backend."""
@@ -531,7 +531,7 @@ def test_who_raises_keeps_others_from_an_event_but_not_from_a_cleanup(
     ]
 
 
-def test_a_failure_in_a_cleanup_is_told_on_the_error_that_came_first() -> None:
+def test_a_failure_in_a_cleanup_is_a_note_on_the_error_that_came_first() -> None:
     """G5: of three errors the first is raised, and the others are in its notes."""
     learner = make_learner()
 
@@ -555,7 +555,7 @@ class Fatal(BaseException):
     """No Exception, and no cancel of ours."""
 
 
-async def test_what_is_no_exception_and_no_cancel_fails_the_fit_through_every_cleanup() -> None:
+async def test_a_base_exception_fails_the_fit_through_every_cleanup() -> None:
     """G1, G5."""
     learner = make_learner()
 

@@ -551,7 +551,7 @@ def test_a_native_cancel_at_every_event_cleans_up(
     run_native(main)
 
 
-async def test_a_receiver_that_cancels_the_scope_of_the_fit_is_heard(
+async def test_a_receiver_that_cancels_the_scope_of_the_fit_ends_the_fit(
     learner: TrainLearner,
 ) -> None:
     """G4: an async receiver runs in the host's loop and may cancel its task."""
@@ -916,7 +916,7 @@ async def test_an_async_receiver_may_call_stop(learner: TrainLearner) -> None:
     assert result.status == "cancelled"
 
 
-async def test_stop_before_and_after_a_fit_is_not_heard(learner: TrainLearner) -> None:
+async def test_stop_before_and_after_a_fit_has_no_effect(learner: TrainLearner) -> None:
     """A stop is for the fit that runs: none waits for the next one."""
     assert not learner.stop()
     with record_events(learner) as events:

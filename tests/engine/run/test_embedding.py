@@ -1,4 +1,4 @@
-"""A fit as a guest: what a service, a script or a notebook notices of it, which is little."""
+"""A fit in a service, a script or a notebook: it leaves the host's process as it was."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from tests.support.waiting import GUARD, wait_until
 
 GUARD_OF_A_PROCESS = 120
-"""The same for a process of its own, which imports torch first, perhaps beside others that do."""
+"""The same for a child process, which imports torch first, perhaps while others do."""
 
 
 # ------------------------------------------------------------------------------------ the loop
@@ -135,7 +135,7 @@ class Endless:
 async def test_a_service_starts_stops_and_watches_a_fit(
     make_model: Callable[[], nn.Module],
 ) -> None:
-    """The embedder's life: a task that fits, a stream that tells, a stop, a result."""
+    """What a host does: a task that fits, a stream that reports, a stop, a result."""
     learner = TrainLearner(make_model(), DataLoaders(Endless()))
     results = []
 
@@ -249,7 +249,7 @@ async def test_fits_at_the_same_time_share_the_global_rng_and_are_told_so_once(
     ]
 
 
-async def test_fits_one_after_the_other_are_told_nothing(
+async def test_fits_one_after_the_other_log_no_warning(
     learner: TrainLearner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """G10: they share nothing at the same time, also after one that failed."""
@@ -265,7 +265,7 @@ async def test_fits_one_after_the_other_are_told_nothing(
 async def test_fits_at_the_same_time_have_observers_of_their_own(
     make_model: Callable[[], nn.Module], dls: DataLoaders
 ) -> None:
-    """G10: each hears its own run, whole."""
+    """G10: each gets its own run, complete."""
     learners = [TrainLearner(make_model(), dls) for _ in range(4)]
     heard: list[list[Event]] = [[] for _ in learners]
     recorded = [record_events(learner) for learner in learners]

@@ -1,4 +1,4 @@
-"""What `fit` takes, does and returns, when all goes well; custom events; `stop`."""
+"""The arguments, the events and the result of `fit` without errors; custom events; `stop`."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ async def test_the_arguments_may_be_given_by_place(learner: TrainLearner) -> Non
     assert learner.opt.param_groups[0]["lr"] == 0.25
 
 
-async def test_the_events_tell_where_the_loop_is(learner: TrainLearner) -> None:
+async def test_the_events_have_the_position_of_the_loop(learner: TrainLearner) -> None:
     with record_events(learner) as recorded:
         await learner.fit(2)
     told = [
@@ -142,7 +142,7 @@ async def test_each_run_has_an_id_of_its_own(learner: TrainLearner) -> None:
     assert len(set(ids)) == 5
 
 
-def test_what_is_done_is_counted_by_phase_and_anew_in_every_fit(learner: TrainLearner) -> None:
+def test_progress_is_counted_by_phase_and_anew_in_every_fit(learner: TrainLearner) -> None:
     seen = [(learner.done.epochs, learner.done.batches, learner.done.steps)]
 
     @learner.on(CleanupEpoch)
@@ -922,7 +922,7 @@ def test_run_again_and_again_and_on_another_backend(learner: TrainLearner) -> No
         assert learner.run(1, backend=backend).steps == 3
 
 
-def test_an_unknown_backend_is_told_by_anyio(learner: TrainLearner) -> None:
+def test_an_unknown_backend_is_reported_by_anyio(learner: TrainLearner) -> None:
     with pytest.raises(LookupError, match="curio"):
         learner.run(1, backend="curio")
     assert not learner.fitting

@@ -450,7 +450,7 @@ async def test_from_the_event_loop_while_a_batch_is_slow(learner: TrainLearner) 
 
 
 @pytest.mark.parametrize("event_type", [BeforeFit, BeforeEpoch, AfterBatch, AfterEpoch, AfterFit])
-async def test_a_stop_that_comes_any_time_is_heard_once(
+async def test_a_stop_at_any_time_takes_effect_once(
     learner: TrainLearner, event_type: type[Event]
 ) -> None:
     """A thousand callers at once, from another thread, are one stop."""

@@ -67,7 +67,7 @@ async def cancelled(fit: Callable[[], Awaitable[Any]], hangs: Hangs) -> None:
         tg.cancel_scope.cancel()
 
 
-async def test_a_batch_that_hangs_is_told_with_its_place(
+async def test_a_batch_that_hangs_is_logged_with_its_place(
     learner: TrainLearner, logs: list[Any]
 ) -> None:
     """The line of the user's code that it is at, innermost first."""
@@ -91,7 +91,7 @@ async def test_a_batch_that_hangs_is_told_with_its_place(
     assert (learner.result.status, learner.result.who) == ("cancelled", "host")
 
 
-async def test_it_is_told_once_however_long_it_lasts(
+async def test_it_is_logged_once_however_long_it_lasts(
     learner: TrainLearner, logs: list[Any]
 ) -> None:
     """G4: and the fit still returns only when its thread has ended."""
@@ -157,7 +157,7 @@ class Blocks(Dataset[Any]):
 
 
 async def where_it_waits_for(loader: Any, learner: TrainLearner, logs: list[Any]) -> list[str]:
-    """What is told of a fit that is cancelled while it waits for its first batch."""
+    """The lines that are logged of a fit that is cancelled while it waits for its first batch."""
     learner.dls = DataLoaders(loader)
     waits = anyio.Event()
     token = anyio.lowlevel.current_token()
@@ -172,10 +172,10 @@ async def where_it_waits_for(loader: Any, learner: TrainLearner, logs: list[Any]
     return [place.rpartition(" in ")[2] for place in line["where"]]
 
 
-async def test_a_loader_that_blocks_is_told_with_the_line_of_ones_own(
+async def test_a_loader_that_blocks_is_logged_with_the_line_of_user_code(
     learner: TrainLearner, logs: list[Any]
 ) -> None:
-    """Beyond the innermost frames, which may all be torch's or the standard library's."""
+    """After the innermost frames, which may all be torch's or the standard library's."""
     loader = DataLoader(Blocks(lambda: wait_until(lambda: logs)))
     *innermost, own, engines = await where_it_waits_for(loader, learner, logs)
     assert len(innermost) == 3
@@ -193,7 +193,7 @@ def processes() -> multiprocessing.context.ForkServerContext:
     return context
 
 
-async def test_a_worker_process_that_blocks_is_told_with_what_waits_for_it(
+async def test_a_worker_process_that_blocks_is_logged_with_the_line_that_waits(
     learner: TrainLearner, logs: list[Any], processes: multiprocessing.context.ForkServerContext
 ) -> None:
     """None of the lines is the user's, but one says that it is the data that is waited for."""
@@ -236,7 +236,7 @@ def test_cancelling_again_and_again_neither_puts_it_off_nor_repeats_it(
 
 
 @natively
-def test_it_is_told_also_when_every_task_of_the_loop_is_cancelled(
+def test_it_is_logged_also_when_every_task_of_the_loop_is_cancelled(
     learner: TrainLearner, run_native: Callable[..., Any], logs: list[Any]
 ) -> None:
     """G4: what is left of the fit then is the task that awaits it."""

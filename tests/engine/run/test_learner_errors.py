@@ -1,4 +1,4 @@
-"""What is wrong is said clearly: the thing, the value, the way out; before any work if possible."""
+"""Errors name the argument, its value and the way out, before any work where possible."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_the_way_out_of_missing_data_is_one(phase: str, learner: TrainLearner) -
 async def test_inference_without_data_names_its_own_way_out(
     method: str, learner: TrainLearner
 ) -> None:
-    """`fit(valid=False)` is no answer for who did not call fit."""
+    """`fit(valid=False)` is not suggested to a caller who did not call fit."""
     learner.dls.valid = None
     with refused(learner, ValueError, "dls.valid is missing") as raised:
         await getattr(learner, method)()
@@ -104,7 +104,7 @@ def test_an_empty_loader_is_refused(phase: str, loader: Any, learner: TrainLearn
         learner.run(1)
 
 
-def test_a_loader_emptied_by_drop_last_is_refused_and_told_why(learner: TrainLearner) -> None:
+def test_a_loader_emptied_by_drop_last_is_refused_with_the_reason(learner: TrainLearner) -> None:
     data = TensorDataset(torch.ones(3, 3), torch.ones(3, 1))
     learner.dls.train = DataLoader(data, batch_size=4, drop_last=True)
     with refused(learner, ValueError, "dls.train is empty", "drop_last=True", "batch_size"):
@@ -142,7 +142,9 @@ async def test_a_loader_that_turns_out_empty_fails_the_epoch(
     assert recorded.names == CUT_IN_THE_FIRST_EPOCH
 
 
-def test_an_iterator_is_exhausted_in_the_second_epoch_and_told_why(learner: TrainLearner) -> None:
+def test_an_iterator_exhausted_in_the_second_epoch_is_reported_with_the_reason(
+    learner: TrainLearner,
+) -> None:
     learner.dls.train = iter(learner.dls.train)
     with record_events(learner) as recorded:
         with pytest.raises(ValueError, match="an iterator can be read only once") as raised:
@@ -156,7 +158,7 @@ def test_an_iterator_is_exhausted_in_the_second_epoch_and_told_why(learner: Trai
 
 @PHASES
 @pytest.mark.parametrize("junk", [None, 7, "text", True, 1.5, b"x"], ids=repr)
-def test_what_is_no_batch_is_named_with_its_place(
+def test_an_invalid_batch_is_named_with_its_place(
     phase: str, junk: Any, learner: TrainLearner
 ) -> None:
     good = (torch.ones(4, 3), torch.ones(4, 1))
@@ -195,7 +197,7 @@ def test_an_error_of_the_loader_is_its_own_with_the_place_in_a_note(learner: Tra
     ids=["tuple", "list", "tensor"],
 )
 @pytest.mark.parametrize("cls", [TrainLearner, Learner])
-def test_a_batch_without_targets_is_told_as_such(
+def test_a_batch_without_targets_is_reported(
     batch: Any, what: str, cls: type[Learner], make_model: MakeModel
 ) -> None:
     learner = cls(make_model(), DataLoaders([batch]), cbs=TrainCB())
@@ -223,7 +225,7 @@ def test_a_batch_without_targets_is_told_as_such(
     ids=["not a scalar", "a number", "nothing", "detached"],
 )
 @pytest.mark.parametrize("cls", [TrainLearner, Learner])
-def test_a_loss_without_a_backward_pass_is_told_why(
+def test_a_loss_without_a_backward_pass_is_reported_with_the_reason(
     loss_func: Callable[..., Any],
     error: type[Exception],
     says: str,
@@ -239,7 +241,7 @@ def test_a_loss_without_a_backward_pass_is_told_why(
     assert recorded.names[-4:] == ["AfterLoss", *CUT_IN_THE_FIRST_BATCH]
 
 
-def test_a_frozen_model_is_told_by_its_loss(learner: TrainLearner) -> None:
+def test_a_frozen_model_is_reported_by_its_loss(learner: TrainLearner) -> None:
     learner.model.requires_grad_(False)
     with pytest.raises(ValueError, match="all are frozen") as raised:
         learner.run(1)
@@ -254,7 +256,7 @@ def test_a_frozen_model_is_told_by_its_loss(learner: TrainLearner) -> None:
     ],
     ids=["not a scalar", "a number"],
 )
-async def test_a_loss_that_cannot_be_averaged_is_told_in_validation_too(
+async def test_a_loss_that_cannot_be_averaged_is_reported_in_validation_too(
     loss_func: Callable[..., Any], says: str, learner: TrainLearner
 ) -> None:
     learner.loss_func = loss_func
@@ -313,14 +315,14 @@ def test_an_opt_func_that_raises_is_named(learner: TrainLearner) -> None:
 
 
 @pytest.mark.parametrize("opt_func", ["SGD", lambda: None, 3], ids=["text", "lambda", "number"])
-def test_what_is_no_opt_func_is_named(opt_func: Any, learner: TrainLearner) -> None:
+def test_an_invalid_opt_func_is_named(opt_func: Any, learner: TrainLearner) -> None:
     learner.opt_func = opt_func
     with refused(learner, TypeError) as raised:
         learner.run(1)
     assert f"raised by opt_func={opt_func!r}" in notes_of(raised)
 
 
-def test_a_model_without_parameters_is_told_by_its_optimizer(dls: DataLoaders) -> None:
+def test_a_model_without_parameters_is_reported_by_its_optimizer(dls: DataLoaders) -> None:
     learner = TrainLearner(nn.Identity(), dls)
     with refused(learner, ValueError, "empty parameter list") as raised:
         learner.run(1)
@@ -354,7 +356,7 @@ def test_a_failed_fit_keeps_the_optimizer_of_the_last_one(learner: TrainLearner)
 
 
 @pytest.mark.parametrize("n_epochs", [-1, 1.0, 0.5, True, False, "3", None], ids=repr)
-def test_a_number_of_epochs_that_is_none_is_refused(n_epochs: Any, learner: TrainLearner) -> None:
+def test_an_invalid_number_of_epochs_is_refused(n_epochs: Any, learner: TrainLearner) -> None:
     with refused(learner, ValueError, f"n_epochs={n_epochs!r}", "0 or more"):
         learner.run(n_epochs)
 
@@ -404,7 +406,7 @@ def test_two_instances_of_one_class_are_fine(learner: TrainLearner) -> None:
     ],
     ids=["a class", "the base class", "a number", "a function", "a name"],
 )
-def test_what_is_no_callback_is_refused(
+def test_an_object_that_is_not_a_callback_is_refused(
     junk: Any, says: str, where: str, wrap: Callable[[Any], Any], learner: TrainLearner
 ) -> None:
     with refused(learner, TypeError, says):
@@ -458,7 +460,7 @@ def test_callbacks_that_wait_for_each_other_are_refused(learner: TrainLearner) -
 
 @pytest.mark.parametrize("event_type", ["AfterBatch", int, None, Callback, 3], ids=repr)
 @pytest.mark.parametrize("how", ["on", "subscribe", "events", "observe"])
-def test_what_is_no_event_class_is_refused(
+def test_a_class_that_is_not_an_event_is_refused(
     event_type: Any, how: str, learner: TrainLearner
 ) -> None:
     with refused(learner, TypeError, f"{event_type!r} is not an event class", "eventrain.events"):
@@ -509,7 +511,7 @@ def test_a_callback_method_without_its_argument_is_refused(learner: TrainLearner
         learner.run(1, cbs=Forgetful())
 
 
-def test_what_cannot_be_called_is_no_receiver(learner: TrainLearner) -> None:
+def test_a_receiver_must_be_callable(learner: TrainLearner) -> None:
     with refused(learner, TypeError, "a receiver of AfterBatch must be callable: 3"):
         learner.subscribe(AfterBatch, 3)  # type: ignore[arg-type]
 

@@ -1,4 +1,4 @@
-"""What a fit keeps of its batches, and what many fits leave behind: nothing."""
+"""A fit keeps nothing of its batches, and many fits leave nothing behind."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ async def test_no_event_keeps_a_batch_alive(
     observer.close()
 
 
-async def test_a_batch_that_a_callback_replaces_is_let_go(
+async def test_a_batch_that_a_callback_replaces_is_released(
     make_model: Callable[[], nn.Module],
 ) -> None:
     """G12: where batches are converted or moved, only what they became is held."""
@@ -172,7 +172,7 @@ async def test_no_event_keeps_the_batch_of_a_failed_fit_alive(
     assert events.names[-1] == "CleanupFit"
 
 
-async def test_a_learner_that_is_let_go_takes_everything_with_it(
+async def test_a_learner_that_is_released_frees_everything_of_it(
     make_model: Callable[[], nn.Module], dls: DataLoaders
 ) -> None:
     """G9, G13: neither the runtime nor a thread nor the event loop holds it."""

@@ -1,4 +1,4 @@
-"""One thread runs the fit: what it takes over from its host, what it leaves behind."""
+"""One thread runs the fit: its context comes from the host, and nothing of it stays there."""
 
 from __future__ import annotations
 
@@ -603,7 +603,7 @@ async def test_the_callers_default_device_is_taken_over(learner: TrainLearner) -
 def test_the_training_thread_may_run_an_event_loop_of_its_own(
     learner: TrainLearner, backend: dict[str, Any], run: Callable[[Any], Any]
 ) -> None:
-    """A loader or a receiver that calls an async client blockingly is no business of ours."""
+    """A loader or a receiver that calls an async client blockingly is not affected."""
 
     async def fetch() -> str:
         await anyio.lowlevel.checkpoint()
@@ -752,7 +752,7 @@ async def test_a_callback_of_one_fit_may_detach_itself(learner: TrainLearner) ->
 
 
 async def test_a_fit_that_is_refused_leaves_no_callback_behind(learner: TrainLearner) -> None:
-    """G9: wrong arguments are told before any work, and nothing stays attached."""
+    """G9: wrong arguments are reported before any work, and nothing stays attached."""
     subscriptions = learner.bus.subscriptions()
     with pytest.raises(ValueError, match="lr=-1"):
         await learner.fit(cbs=Bystander(), lr=-1)

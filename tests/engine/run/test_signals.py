@@ -1,4 +1,4 @@
-"""`fit(graceful=...)`: the first SIGTERM or SIGINT ends the fit with its batch; no host is hurt.
+"""`fit(graceful=...)`: the first SIGTERM or SIGINT ends the fit after its batch.
 
 The handlers are those of this process, the main thread of which runs the tests; where a signal
 kills, or a script is to end well, it is a process of its own.
@@ -46,7 +46,7 @@ from tests.support.training import TRAIN_BATCH, VALID_BATCH
 from tests.support.waiting import GUARD, in_a_thread, wait_until
 
 GUARD_OF_A_PROCESS = 120
-"""The same for a process of its own, which imports torch first, perhaps beside others that do."""
+"""The same for a child process, which imports torch first, perhaps while others do."""
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 both_signals = pytest.mark.parametrize("signum", SIGNALS, ids=["SIGINT", "SIGTERM"])
@@ -83,7 +83,7 @@ class InBatch(Callback):
 
 @pytest.fixture
 def heard() -> Iterator[list[int]]:
-    """What the host's own handlers hear: plain ones, for both signals."""
+    """The signals that the host's own handlers got: plain ones, for both signals."""
     heard: list[int] = []
     own = [
         signal.signal(signum, lambda received, frame: heard.append(received)) for signum in SIGNALS
@@ -237,7 +237,7 @@ def test_a_second_ctrl_c_is_a_keyboard_interrupt(
 def test_a_second_ctrl_c_is_one_also_where_our_handler_was_put_back(
     learner: TrainLearner, backend: dict[str, Any]
 ) -> None:
-    """By something that has ended beside the fit, which has heard its signal already."""
+    """By something that ended during the fit, which has got its signal already."""
     ours: list[Any] = []
 
     def first() -> None:
@@ -385,7 +385,7 @@ async def test_a_handler_set_during_the_fit_that_calls_the_one_before_reaches_th
 async def test_when_the_deadline_is_over_the_fit_is_left_at_its_next_event(
     learner: TrainLearner, tmp_path: Path, signum: signal.Signals
 ) -> None:
-    """A batch that hangs is no reason to wait: it says so, and that nothing is saved there."""
+    """A batch that hangs does not delay it: this is logged, and that nothing is saved there."""
     checkpoints = CheckpointCB(tmp_path, every_batches=1)
 
     def hang() -> None:
@@ -414,7 +414,7 @@ async def test_when_the_deadline_is_over_the_fit_is_left_at_its_next_event(
 
 @pytest.mark.parametrize("cleanup", [CleanupBatch, CleanupFit])
 @pytest.mark.usefixtures("heard")
-async def test_a_cleanup_that_outlasts_the_deadline_is_told_and_not_cut(
+async def test_a_cleanup_that_outlasts_the_deadline_is_logged_and_not_cut(
     learner: TrainLearner, cleanup: type[Event]
 ) -> None:
     """G1: the batch is done, so the checkpoint is taken: nothing else is to be left."""
@@ -535,7 +535,7 @@ def test_the_host_has_its_handlers_back(
 def test_a_callback_that_the_host_has_added_to_its_loop_stays(
     learner: TrainLearner, factory: str, signum: signal.Signals
 ) -> None:
-    """It hears the first signal too, and those that come when the fit has ended."""
+    """It gets the first signal too, and those that come when the fit has ended."""
 
     async def main() -> None:
         loop = asyncio.get_running_loop()
@@ -556,7 +556,7 @@ def test_a_callback_that_the_host_has_added_to_its_loop_stays(
         runner.run(main())
 
 
-def test_a_receiver_that_a_trio_host_has_opened_hears_the_second_signal(
+def test_a_signal_receiver_of_a_trio_host_gets_the_second_signal(
     learner: TrainLearner,
 ) -> None:
     async def main() -> None:
@@ -575,7 +575,7 @@ def test_a_receiver_that_a_trio_host_has_opened_hears_the_second_signal(
 def test_a_signal_that_is_ignored_stays_so(
     learner: TrainLearner, backend: dict[str, Any], signum: signal.Signals
 ) -> None:
-    """A script that was started with `&` or nohup does not hear Ctrl-C."""
+    """A script that was started with `&` or nohup does not get Ctrl-C."""
     own = signal.signal(signum, signal.SIG_IGN)
     try:
 
@@ -604,7 +604,7 @@ async def test_no_handler_is_touched_unless_it_is_asked_for(
 def test_a_host_that_takes_the_signals_in_the_middle_of_a_fit_keeps_them(
     learner: TrainLearner, backend: dict[str, Any], heard: list[int]
 ) -> None:
-    """A server that is started beside the fit. When it has ended, the host before it is back."""
+    """A server that is started during the fit. When it has ended, the host before it is back."""
     later: list[int] = []
     found: list[Any] = []
 
@@ -722,7 +722,7 @@ async def test_a_fit_that_ends_leaves_the_signals_to_the_one_that_goes_on(
 
 
 @both_signals
-async def test_the_next_fit_hears_the_next_signal(
+async def test_the_next_fit_gets_the_next_signal(
     learner: TrainLearner, heard: list[int], signum: signal.Signals
 ) -> None:
     """G9."""
@@ -750,7 +750,7 @@ def test_a_fit_in_another_thread_is_refused_with_the_way_out(
 
 
 @pytest.mark.parametrize("graceful", [-1, -0.5, 0, 0.0, float("nan"), "30", None, [30]])
-async def test_what_is_no_time_is_refused(learner: TrainLearner, graceful: Any) -> None:
+async def test_an_invalid_time_is_refused(learner: TrainLearner, graceful: Any) -> None:
     before = handlers()
     with pytest.raises(ValueError, match="give True, or seconds above 0") as caught:
         await learner.fit(graceful=graceful)

@@ -55,7 +55,7 @@ from tests.support.resuming import (
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_whatever_is_trained_a_resumed_fit_is_the_undisturbed_one(kind: str) -> None:
+def test_whatever_is_trained_a_resumed_fit_equals_the_uninterrupted_one(kind: str) -> None:
     make = KINDS[kind]
     expected = undisturbed(make)
     for place in PLACES:
@@ -63,7 +63,7 @@ def test_whatever_is_trained_a_resumed_fit_is_the_undisturbed_one(kind: str) -> 
 
 
 @pytest.mark.parametrize("name", LOADERS)
-def test_whatever_the_data_a_resumed_fit_is_the_undisturbed_one(name: str) -> None:
+def test_whatever_the_data_a_resumed_fit_equals_the_uninterrupted_one(name: str) -> None:
     def make() -> TrainLearner:
         return make_learner(model=restless_model, dls=make_dls(LOADERS[name]()))
 
@@ -93,7 +93,7 @@ def test_whatever_the_data_a_resumed_fit_is_the_undisturbed_one(name: str) -> No
     ),
     phases=st.sampled_from([{}, {"valid": False}]),
 )
-def test_however_often_and_however_it_ends_it_is_the_undisturbed_fit(
+def test_however_often_and_however_it_ends_it_equals_the_uninterrupted_fit(
     kind: str, data: str, pieces: Pieces, each: dict[str, Any], phases: dict[str, bool]
 ) -> None:
     def make() -> TrainLearner:
@@ -119,7 +119,7 @@ def test_loading_in_worker_processes_goes_on_with_the_same_random_numbers(places
 
 
 class ByEpoch(Sampler[int]):
-    """As torch's DistributedSampler: another order every epoch, if it is told of it."""
+    """As torch's DistributedSampler: another order every epoch, if `set_epoch` is called."""
 
     epoch = 0
 
@@ -162,7 +162,7 @@ AS_TORCHDATA_IS = pytest.mark.filterwarnings("ignore:'set_vital' is deprecated:U
 @pytest.mark.parametrize(
     "dataset", [TRAINING, Augmented(), Streamed()], ids=lambda d: type(d).__name__
 )
-def test_a_loader_that_keeps_its_own_state_is_read_on_by_that(dataset: Any) -> None:
+def test_a_loader_that_keeps_its_own_state_resumes_from_that(dataset: Any) -> None:
     module = pytest.importorskip("torchdata.stateful_dataloader", reason="torchdata is an extra")
 
     def make() -> TrainLearner:
@@ -195,7 +195,7 @@ class Endless:
         (Endless, "Endless may not yield the same batches again"),
     ],
 )
-def test_data_that_may_not_repeat_itself_is_told_of_before_and_after(
+def test_data_that_may_not_repeat_is_logged_before_and_after(
     make_loader: Callable[[], Any], doubt: str, tmp_path: Path
 ) -> None:
     learner = make_learner(dls=make_dls(make_loader()))
@@ -208,7 +208,7 @@ def test_data_that_may_not_repeat_itself_is_told_of_before_and_after(
     assert [told.startswith(doubt) for told in doubts(logs)] == [True]
 
 
-def test_of_data_that_repeats_itself_nothing_is_told(tmp_path: Path) -> None:
+def test_data_that_repeats_is_not_logged(tmp_path: Path) -> None:
     learner = make_learner()
     interrupt(learner, 3, "graceful")
     with capture_logs() as logs:

@@ -34,7 +34,7 @@ def test_a_resumed_fit_has_the_learning_rate_that_it_had(done: Path) -> None:
 @pytest.mark.parametrize("n", [0, 2])
 def test_the_last_checkpoint_is_that_of_the_one_callback(n: int, tmp_path: Path) -> None:
     cbs = [CheckpointCB(tmp_path / str(i)) for i in range(n)]
-    with pytest.raises(ValueError, match=f"and there are {n} of them: pass a path"):
+    with pytest.raises(ValueError, match=f"and there are {n}: pass a path"):
         make_learner().run(1, cbs=cbs, resume="last")
 
 
@@ -49,7 +49,7 @@ def test_where_no_checkpoint_is_the_fit_says_so(name: str, tmp_path: Path) -> No
     assert learner.run(1).status == "completed"
 
 
-def test_of_nothing_yet_the_last_is_a_beginning_which_is_told(tmp_path: Path) -> None:
+def test_without_a_checkpoint_last_begins_anew_and_logs_it(tmp_path: Path) -> None:
     with capture_logs() as logs:
         learner = make_learner()
         result = learner.run(1, cbs=CheckpointCB(tmp_path / "new"), resume="last")

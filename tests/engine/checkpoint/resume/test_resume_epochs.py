@@ -44,7 +44,7 @@ def test_where_all_is_done_nothing_is_trained(done: Path) -> None:
 
 
 @pytest.mark.parametrize("batches", [EPOCH + 2, 2 * EPOCH])
-def test_where_more_is_done_than_is_asked_for_it_is_said(tmp_path: Path, batches: int) -> None:
+def test_more_epochs_done_than_asked_for_is_an_error(tmp_path: Path, batches: int) -> None:
     learner = make_learner()
     interrupt(learner, batches, "graceful")
     learner.run(3, cbs=CheckpointCB(tmp_path))

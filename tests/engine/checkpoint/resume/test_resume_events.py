@@ -99,7 +99,7 @@ class Loads(Callback):
         self.n = state["n"]
 
 
-def test_what_is_loaded_has_the_last_word(tmp_path: Path) -> None:
+def test_loaded_state_overrides_before_fit_and_before_epoch(tmp_path: Path) -> None:
     """In the middle of an epoch it is loaded after `before_epoch`; in the training thread."""
     learner = make_learner(Loads())
     interrupt(learner, 3, "graceful")
@@ -118,7 +118,9 @@ def test_between_two_epochs_it_is_loaded_before_the_next_one_begins(tmp_path: Pa
     assert cb.n == -200 + 2 * EPOCH
 
 
-def test_observers_hear_what_receivers_hear(in_the_middle: Path, backend: dict[str, Any]) -> None:
+def test_observers_get_the_events_that_receivers_get(
+    in_the_middle: Path, backend: dict[str, Any]
+) -> None:
     learner = make_learner()
     observed: list[Any] = []
     learner.observe(observed.append)
@@ -130,7 +132,7 @@ def test_observers_hear_what_receivers_hear(in_the_middle: Path, backend: dict[s
     }
 
 
-def test_those_who_show_a_fit_show_a_resumed_one(in_the_middle: Path) -> None:
+def test_reporters_show_a_resumed_fit(in_the_middle: Path) -> None:
     screen, log = StringIO(), StringIO()
     console = Console(file=screen, force_terminal=True, width=80)
     learner = make_learner(ProgressCB(console), StructlogCB(every=1, format="json", file=log))

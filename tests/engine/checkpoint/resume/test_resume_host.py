@@ -28,7 +28,7 @@ from tests.support.resuming import (
 from tests.support.waiting import GUARD
 
 
-async def test_on_every_backend_it_is_the_undisturbed_fit(tmp_path: Path) -> None:
+async def test_on_every_backend_it_equals_the_uninterrupted_fit(tmp_path: Path) -> None:
     make = KINDS["all-at-once"]
     disturb(0)
     learner = make()
@@ -45,7 +45,7 @@ async def test_on_every_backend_it_is_the_undisturbed_fit(tmp_path: Path) -> Non
 
 
 class Gate:
-    """`torch.load` that waits until it is told to go on."""
+    """`torch.load` that waits until the gate is open."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.reached, self.open = threading.Event(), threading.Event()
@@ -89,7 +89,7 @@ async def test_cancelled_while_a_checkpoint_is_read_nothing_is_changed(
                 await anyio.sleep(0.001)
             tasks.cancel_scope.cancel()
             with anyio.CancelScope(shield=True):
-                while not learner.stopping:  # until the fit has heard of it
+                while not learner.stopping:  # until the cancel has reached the fit
                     await anyio.sleep(0.001)
             gate.open.set()
     assert learner.result is not None

@@ -86,7 +86,7 @@ def test_batches_that_are_skipped_are_skipped_once(skipped: int) -> None:
         assert_same(in_pieces(make, [(place, "error")], each={"every_batches": 1}), expected)
 
 
-def test_an_epoch_that_was_left_is_not_taken_up_again() -> None:
+def test_an_epoch_that_was_left_is_not_continued() -> None:
     def make() -> TrainLearner:
         learner = KINDS["dropout-batchnorm"]()
 

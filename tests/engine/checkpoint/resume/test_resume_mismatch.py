@@ -118,7 +118,7 @@ MISMATCHES: dict[str, tuple[Make, str]] = {
 @pytest.mark.parametrize("where", ["done", "in_the_middle"])
 @pytest.mark.parametrize("what", MISMATCHES)
 @pytest.mark.usefixtures("_fresh_accelerate")
-def test_what_differs_is_named_before_anything_is_changed(
+def test_differences_are_named_before_anything_is_changed(
     what: str, where: str, request: pytest.FixtureRequest
 ) -> None:
     folder = request.getfixturevalue(where)
@@ -134,7 +134,7 @@ def test_what_differs_is_named_before_anything_is_changed(
         assert learner.run(1).status == "completed"  # it is as good as new
 
 
-def test_a_generator_less_is_named_too(tmp_path: Path) -> None:
+def test_a_missing_generator_is_named_too(tmp_path: Path) -> None:
     learner = make_learner(dls=make_dls(LOADERS["batch-sampler-own-generator"]()))
     learner.run(1, cbs=CheckpointCB(tmp_path))
     with pytest.raises(CheckpointMismatchError, match=r"have 0 random generators, but .* has 1$"):

@@ -84,7 +84,7 @@ class Forgetful(Callback):
         self.schedule = optim.lr_scheduler.StepLR(event.learner.opt, 1)
 
 
-def test_a_callback_that_forgets_a_scheduler_is_told_of(tmp_path: Path) -> None:
+def test_a_callback_that_does_not_save_its_scheduler_is_logged(tmp_path: Path) -> None:
     with capture_logs() as logs:
         make_learner(Forgetful(), OneCycle()).run(1, cbs=CheckpointCB(tmp_path))
     (line,) = logs
@@ -130,7 +130,7 @@ class Holds(Callback):
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_what_a_state_may_hold_comes_back_as_plain_data(
+def test_values_in_a_state_come_back_as_plain_data(
     value: Any, comes_back: Any, tmp_path: Path
 ) -> None:
     make_learner(Holds(value)).run(1, cbs=CheckpointCB(tmp_path))
@@ -152,7 +152,7 @@ def test_what_a_state_may_hold_comes_back_as_plain_data(
     ],
     ids=["object", "set", "sparse", "function", "bytes", "key"],
 )
-def test_what_it_may_not_hold_is_named_before_any_work(
+def test_values_that_a_state_cannot_hold_are_named_before_any_work(
     value: Any, named: str, tmp_path: Path
 ) -> None:
     learner = make_learner(Holds(value))
@@ -189,7 +189,7 @@ def test_weights_that_are_one_stay_one(tmp_path: Path) -> None:
     assert_same(in_pieces(make, [(3, "graceful"), (6, "graceful")]), undisturbed(make))
 
 
-def test_what_was_loaded_is_not_held_while_it_is_trained_on(in_the_middle: Path) -> None:
+def test_a_loaded_checkpoint_is_not_held_while_the_training_runs(in_the_middle: Path) -> None:
     """It is as large as the model and the state of the optimizer."""
     learner = make_learner()
     held = []
@@ -204,9 +204,7 @@ def test_what_was_loaded_is_not_held_while_it_is_trained_on(in_the_middle: Path)
 
 
 @pytest.mark.parametrize("n_epochs", [1, 2])
-def test_an_epoch_that_is_never_taken_up_again_is_not_saved(
-    in_the_middle: Path, n_epochs: int
-) -> None:
+def test_an_epoch_that_never_continues_is_not_saved(in_the_middle: Path, n_epochs: int) -> None:
     """The checkpoint that is resumed would be lost for a state that nobody has trained."""
     learner = make_learner()
     learner.subscribe(BeforeEpoch, cancel_epoch)
@@ -221,7 +219,7 @@ def cancel_epoch(event: BeforeEpoch) -> None:
     raise CancelEpochException("not this one")
 
 
-def test_an_epoch_that_is_cancelled_before_it_was_taken_up_is_no_silent_beginning(
+def test_an_epoch_cancelled_before_its_state_is_loaded_is_an_error(
     in_the_middle: Path,
 ) -> None:
     learner = make_learner()
