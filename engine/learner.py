@@ -25,7 +25,7 @@ from .run.validation import validating_on
 
 
 class Learner(Fittable):
-    """Trains a model and emits events; what happens in a batch is up to a subclass or callbacks.
+    """Trains a model and emits events. A subclass or callbacks define what is done in a batch.
 
     The loop, in full (`engine/loop/loop.py`):
 
@@ -51,19 +51,19 @@ class Learner(Fittable):
         cbs: one callback, or several.
         opt_func: called as `opt_func(model.parameters(), lr)` for every fit that trains; None
             keeps `learner.opt`.
-        bus: one to share with other learners; by default a new one.
+        bus: a bus to share with other learners; by default a new one.
 
     Attributes:
         model, dls, loss_func, lr, opt_func, bus: as given.
         opt: the optimizer of the last fit.
         batch, preds, loss: those of the current batch; receivers may replace them.
         epoch, n_epochs, iter, n_iter, training: the current position.
-        trains, validates: whether the fit has training epochs, and validating ones.
-        purpose: what the running fit, or the last one, is for: "fit", "validate", "predict" or
-            "lr_find".
-        done: what is completed in the current phase of the fit: `done.epochs`, `done.batches`,
+        trains, validates: whether the fit has training epochs, and validation epochs.
+        purpose: the purpose of the running fit, or of the last one: "fit", "validate", "predict"
+            or "lr_find".
+        done: the progress in the current phase of the fit: `done.epochs`, `done.batches`,
             `done.steps`.
-        record: the numbers of the current epoch, which receivers may add to.
+        record: the values recorded in the current epoch, to which receivers may add.
         result: the FitResult of the last fit, including failed and cancelled ones.
         cleanup_timeout: seconds that an async Cleanup* receiver gets after the host has cancelled.
         drain_timeout: seconds that observers get for their buffers after the fit has ended.
@@ -102,7 +102,7 @@ class Learner(Fittable):
         resume: str | os.PathLike[str] | None = None,
         graceful: bool | float = False,
     ) -> FitResult:
-        """Train and validate for `n_epochs`, in a thread of its own.
+        """Train and validate for `n_epochs`, in a separate thread.
 
         Returns, or raises, only when that thread has ended, however often the caller's task is
         cancelled meanwhile; a cancellation takes effect at the next event.
@@ -115,10 +115,10 @@ class Learner(Fittable):
             lr: the learning rate for this fit only.
             run_id: identifies the fit in its events, logs and result; by default a new random one,
                 or the one of the run that is resumed.
-            resume: a checkpoint to resume as if the run had not been interrupted: its path, the
-                path of a folder of checkpoints, or "last", which is the last whole checkpoint of
-                the `CheckpointCB` among the callbacks; if there is none yet, the fit begins at the
-                beginning. `n_epochs` includes the epochs before the checkpoint.
+            resume: a checkpoint to resume from as if the run had not been interrupted: its path,
+                the path of a folder of checkpoints, or "last", which is the last undamaged
+                checkpoint of the `CheckpointCB` among the callbacks; if there is none yet, the fit
+                begins at the beginning. `n_epochs` includes the epochs before the checkpoint.
             graceful: let the first SIGTERM or SIGINT end the fit after the current batch, and let
                 `CheckpointCB` save there; a second signal has its usual effect. A number is the
                 seconds after which the fit is stopped at its next event instead; True means 25.
@@ -128,9 +128,9 @@ class Learner(Fittable):
             RuntimeError: this learner is fitting already.
             TypeError, ValueError: an argument, callback or loader is missing or wrong; raised
                 before any work.
-            CheckpointError: there is no checkpoint to resume, or it is damaged.
+            CheckpointError: there is no checkpoint to resume from, or it is damaged.
             CheckpointMismatchError: the checkpoint does not fit; nothing has been changed.
-            Exception: what a receiver, the model or the data raised, with a note saying where.
+            Exception: an error of a receiver, the model or the data, with a note that says where.
         """
         return await self._fit(
             FitPlan(
@@ -184,7 +184,7 @@ class Learner(Fittable):
         )
 
     async def validate(self, dl: Any = None) -> dict[str, Any]:
-        """Run one validating epoch; return its numbers, such as "loss" and the metrics.
+        """Run one validation epoch; return its "loss" and other metrics.
 
         Args:
             dl: the loader to use, by default `dls.valid`.
@@ -202,7 +202,7 @@ class Learner(Fittable):
 
         Args:
             dl: the loader to use, by default `dls.valid`.
-            with_targets: whether to return the targets, too.
+            with_targets: whether to return the targets as well.
 
         Returns:
             The predictions on the CPU, concatenated along their first dimension; with targets,
@@ -215,9 +215,9 @@ class Learner(Fittable):
         with validating_on(self, dl):
             result = await self._fit(FitPlan(train=False, cbs=collected, purpose="predict"))
         if not collected.preds:
+            cause = f"{result.who} ended the run before the first ({result.reason})"
             raise RuntimeError(
-                f"no predictions: {result.who or 'nobody'} ended the run before the first"
-                f" ({result.reason or 'every batch was skipped'})"
+                f"no predictions: {cause if result.who else 'every batch was skipped'}"
             )
         preds = concatenate(collected.preds)
         return (preds, concatenate(collected.targets)) if with_targets else preds
@@ -225,12 +225,12 @@ class Learner(Fittable):
     async def lr_find(
         self, lr_mult: float = 1.3, start_lr: float = 1e-5, max_epochs: int = 10
     ) -> LRFinderCB:
-        """Try rising learning rates; restore model, optimizer and random states afterwards.
+        """Try increasing learning rates; restore model, optimizer and random states afterwards.
 
         Args:
             lr_mult: the factor from one step to the next.
             start_lr: the first learning rate.
-            max_epochs: end after so many epochs if the loss has not exploded before.
+            max_epochs: the most epochs; the search ends earlier when the loss explodes.
 
         Returns:
             The finder: its `suggestion("valley")`, `suggestions`, `lrs`, `losses`, `plot()`.

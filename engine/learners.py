@@ -15,7 +15,7 @@ from .loop.loss import check_loss
 
 
 class TrainLearner(Learner):
-    """A Learner for a batch of (inputs, targets), one model and one optimizer.
+    """A Learner for batches of (inputs, targets), one model and one optimizer.
 
     Example:
         >>> import torch
@@ -38,7 +38,7 @@ class TrainLearner(Learner):
     def backward(self) -> None:
         try:
             self.loss.backward()
-        except (AttributeError, RuntimeError):  # checking first would cost as much as the engine
+        except (AttributeError, RuntimeError):  # a check before would take as long as the engine
             check_loss(self.loss)
             raise
 

@@ -1,4 +1,4 @@
-"""One seed for all global random states."""
+"""Seeding of all global random states with one value."""
 
 from __future__ import annotations
 
@@ -8,28 +8,30 @@ from contextlib import suppress
 
 import torch
 
+from ..events.checks import is_int
+
 
 def seed_everything(seed: int, deterministic: bool = False) -> int:
     """Seed Python's `random`, numpy and torch with all of its devices.
 
-    Call it first in a script, before the model is made. It does not reach generators of one's
-    own (`torch.Generator`, `numpy.random.default_rng`, `random.Random`): seed those where they
-    are made. The workers of a `DataLoader` need nothing more: torch seeds them, numpy in them
-    included, from the loader's generator or else from the global one.
+    Call it first in a script, before the model is made. It does not seed separate generators
+    (`torch.Generator`, `numpy.random.default_rng`, `random.Random`): seed those where they are
+    made. The workers of a `DataLoader` do not need more: torch seeds them, including their numpy,
+    from the loader's generator or else from the global one.
 
     Args:
-        seed: for all of them.
-        deterministic: also have torch take deterministic algorithms only, which may be slower;
-            an operation that has none raises a RuntimeError. cuDNN no longer tries out which
-            algorithm is the fastest. And the environment's `CUBLAS_WORKSPACE_CONFIG` becomes
-            ":4096:8" if it is not set, which counts only before the process first uses CUDA.
-            False leaves all of these as they are.
+        seed: the seed for all of them.
+        deterministic: also make torch use only deterministic algorithms, which may be slower; an
+            operation without one raises a RuntimeError. cuDNN no longer benchmarks algorithms to
+            find the fastest. The environment variable `CUBLAS_WORKSPACE_CONFIG` is set to ":4096:8"
+            unless it is set, which has an effect only before the process first uses CUDA. False
+            leaves all of these as they are.
 
     Returns:
         The seed.
 
     Raises:
-        ValueError: `seed` is no whole number from 0 to 2**32 - 1, which is what numpy takes.
+        ValueError: `seed` is not an integer from 0 to 2**32 - 1, the range that numpy accepts.
 
     Example:
         >>> import torch
@@ -43,8 +45,8 @@ def seed_everything(seed: int, deterministic: bool = False) -> int:
 
     Source: Lightning's `seed_everything`; torch's page on reproducibility.
     """
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
-        raise ValueError(f"seed={seed!r}: give a whole number from 0 to 2**32 - 1")
+    if not is_int(seed, 0) or seed >= 2**32:
+        raise ValueError(f"seed={seed!r}: give an integer from 0 to 2**32 - 1")
     random.seed(seed)
     torch.manual_seed(seed)
     with suppress(ImportError):

@@ -14,7 +14,7 @@ from .learner import LearnerLike
 HOOKS: dict[str, tuple[type[Event], ...]] = {}
 """The event classes by the name of the callback method that receives them.
 
-There are several under one name where several packages define an event class of that name.
+A name has several classes if several packages define an event class of that name.
 """
 
 
@@ -24,8 +24,8 @@ class ScopeEnd:
 
     Attributes:
         status: "completed"; "cancelled" by a receiver, `stop` or the host; or "failed".
-        who: the receiver that cancelled or failed, where it is known.
-        reason: why: the reason of the cancel, or the error.
+        who: the receiver that cancelled or failed, if it is known.
+        reason: the reason of the cancel, or the error.
     """
 
     status: Literal["completed", "cancelled", "failed"]
@@ -67,7 +67,12 @@ class Event:
             learner: the learner that emits it.
             extra: the fields that a subclass adds.
         """
-        return cls(learner, learner.run_id, time(), *extra)
+        return cls(*cls._position(learner), *extra)
+
+    @staticmethod
+    def _position(learner: Any) -> tuple[Any, ...]:
+        """The values of the fields that tell where the learner is, in order."""
+        return learner, learner.run_id, time()
 
 
 def hook_name(class_name: str) -> str:
@@ -82,7 +87,7 @@ def hook_name(class_name: str) -> str:
 
 
 def _register(cls: type[Event]) -> None:
-    """Add an event class to `HOOKS`; one that is defined again replaces the earlier one."""
+    """Add an event class to `HOOKS`; a redefined class replaces its earlier definition."""
     others = [
         other
         for other in HOOKS.get(cls.hook, ())
@@ -100,14 +105,14 @@ class FitEvent(Event):
     """Concerns the whole fit.
 
     Attributes:
-        n_epochs: how many epochs the fit was asked for.
+        n_epochs: the number of epochs that were requested.
     """
 
     n_epochs: int
 
-    @classmethod
-    def of(cls, learner: Any, *extra: Any) -> Self:
-        return cls(learner, learner.run_id, time(), learner.n_epochs, *extra)
+    @staticmethod
+    def _position(learner: Any) -> tuple[Any, ...]:
+        return learner, learner.run_id, time(), learner.n_epochs
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -117,6 +122,18 @@ class _InEpoch(Event):
     training: bool
     n_iter: int | None
 
+    @staticmethod
+    def _position(learner: Any) -> tuple[Any, ...]:
+        return (
+            learner,
+            learner.run_id,
+            time(),
+            learner.n_epochs,
+            learner.epoch,
+            learner.training,
+            learner.n_iter,
+        )
+
     @property
     def phase(self) -> Literal["train", "valid"]:
         """The phase by its name: "train" while training, "valid" while validating."""
@@ -125,34 +142,14 @@ class _InEpoch(Event):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class EpochEvent(_InEpoch):
-    """Concerns one epoch, training or validating.
+    """Concerns one epoch, in training or validation.
 
     Attributes:
-        n_epochs: how many epochs the fit was asked for.
-        epoch: the number of the epoch, from 0.
-        training: True in a training epoch, False in a validating one.
+        n_epochs: the number of epochs that were requested.
+        epoch: the index of the epoch, from 0.
+        training: True in a training epoch, False in a validation epoch.
         n_iter: the number of batches in the epoch, None if the loader has no length.
     """
-
-    @classmethod
-    def of(cls, learner: Any, *extra: Any) -> Self:
-        return cls(
-            learner,
-            learner.run_id,
-            time(),
-            learner.n_epochs,
-            learner.epoch,
-            learner.training,
-            learner.n_iter,
-            *extra,
-        )
-
-
-def _lr(opt: Any) -> float | torch.Tensor | None:
-    if opt is None:
-        return None
-    lr = opt.param_groups[0]["lr"]
-    return lr.clone() if isinstance(lr, torch.Tensor) else lr  # schedulers change it in place
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -162,10 +159,11 @@ class _InBatch(_InEpoch):
     lr: float | torch.Tensor | None
     loss: torch.Tensor | None
 
-    @classmethod
-    def of(cls, learner: Any, *extra: Any) -> Self:
+    @staticmethod
+    def _position(learner: Any) -> tuple[Any, ...]:
+        lr = None if learner.opt is None else learner.opt.param_groups[0]["lr"]
         loss = learner.loss
-        return cls(
+        return (
             learner,
             learner.run_id,
             time(),
@@ -175,10 +173,47 @@ class _InBatch(_InEpoch):
             learner.n_iter,
             learner.iter,
             learner.n_samples,
-            _lr(learner.opt),
+            lr.clone() if isinstance(lr, torch.Tensor) else lr,  # schedulers change it in place
             loss.detach() if isinstance(loss, torch.Tensor) else None,
-            *extra,
         )
+
+    @classmethod
+    def of(cls, learner: Any, *extra: Any) -> Self:
+        position = _InBatch._position(learner)
+        if extra or hasattr(cls, "__post_init__"):
+            return cls(*position, *extra)
+        draft: Any = _Draft(position)
+        try:
+            draft.__class__ = cls
+        except TypeError:  # a subclass with a `__dict__`, or with slots of its own
+            return cls(*position)
+        return draft  # type: ignore[no-any-return]
+
+
+class _Draft(_InBatch):
+    """An event of a batch or step while it is being made.
+
+    It is not frozen, so its fields are set in a seventh of the time that the `__init__` of a frozen
+    dataclass takes. Then it becomes an event of the class that was asked for.
+    """
+
+    __slots__ = ()
+    __setattr__ = object.__setattr__
+
+    def __init__(self: Any, position: tuple[Any, ...]) -> None:
+        (
+            self.learner,
+            self.run_id,
+            self.time,
+            self.n_epochs,
+            self.epoch,
+            self.training,
+            self.n_iter,
+            self.iter,
+            self.n_samples,
+            self.lr,
+            self.loss,
+        ) = position
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -186,11 +221,11 @@ class BatchEvent(_InBatch):
     """Concerns one batch. In addition to the fields of an `EpochEvent`:
 
     Attributes:
-        iter: the number of the batch in the epoch, from 0.
+        iter: the index of the batch in the epoch, from 0.
         n_samples: samples seen in this epoch so far, including this batch.
         lr: the learning rate of the first parameter group, None without an optimizer.
         loss: the loss of this batch, detached, on its device; None before `GetLoss`. Reading
-            its number (`.item()`, `float`) makes the host wait for the device.
+            its value (`.item()`, `float`) makes the host wait for the device.
     """
 
 
@@ -204,22 +239,12 @@ class ActionEvent(_InEpoch):
     """A request to do one part of a batch; exactly one receiver performs it.
 
     Attributes:
-        iter: the number of the batch in the epoch, from 0; the other fields are those of an
+        iter: the index of the batch in the epoch, from 0; the other fields are those of an
             `EpochEvent`.
     """
 
     iter: int
 
-    @classmethod
-    def of(cls, learner: Any, *extra: Any) -> Self:
-        return cls(
-            learner,
-            learner.run_id,
-            time(),
-            learner.n_epochs,
-            learner.epoch,
-            learner.training,
-            learner.n_iter,
-            learner.iter,
-            *extra,
-        )
+    @staticmethod
+    def _position(learner: Any) -> tuple[Any, ...]:
+        return (*_InEpoch._position(learner), learner.iter)

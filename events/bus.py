@@ -1,6 +1,6 @@
 """The bus: typed subscriptions, one ordered blinker signal per event class.
 
-An event takes one way: `Learner.emit` -> `EventSignal.send` -> `Subscription` -> the receiver.
+The path of an event: `Learner.emit` -> `EventSignal.send` -> `Subscription` -> the receiver.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from .base import ActionEvent, Event
+from .checks import is_int
 from .signal import EventSignal
 from .subscription import Subscription, check_event_type, check_receiver
 
@@ -19,7 +20,7 @@ R = TypeVar("R", bound=Callable[..., Any])
 
 
 class Bus:
-    """Where events are sent and subscribed to. May be shared by several learners.
+    """Delivers events to their subscribers. Several learners may share one.
 
     Safe to use from any thread.
 
@@ -50,7 +51,7 @@ class Bus:
         return self.signals[check_event_type(event_type)]
 
     def send(self, event: Event) -> None:
-        """Send an event to its receivers. For events of your own, sent outside a fit."""
+        """Send an event to its receivers. It is meant for your own events, outside a fit."""
         self.signal(type(event)).send(event)
 
     def on(
@@ -86,10 +87,10 @@ class Bus:
         Args:
             event_type: an event class; a base class means all its subclasses except the actions.
             receiver: called with the event. An `async def` is awaited in its place in the order.
-            order: lower is earlier; equal ones are called in the order of connection.
+            order: lower is earlier; receivers of equal order are called in the order of connection.
             every: call it only with every n-th event.
-            once: close after the first call.
-            where: call it only with events for which this is true; checked before `every`.
+            once: close the subscription after the first call.
+            where: call it only with events for which this returns true; checked before `every`.
             learner: receive only the events of this learner, on a bus that several share.
 
         Raises:
@@ -100,16 +101,16 @@ class Bus:
         check_event_type(event_type)
         if event_type is ActionEvent:
             raise TypeError(
-                "exactly one receiver performs each action: subscribe to one by its own name,"
+                "exactly one receiver performs each action: subscribe to one action by its class,"
                 " Predict, GetLoss, Backward, Step or ZeroGrad"
             )
         check_receiver(receiver, event_type)
-        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+        if not is_int(every, 1):
             raise ValueError(f"every={every!r}: give a positive integer, 1 for all events")
         if issubclass(event_type, ActionEvent) and (every != 1 or where is not None):
             raise ValueError(
-                f"every and where cannot be used with {event_type.__name__}: an event that they"
-                " filter out would be performed by nobody; decide inside the receiver"
+                f"every and where cannot be used with {event_type.__name__}: an action that they"
+                " filter out would not be performed; decide inside the receiver"
             )
         if not isinstance(order, int | float) or order != order:
             raise ValueError(f"order={order!r}: give a number; lower is called earlier")

@@ -1,4 +1,4 @@
-"""A callback: one idea of training, as a group of receivers.
+"""A callback: a group of receivers that together add one feature to the training.
 
 Its methods named after events (`before_batch`, `after_loss`, ...) receive them while it is
 attached to a learner; a method named after an action (`predict`, `get_loss`, `backward`,
@@ -20,7 +20,7 @@ Overflow = Literal["drop_oldest", "latest", "block"]
 
 
 class Watcher(Protocol):
-    """What `Callback.watcher` returns: it gets the observed events of one fit.
+    """The type that `Callback.watcher` returns: it receives the observed events of one fit.
 
     It may also have a method `close()`, which is called on the event loop when no more events of
     this fit will come.
@@ -39,15 +39,16 @@ class Callback:
     """Base class of all callbacks.
 
     Attributes:
-        order: callbacks of lower order run earlier; equal ones in the order of attachment.
+        order: callbacks of lower order run earlier; those of equal order in the order of
+            attachment.
         run_after: callback classes, or their names, that run before this one if they are attached,
             whatever their `order`.
         run_before: the same, for callbacks that run after this one.
-        observes: event classes that are given to the method `observe(event)`, plain or async, on
+        observes: event classes that are passed to the method `observe(event)`, plain or async, on
             the host's event loop, concurrently with the training.
         buffer, overflow: the buffer for observed events; see `Learner.observe`.
-        fit_purpose: "lr_find" in LRFinderCB: what a fit is for while this callback is attached. A
-            fit whose purpose is not "fit" is not saved, scheduled or stopped early.
+        fit_purpose: the purpose of a fit while this callback is attached: "lr_find" in LRFinderCB.
+            A fit whose purpose is not "fit" is not saved, scheduled or stopped early.
 
     Raises:
         TypeError: when a subclass is defined, if a method looks like a misspelt event name, or
@@ -68,7 +69,7 @@ class Callback:
             ...
         TypeError: Typo.after_bach does not receive an event: did you mean 'after_batch'? ...
 
-    Source: fastai's miniai; `run_after` and `run_before` are fastai's.
+    Source: fastai's miniai; `run_after` and `run_before` come from fastai.
     """
 
     order: float = 0
@@ -84,7 +85,7 @@ class Callback:
         for name, value in vars(cls).items():
             if name.startswith("_") or isinstance(value, type) or name in vars(Callback):
                 continue
-            method = getattr(cls, name)  # of a classmethod, say, only the bound one is callable
+            method = getattr(cls, name)  # a classmethod is callable only once it is bound
             if name in HOOKS:
                 if callable(method):
                     _event_class(cls, name, method)
@@ -92,7 +93,10 @@ class Callback:
                 _check_name(cls, name, method)
         observed = callable(getattr(cls, "observe", None)) or cls.watcher is not Callback.watcher
         if cls.observes and not observed:
-            raise TypeError(f"{cls.__qualname__} has `observes`, but no method `observe`")
+            raise TypeError(
+                f"{cls.__qualname__} has `observes`, but no method `observe`: define"
+                " observe(self, event), or remove `observes`"
+            )
 
     def receivers(self, learner: Any) -> Iterator[tuple[type[Event], Callable[[Any], Any]]]:
         """Yield (event class, method) for each event it receives from `learner`.
@@ -106,7 +110,7 @@ class Callback:
                 yield _event_class(type(self), hook, method), method
 
     def wants(self, event: Event) -> bool:
-        """Whether to give an event of `observes` to `observe`. Called in the training thread, so
+        """Whether to pass an event of `observes` to `observe`. Called in the training thread, so
         it must be quick."""
         return True
 
@@ -128,7 +132,7 @@ def _event_class(cls: type[Callback], name: str, method: Callable[..., Any]) -> 
     """The event class that a method receives: the one of its name or, of several, the annotated.
 
     Raises:
-        TypeError: it cannot be told which; or the name is that of ActionEvent.
+        TypeError: several classes are possible; or the name is that of ActionEvent.
     """
     if name in _NEVER_RECEIVED:
         raise TypeError(
@@ -149,7 +153,7 @@ def _event_class(cls: type[Callback], name: str, method: Callable[..., Any]) -> 
 
 
 def _annotation(method: Callable[..., Any]) -> type[Event] | None:
-    """The event class with which a parameter is annotated; None if it cannot be told."""
+    """The event class with which a parameter is annotated; None if it cannot be determined."""
     try:
         parameters = inspect.signature(method).parameters.values()
     except (TypeError, ValueError):  # some builtins have no signature
@@ -167,24 +171,24 @@ def _annotation(method: Callable[..., Any]) -> type[Event] | None:
 
 
 def _check_name(cls: type[Callback], name: str, method: Callable[..., Any]) -> None:
-    """Refuse a method whose name must be a misspelt event name."""
+    """Raise a TypeError for a method whose name is most likely a misspelt event name."""
     near = difflib.get_close_matches(name, HOOKS, n=1, cutoff=0.85)
     prefixed = name.startswith(_PREFIXES)
     if not prefixed and not (near and _takes_an_event(near[0], method)):
-        return  # a name of the user's own, such as `steps`
-    hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(HOOKS)}."
+        return  # another method of the user, such as `steps`
+    hint = f"did you mean {near[0]!r}?" if near else f"the events are {', '.join(HOOKS)}."
     raise TypeError(
-        f"{cls.__qualname__}.{name} does not receive an event: {hint} Give a method of your own"
-        f" another name, or begin it with an underscore: _{name}"
+        f"{cls.__qualname__}.{name} does not receive an event: {hint} If it is not meant to,"
+        f" rename it, for example with an underscore: _{name}"
     )
 
 
 def _takes_an_event(near: str, method: Callable[..., Any]) -> bool:
-    """Whether a method with a name like that of the event `near` must be meant to receive it.
+    """Whether a method with a name like that of the event `near` is meant to receive it.
 
-    Names such as `befor_batch` have no other meaning. The short ones are near to honest names
-    (`steps`, `events`): there, the method has to take one argument that is called `event`, or is
-    annotated with an event class.
+    Names such as `befor_batch` have no other meaning. The short event names are close to names
+    that users choose (`steps`, `events`): for those, the method has to take one argument that is
+    named `event` or annotated with an event class.
     """
     if near.startswith(_PREFIXES):
         return True

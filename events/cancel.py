@@ -3,14 +3,14 @@
     BaseException
     └── CancelException            abstract: catch it to mean "any cancel"
         ├── CancelFitException     ends the fit
-        ├── CancelEpochException   ends the epoch, training or validating
+        ├── CancelEpochException   ends the epoch, in training or validation
         ├── CancelBatchException   ends the batch
-        └── CancelStepException    ends the optimizer step; AfterBatch still fires
+        └── CancelStepException    ends the optimizer step; AfterBatch is still emitted
 
-The scope that is named catches it, subclasses included; scopes inside it are left through
+The named scope catches the exception and its subclasses; the scopes inside it are left through
 their Cleanup* events. Like `KeyboardInterrupt` they derive from `BaseException`, so that a
-receiver's own `except Exception` cannot swallow them. One that reaches no scope of its kind
-(a CancelStepException outside a step) becomes a `RuntimeError` naming the receiver.
+receiver's own `except Exception` cannot swallow them. If no scope of its kind is open (a
+CancelStepException outside a step), it becomes a `RuntimeError` that names the receiver.
 
 Example:
     >>> try:
@@ -31,11 +31,11 @@ class CancelException(BaseException):
     """Base of the cancels.
 
     Args:
-        reason: why, for the Cleanup* event, the logs and `FitResult`.
+        reason: the reason to report in the Cleanup* event, the logs and `FitResult`.
     """
 
     width: ClassVar[int] = 0
-    """Rank of the scope it ends, narrowest first."""
+    """The rank of the scope that it ends: 1 is the narrowest."""
 
     who: str | None = None
     """The receiver that raised it; set by the bus."""
@@ -46,24 +46,24 @@ class CancelException(BaseException):
 
 
 class CancelFitException(CancelException):
-    """Ends the fit: CleanupBatch and CleanupEpoch where open, then CleanupFit."""
+    """Ends the fit: CleanupBatch and CleanupEpoch if those are open, then CleanupFit."""
 
     width = 4
 
 
 class CancelEpochException(CancelException):
-    """Ends the epoch; the fit goes on with the next one."""
+    """Ends the epoch; the fit continues with the next one."""
 
     width = 3
 
 
 class CancelBatchException(CancelException):
-    """Ends the batch; the epoch goes on with the next one."""
+    """Ends the batch; the epoch continues with the next one."""
 
     width = 2
 
 
 class CancelStepException(CancelException):
-    """Ends the optimizer step (no `Step`, no `ZeroGrad`); the batch goes on to AfterBatch."""
+    """Ends the optimizer step (no `Step`, no `ZeroGrad`); the batch continues at AfterBatch."""
 
     width = 1

@@ -1,4 +1,4 @@
-"""Objects that can be closed, as context managers."""
+"""A base class for objects that can be closed, which makes them context managers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Self
 
 
 class Closing(ABC):
-    """Gives a class with `close` the two methods of a context manager."""
+    """Adds the two methods of a context manager to a class with `close`."""
 
     __slots__ = ()
 

@@ -1,4 +1,4 @@
-"""Errors of receivers: who raised them, which of several is raised, and in which wrapping.
+"""Errors of receivers: which receiver raised one, and which of several errors is raised.
 
 Source: the notes of PEP 678.
 """
@@ -25,7 +25,7 @@ def annotate_error(exc: BaseException, who: str, event: Event) -> BaseException:
 
 
 def who_raised(exc: BaseException) -> str | None:
-    """The receiver named by the first note of `annotate_error`, None without one."""
+    """The receiver named by the first note of `annotate_error`, None without such a note."""
     for note in getattr(exc, "__notes__", ()):
         if found := re.match(r"raised by (.+) on \w+", note):
             return found[1]
@@ -35,7 +35,7 @@ def who_raised(exc: BaseException) -> str | None:
 def most_severe(errors: Iterable[BaseException]) -> BaseException:
     """Choose which of several exceptions to raise: an error, or else the widest cancel.
 
-    Of equals it is the first.
+    If several are equally severe, it is the first of them.
 
     Example:
         >>> from eventrain.events import CancelBatchException
@@ -48,7 +48,7 @@ def most_severe(errors: Iterable[BaseException]) -> BaseException:
 
 
 def unwrap(exc: BaseException) -> BaseException:
-    """Take an exception out of the exception groups in which task groups wrapped it.
+    """Extract an exception from the exception groups in which task groups wrapped it.
 
     A group of one is replaced by its member. In a group of several, errors take precedence over
     cancels: the group without its cancels is returned, or the widest cancel if there are no errors.

@@ -1,4 +1,4 @@
-"""What receivers of events may rely on in a learner, whichever class it is of."""
+"""The attributes and methods that receivers of events may use on every learner."""
 
 from __future__ import annotations
 
@@ -27,21 +27,22 @@ class LearnerLike(Protocol):
     Attributes:
         model, dls, loss_func, lr, opt_func: as given to the learner; the first two may be replaced
             for the length of a fit.
-        opt: the optimizer of this fit, None if the fit does not train.
+        opt: the optimizer of the last fit that trained, None before the first.
         dl: the loader of the current epoch.
         batch, preds, loss: those of the current batch; receivers may replace them.
         epoch, n_epochs, iter, n_iter, n_samples, training: the current position; see `BatchEvent`.
-        trains, validates: whether the fit has training epochs, and validating ones.
-        purpose: "fit"; or "validate", "predict", "lr_find" for a run of that method.
+        trains, validates: whether the fit has training epochs, and validation epochs.
+        purpose: "fit"; or "validate", "predict" or "lr_find" in a run of `validate`, `get_preds`
+            or `lr_find`.
         run_id: identifies the fit.
-        record: the numbers of the current epoch, which receivers may add to.
+        record: the values recorded in the current epoch, to which receivers may add.
         history: the records of the epochs of this fit so far.
         done: what is completed in the current phase.
-        outer_continues: for Cleanup* receivers: whether only this scope is over, completed or by
-            its own cancel.
+        outer_continues: for Cleanup* receivers: whether this scope was completed, or left by its
+            own cancel, so that the scope around it continues.
         graceful_stop_due: for Cleanup* receivers: whether a graceful `stop` takes effect when they
             have returned.
-        metrics: the `MetricsCB` that is attached, set by it.
+        metrics: the `MetricsCB` of the fit, which sets it.
     """
 
     model: nn.Module

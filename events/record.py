@@ -1,6 +1,6 @@
 """A helper for tests: the emitted events as a list.
 
-Source: the idea is structlog's `capture_logs`.
+Source: structlog's `capture_logs`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class _Source(Protocol):
     ) -> Subscription: ...
 
 
-class record_events(list[Event], Closing):  # noqa: N801 - reads as the function it replaces
+class record_events(list[Event], Closing):  # noqa: N801 - it is used like a function
     """A list to which every event of a bus or a learner is appended, until it is closed.
 
     Events are recorded before any other receiver can cancel. Actions are not recorded.
@@ -46,5 +46,5 @@ class record_events(list[Event], Closing):  # noqa: N801 - reads as the function
         return [type(event).__name__ for event in self]
 
     def close(self) -> None:
-        """Stop recording; again is harmless."""
+        """Stop recording; closing again is harmless."""
         self._subscription.close()

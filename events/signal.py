@@ -25,7 +25,7 @@ AsyncWrapper = Callable[[Callable[..., Coroutine[Any, Any, Any]]], Callable[...,
 
 
 class SignalOwner(Protocol):
-    """What a signal needs of the bus that it belongs to."""
+    """The part of the bus that a signal uses."""
 
     @property
     def lock(self) -> AbstractContextManager[Any]: ...
@@ -39,7 +39,7 @@ class SignalOwner(Protocol):
 class EventSignal(blinker.Signal):
     """The signal of one event class; made by a `Bus`, sent as `signal.send(event)`.
 
-    `if signal.receivers:` is a cheap test whether there are receivers.
+    `if signal.receivers:` is a cheap test for receivers.
     """
 
     def __init__(self, bus: SignalOwner, event_type: type[Event]) -> None:
@@ -50,7 +50,7 @@ class EventSignal(blinker.Signal):
 
     @property
     def ordered(self) -> tuple[Subscription, ...]:
-        """The subscriptions in the order they are called in; cached until one comes or goes."""
+        """The subscriptions in the order of their calls; cached until one is added or removed."""
         ordered = self._ordered
         if ordered is None:
             with self._bus.lock:
@@ -75,10 +75,10 @@ class EventSignal(blinker.Signal):
         """Sort again, because keys have changed."""
         self._ordered = None
 
-    # Blinker's own interface, for those who know it; the bus offers `Bus.subscribe`.
+    # Blinker's own interface, for users who know it; `Bus.subscribe` has more options.
 
     def connect(self, receiver: Any, sender: Any = blinker.ANY, weak: bool = False) -> Any:
-        """Subscribe `receiver` strongly, at order 0. Raises ValueError for a sender or weak."""
+        """Subscribe `receiver` strongly, at order 0. Raises ValueError for a `sender` or `weak`."""
         if sender is not blinker.ANY or weak:
             raise ValueError(
                 f"{self.event_type.__name__}: receivers are held strongly and get the events"
@@ -115,17 +115,20 @@ class EventSignal(blinker.Signal):
 
         Args:
             sender: the event.
-            _async_wrapper: turns an async receiver into one that blocks until it is done.
+            _async_wrapper: turns an async receiver into one that blocks until it has finished.
 
         Raises:
-            RuntimeError: a receiver is async, and there is no `_async_wrapper`.
+            RuntimeError: a receiver is async, and `_async_wrapper` is not given.
         """
         if self.is_muted:
             return []
         results = []
         errors: list[BaseException] = []
+        learner = sender.learner
         for subscription in self._ordered or self.ordered:
-            if not subscription.accepts(sender):
+            # As `accepts`, without the call.
+            of = subscription.learner
+            if subscription.closed or (of is not None and of is not learner):
                 continue
             try:
                 result = subscription.call(sender)
@@ -145,7 +148,7 @@ class EventSignal(blinker.Signal):
         return results
 
     async def send_async(self, sender: Any = None, /, **kwargs: Any) -> Any:
-        """Not supported: blinker's own would bypass `every`, `once` and `where`."""
+        """Not supported: blinker's version would bypass `every`, `once` and `where`."""
         raise RuntimeError(
             f"send {self.event_type.__name__} with send(event); in a fit the learner awaits async"
             " receivers in their place"

@@ -20,8 +20,9 @@ class Subscription(Closing):
     Attributes:
         event_type: the event class; events of its subclasses are received too.
         receiver: the callable, called with the event as its only argument.
-        order: receivers of lower order are called earlier; equal ones in the order of connection.
-        time: when it was connected, as a running number.
+        order: receivers of lower order are called earlier; those of equal order in the order of
+            connection.
+        time: its place among all connections: a counter, not a clock time.
         closed: whether it has been closed.
     """
 
@@ -30,7 +31,6 @@ class Subscription(Closing):
     __slots__ = (
         "_counter",
         "_every",
-        "_learner",
         "_once",
         "_unsubscribe",
         "_where",
@@ -38,6 +38,7 @@ class Subscription(Closing):
         "closed",
         "event_type",
         "key",
+        "learner",
         "order",
         "receiver",
         "time",
@@ -61,7 +62,7 @@ class Subscription(Closing):
         self.closed = False
         self.time = next(self._times)
         self.key: tuple[float, int, int] = (order, self.time, 0)
-        self._learner = learner
+        self.learner = learner
         self._every = every
         self._counter = itertools.count(1)
         self._once = once
@@ -77,11 +78,11 @@ class Subscription(Closing):
 
     def accepts(self, event: Event) -> bool:
         """Whether it is open and the event comes from its learner."""
-        return not self.closed and (self._learner is None or self._learner is event.learner)
+        return not self.closed and (self.learner is None or self.learner is event.learner)
 
     def matches(self, learner: object) -> bool:
         """Whether it is subscribed to this learner, or to all learners that share the bus."""
-        return self._learner is None or self._learner is learner
+        return self.learner is None or self.learner is learner
 
     def reaches(self, event_type: type[Event]) -> bool:
         """Whether events of exactly this class are received."""
@@ -95,7 +96,7 @@ class Subscription(Closing):
         if next(self._counter) % self._every:
             return None
         if self._once and not self.close():
-            return None  # another thread was first
+            return None  # another thread has made the one call
         return self.receiver(event)
 
     def close(self) -> bool:
@@ -108,7 +109,7 @@ class Subscription(Closing):
 
 
 def name_of(receiver: Callable[..., Any]) -> str:
-    """The name of a callable for people: `Class.method`, `function` or `Class`."""
+    """The readable name of a callable: `Class.method`, `function` or `Class`."""
     while isinstance(receiver, partial):
         receiver = receiver.func
     owner = getattr(receiver, "__self__", None)

@@ -1,7 +1,7 @@
-"""The events of the loop: what happened, and where in the run.
+"""The events of the loop: what happened, and at which position of the fit.
 
-Each is a frozen, slotted dataclass. Its light data is a snapshot, safe to keep and to read from
-any thread; `learner` is the live object, which ordered receivers may read and change. No event
+Each is a frozen, slotted dataclass. Its fields are a small snapshot, safe to keep and to read from
+any thread, except `learner`: the live object, which ordered receivers may read and change. No event
 holds a batch, predictions or a graph, so a buffer full of events keeps no memory of a step alive.
 
     Event
@@ -12,7 +12,7 @@ holds a batch, predictions or a graph, so a buffer full of events keeps no memor
     └── ActionEvent   Predict  GetLoss  Backward  Step  ZeroGrad
 
 Subscribing to a class subscribes to all of its subclasses, except the five actions: exactly one
-receiver performs each action, so an action is subscribed to only by its own name.
+receiver performs each action, so subscribe to an action by its own class.
 
 Source: the hooks of fastai's miniai; the one-line docstring of each event as in pytorch-ignite.
 """
@@ -31,7 +31,7 @@ from .base import ActionEvent, BatchEvent, EpochEvent, FitEvent, ScopeEnd, StepE
 
 @dataclass(frozen=True, slots=True, eq=False)
 class BeforeFit(FitEvent):
-    """The fit begins: the optimizer exists, no batch has been read."""
+    """The fit begins: the optimizer exists, and no batch has been read yet."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -62,10 +62,10 @@ class AfterEpoch(EpochEvent):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CleanupEpoch(EpochEvent):
-    """The epoch is over, however it ended (`end`), with the numbers measured in it.
+    """The epoch is over, however it ended (`end`), with the metrics measured in it.
 
     Attributes:
-        metrics: the numbers that callbacks put into `learner.record` during the epoch.
+        metrics: the values that callbacks put into `learner.record` during the epoch.
         n_samples: samples seen in the epoch.
     """
 
@@ -76,9 +76,9 @@ class CleanupEpoch(EpochEvent):
 
     @classmethod
     def of(cls, learner: Any, *extra: Any) -> Self:
-        numbers = {k: v for k, v in learner.record.items() if k not in ("epoch", "train")}
-        metrics = MappingProxyType(numbers)
-        # No bare super(): the class that `slots=True` makes is not the one compiled here.
+        recorded = {k: v for k, v in learner.record.items() if k not in ("epoch", "train")}
+        metrics = MappingProxyType(recorded)
+        # Not a bare super(): that refers to this class, which `slots=True` replaces by another.
         return super(CleanupEpoch, cls).of(learner, *extra, metrics, learner.n_samples)
 
 
@@ -133,7 +133,7 @@ class AfterStep(StepEvent):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CleanupStep(StepEvent):
-    """The step is over; `end` tells whether it was skipped, by whom and why."""
+    """The step is over; `end` says whether it was skipped, by which receiver and why."""
 
     deliver_to_all: ClassVar[bool] = True
     end: ScopeEnd

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import structlog
 import torch
-from eventrain.engine import DataLoaders
+from eventrain.engine import DataLoaders, TrainLearner
 from sklearn.datasets import load_digits
 from torch import nn
 
@@ -77,6 +77,12 @@ def make_model() -> Callable[[], nn.Module]:
         return nn.Linear(3, 1)
 
     return make
+
+
+@pytest.fixture
+def learner(make_model: Callable[[], nn.Module], dls: DataLoaders) -> TrainLearner:
+    """A line, three training batches and two for validation."""
+    return TrainLearner(make_model(), dls)
 
 
 @pytest.fixture(scope="session")

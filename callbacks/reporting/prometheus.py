@@ -21,7 +21,7 @@ from ...events import (
 )
 from .._checks import optional_import
 from .jsonable import numbers
-from .records import RecordCB, RecordWatcher
+from .records import CallbackRecords, RecordCB
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
@@ -168,12 +168,12 @@ class PrometheusCB(RecordCB):
         return collector.labels(**labels) if labels else collector
 
 
-class _SampleCounter(RecordWatcher):
+class _SampleCounter(CallbackRecords):
     """Makes the records of one fit, and counts its samples."""
 
     def __init__(self, callback: PrometheusCB) -> None:
-        super().__init__(callback.write, callback.every, callback.every_seconds)
-        self._count = callback.count_samples
+        super().__init__(callback)
+        self._count_samples = callback.count_samples
         self._n_samples = 0  # of this epoch, as counted so far
 
     def observe(self, event: Event) -> None:
@@ -181,7 +181,7 @@ class _SampleCounter(RecordWatcher):
         if isinstance(event, BeforeEpoch):
             self._n_samples = 0
         elif isinstance(event, AfterBatch | CleanupEpoch):
-            self._count(event.phase, max(0, event.n_samples - self._n_samples))
+            self._count_samples(event.phase, max(0, event.n_samples - self._n_samples))
             self._n_samples = event.n_samples
 
 

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable
 from datetime import UTC, datetime
 from typing import Any
 
@@ -74,23 +74,17 @@ class RecordCB(Callback, ABC):
 
     def watcher(self, event: Event) -> Watcher:
         """The object that makes the records of one fit, and passes them to `write`."""
-        return RecordWatcher(self.write, self.every, self.every_seconds)
+        return CallbackRecords(self)
 
 
-class RecordWatcher:
-    """Makes the records of one fit, and passes them to `write`.
+class RecordWatcher(ABC):
+    """Makes the records of one fit.
 
     `wants` runs in the training thread: it chooses the batches, and starts to copy their losses to
     the host. `observe` runs on the event loop.
     """
 
-    def __init__(
-        self,
-        write: Callable[[dict[str, Any]], Awaitable[Any] | None],
-        every: int,
-        every_seconds: float,
-    ) -> None:
-        self._write = write
+    def __init__(self, every: int, every_seconds: float) -> None:
         self._sampler = Sampler(every, every_seconds)
         self._losses: dict[tuple[int, int], PendingScalar | None] = {}
         self._fit_began: float | None = None
@@ -151,7 +145,22 @@ class RecordWatcher:
             fields["nonfinite"] = nonfinite
         when = datetime.fromtimestamp(event.time, UTC).isoformat(timespec="milliseconds")
         first = {"event": name, "schema_version": SCHEMA_VERSION, "timestamp": when}
-        return self._write({**first, "run_id": event.run_id, **fields})
+        return self.write({**first, "run_id": event.run_id, **fields})
+
+    @abstractmethod
+    def write(self, record: dict[str, Any]) -> Awaitable[Any] | None:
+        """Report one record."""
+
+
+class CallbackRecords(RecordWatcher):
+    """Makes the records of one fit, and passes them to a callback."""
+
+    def __init__(self, callback: RecordCB) -> None:
+        super().__init__(callback.every, callback.every_seconds)
+        self._callback = callback
+
+    def write(self, record: dict[str, Any]) -> Awaitable[Any] | None:
+        return self._callback.write(record)
 
 
 def _epoch_fields(event: CleanupEpoch, seconds: float) -> dict[str, Any]:

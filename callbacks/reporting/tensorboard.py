@@ -97,8 +97,8 @@ class TensorBoardCB(Callback):
     def close(self) -> None:
         """Flush and close all files, and end the threads of the writers.
 
-        This happens by itself at the end of a fit, when the observer fails, at the beginning of
-        the learner's next fit, and when this object is collected. Closing again is harmless.
+        This happens by itself at the end of a fit, and when the observer fails or is detached.
+        Closing again is harmless.
         """
         for fit in list(self._fits):
             fit.close()
@@ -108,7 +108,7 @@ class _FitFiles(RecordWatcher):
     """The files of one fit, and the steps of its batches."""
 
     def __init__(self, callback: TensorBoardCB, run_id: str) -> None:
-        super().__init__(self._add_scalars, callback.every, callback.every_seconds)
+        super().__init__(callback.every, callback.every_seconds)
         self._folder = os.path.join(callback.log_dir, _folder(run_id))
         self._first_steps: dict[int, int] = {}  # the step of the first batch, by epoch
         self._next_step = 0
@@ -127,7 +127,7 @@ class _FitFiles(RecordWatcher):
 
     async def observe(self, event: Event) -> None:
         try:
-            if self._close is None:
+            if self._writer is None:
                 await _in_thread(self._open)
             if isinstance(event, AfterBatch):
                 self._step = self._first_steps[event.epoch] + event.iter
@@ -149,7 +149,7 @@ class _FitFiles(RecordWatcher):
         if self._close is not None:
             self._close()
 
-    def _add_scalars(self, record: dict[str, Any]) -> None:
+    def write(self, record: dict[str, Any]) -> None:
         """Queue the numbers of a record for the files."""
         if record["event"] == "batch":
             step, found = self._step, numbers(record)

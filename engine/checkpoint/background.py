@@ -1,4 +1,4 @@
-"""Writing in the background: one job after the other, in a thread."""
+"""A thread that writes in the background, one job after the other."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class BackgroundWriter:
         self._written: Future[None] | None = None
 
     def write(self, job: Callable[[], None]) -> None:
-        """Run `job` once the previous one is done. Raises what the previous one raised."""
+        """Run `job` after the previous one. Raises the error of the previous one, if it failed."""
         self.wait()
         if self._thread is None:
             job()
@@ -26,18 +26,18 @@ class BackgroundWriter:
             self._written = self._thread.submit(job)
 
     def check(self) -> None:
-        """Raise what the last job raised, if it is done."""
+        """Raise the error of the last job if it has failed; do not wait for it."""
         if self._written is not None and self._written.done():
             self.wait()
 
     def wait(self) -> None:
-        """Wait for the last job. Raises what it raised."""
+        """Wait for the last job. Raises its error, if it failed."""
         written, self._written = self._written, None
         if written is not None:
             written.result()
 
     def close(self) -> None:
-        """Wait for the last job, and for the thread. Raises what the job raised."""
+        """Wait for the last job, then end the thread. Raises the error of the job, if it failed."""
         try:
             self.wait()
         finally:

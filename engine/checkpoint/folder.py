@@ -1,4 +1,4 @@
-"""The checkpoints of one run in a folder: which is the last, which the best, which may go."""
+"""The checkpoints of one run in a folder: the last, the best, and those to remove."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from .writer import (
 
 
 class CheckpointFolder:
-    """Puts the checkpoints of one run into a folder, and removes those not to be kept.
+    """Writes the checkpoints of one run into a folder, and removes those that are not kept.
 
     Args:
-        folder: made if it is not there.
-        run_id: checkpoints of other runs are left alone.
-        keep_last: keep the last so many; None for all.
-        keep_best: (number, "min" or "max"): keep the one where it is best, too.
+        folder: created if it does not exist.
+        run_id: checkpoints of other runs are not touched.
+        keep_last: how many of the last checkpoints to keep; None keeps all.
+        keep_best: (metric, "min" or "max"): also keep the checkpoint with the best metric.
 
     Raises:
-        RuntimeError: another run of this process writes there.
-        OSError: nothing can be written there.
+        RuntimeError: another run of this process writes into the folder.
+        OSError: the folder is not writable.
     """
 
     _in_use: ClassVar[dict[Path, CheckpointFolder]] = {}
@@ -47,25 +47,29 @@ class CheckpointFolder:
         self.run_id = run_id
         self.keep_last = keep_last
         self.keep_best = keep_best
-        self._metrics: dict[Path, Mapping[str, Any]] = {}  # of our checkpoints, the last one last
+        # The metrics of each checkpoint of this run, in the order of writing.
+        self._metrics: dict[Path, Mapping[str, Any]] = {}
         new = [path for path in (folder, *folder.parents) if not path.exists()]
         folder.mkdir(parents=True, exist_ok=True)
         for path in new:
             sync_folder(path.parent)
-        self._place = folder.resolve()  # the working directory may change
-        other = self._in_use.setdefault(self._place, self)
+        self._absolute = folder.resolve()  # the working directory may change
+        other = self._in_use.setdefault(self._absolute, self)
         if other is not self:
-            raise RuntimeError(f"run {other.run_id} writes its checkpoints into {folder}, too")
+            raise RuntimeError(
+                f"run {other.run_id} writes its checkpoints into {folder}: give concurrent runs"
+                " different folders"
+            )
         try:
             remove_unfinished(folder)
-            _try_to_write(folder)
+            _check_writable(folder)
             for path in checkpoints_in(folder):
-                self._find(path)
+                self._add_existing(path)
         except BaseException:
             self.close()
             raise
 
-    def _find(self, path: Path) -> None:
+    def _add_existing(self, path: Path) -> None:
         try:
             manifest = read_manifest(path)
         except CheckpointError as exc:
@@ -83,35 +87,35 @@ class CheckpointFolder:
 
     @property
     def best(self) -> Path | None:
-        """The one with the best number, the first of equals; None without one."""
+        """The checkpoint with the best metric, the first of equals; None if none has the metric."""
         if self.keep_best is None:
             return None
         name, mode = self.keep_best
-        numbers = {
-            path: number
+        values = {
+            path: value
             for path, metrics in self._metrics.items()
-            if (number := metrics.get(name)) is not None
+            if (value := metrics.get(name)) is not None
         }
-        return (min if mode == "min" else max)(numbers, key=numbers.__getitem__, default=None)
+        return (min if mode == "min" else max)(values, key=values.__getitem__, default=None)
 
     def put(self, position: Position, metrics: Mapping[str, Any], state: Any) -> None:
-        """Write a checkpoint, then remove what is not to be kept.
+        """Write a checkpoint, then remove those that are not kept.
 
         Raises:
-            OSError: what the system says; those that are there stay.
-            ValueError: `keep_best` is a number that is not among the metrics.
+            OSError: writing failed; the existing checkpoints stay.
+            ValueError: the metric of `keep_best` is not among the metrics.
         """
-        numbers = {
+        values = {
             name: float(value) if math.isfinite(value) else None
             for name, value in metrics.items()
             if isinstance(value, Real)
         }
-        path = write_checkpoint(self.folder, self.run_id, position, numbers, state)
-        self._metrics[path] = numbers
-        if self.keep_best is not None and metrics and self.keep_best[0] not in numbers:
+        path = write_checkpoint(self.folder, self.run_id, position, values, state)
+        self._metrics[path] = values
+        if self.keep_best is not None and metrics and self.keep_best[0] not in values:
             raise ValueError(
-                f"keep_best={self.keep_best!r}: there is no number {self.keep_best[0]!r} of an"
-                f" epoch, but {', '.join(numbers) or 'none'}"
+                f"keep_best={self.keep_best!r}: the epoch has no metric {self.keep_best[0]!r};"
+                f" it has {', '.join(values) or 'none'}"
             )
         if self.keep_last is not None:
             kept = {*list(self._metrics)[-self.keep_last :], self.best}
@@ -120,11 +124,11 @@ class CheckpointFolder:
                 del self._metrics[old]
 
     def close(self) -> None:
-        """Others may write there."""
-        self._in_use.pop(self._place, None)
+        """Let other runs write into the folder."""
+        self._in_use.pop(self._absolute, None)
 
 
-def _try_to_write(folder: Path) -> None:
+def _check_writable(folder: Path) -> None:
     probe = folder / ".unfinished-probe"
     probe.mkdir()
     sync_folder(folder)

@@ -1,4 +1,4 @@
-"""How a loader is resumed in the middle of an epoch."""
+"""Resuming a loader in the middle of an epoch."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class ResumeStrategy(NamedTuple):
     """How a loader is resumed in the middle of an epoch.
 
     Attributes:
-        how: "state": by the loader's own `state_dict`; "skip": its sampler skips the samples;
-            "replay": the batches are read once more, without training on them.
-        caveat: why the resumed batches may differ from those of an undisturbed run; None if they
+        how: "state": by the loader's own `state_dict`; "skip": its sampler skips the samples that
+            were used; "replay": the batches are read again, without training on them.
+        caveat: why the resumed batches may differ from those of an uninterrupted run; None if they
             are the same.
     """
 
@@ -28,13 +28,13 @@ class ResumeStrategy(NamedTuple):
 
 
 def resume_strategy(loader: Any) -> ResumeStrategy:
-    """How this loader is resumed."""
+    """Choose how to resume this loader."""
     if isinstance(loader, Prefetcher):
         inner = resume_strategy(loader.loader)
         if inner.how == "state":
             return ResumeStrategy("replay", "a Prefetcher reads its loader ahead of the training")
         return inner
-    if hasattr(loader, "base_dataloader"):  # it has a state_dict, too
+    if hasattr(loader, "base_dataloader"):  # before the next test, as it also has a state_dict
         return ResumeStrategy("replay", "accelerate's loaders read one batch ahead of the training")
     if hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict"):
         if getattr(loader, "num_workers", 0):
@@ -46,8 +46,9 @@ def resume_strategy(loader: Any) -> ResumeStrategy:
         return ResumeStrategy(
             "replay", f"{type(loader).__name__} may not yield the same batches again"
         )
-    if foreign := [s for s in (loader.sampler, loader.batch_sampler) if not _is_known(s)]:
-        name = type(foreign[0]).__name__
+    samplers = (loader.sampler, loader.batch_sampler)
+    if unknown := [s for s in samplers if not _is_reproducible(s)]:
+        name = type(unknown[0]).__name__
         how: Literal["skip", "replay"] = "skip" if loader.num_workers == 0 else "replay"
         return ResumeStrategy(how, f"the order of {name} may depend on state that is not saved")
     if isinstance(loader.dataset, IterableDataset):
@@ -57,7 +58,7 @@ def resume_strategy(loader: Any) -> ResumeStrategy:
         )
     if loader.num_workers == 0:
         return ResumeStrategy("skip")
-    # The random states of worker processes cannot be set: they have to draw the same again.
+    # The random states of worker processes cannot be set, so the workers replay the epoch.
     if loader.persistent_workers:
         return ResumeStrategy(
             "replay", "its persistent workers keep their random states over epochs"
@@ -65,24 +66,23 @@ def resume_strategy(loader: Any) -> ResumeStrategy:
     return ResumeStrategy("replay")
 
 
-def _is_known(sampler: Any) -> bool:
+def _is_reproducible(sampler: Any) -> bool:
     """Whether a sampler's order depends only on torch's random states, which are saved."""
-    own = type(sampler).__module__.startswith("torch.utils.data")
     return (
         sampler is None
-        or own
+        or type(sampler).__module__.startswith("torch.utils.data")
         or isinstance(sampler, list | tuple | range)
         or hasattr(sampler, "generator")
     )
 
 
 def skip_to(loader: Iterable[Any], n: int, state: Any) -> Iterator[Any]:
-    """The batches of an epoch from number n on. The random states must be those of its start.
+    """The batches of an epoch from index n on. The random states must be those of its start.
 
     Args:
         loader: made in the same way as the original one.
-        n: how many batches were done.
-        state: the loader's `state_dict` after these, if it has one.
+        n: how many batches were completed.
+        state: the loader's `state_dict` after those, if it has one.
 
     Raises:
         ValueError: the loader has fewer than n batches now.
@@ -100,13 +100,13 @@ def _skip_to(loader: Iterable[Any], how: str, n: int, state: Any) -> Iterator[An
         loader.load_state_dict(state)  # type: ignore[attr-defined]
         return iter(loader)
     if how == "skip":
-        # A copy of the loader whose sampler skips the samples that were done: none is loaded.
+        # A copy of the loader whose sampler skips the used samples, so that none is loaded again.
         loader = copy.copy(loader)
-        own = vars(loader)
-        name = "sampler" if own["batch_sampler"] is None else "batch_sampler"
-        skipped: Iterator[Any] = _Once(own[name])
-        own[name] = skipped
-        batches = iter(loader)  # draws a seed here, and the sampler's order with its first index
+        attributes = vars(loader)
+        name = "sampler" if attributes["batch_sampler"] is None else "batch_sampler"
+        skipped: Iterator[Any] = _OneEpoch(attributes[name])
+        attributes[name] = skipped
+        batches = iter(loader)  # draws the seed now, and the sampler's order with the first index
     else:
         skipped = batches = iter(loader)
     if (done := sum(1 for _ in islice(skipped, n))) < n:
@@ -114,8 +114,8 @@ def _skip_to(loader: Iterable[Any], how: str, n: int, state: Any) -> Iterator[An
     return batches
 
 
-class _Once(Iterator[Any]):
-    """The indices of a sampler for one epoch, which can be advanced from outside."""
+class _OneEpoch(Iterator[Any]):
+    """The indices of a sampler for one epoch, which can be advanced before the loader uses them."""
 
     def __init__(self, sampler: Iterable[Any]) -> None:
         self._indices = iter(sampler)

@@ -1,4 +1,4 @@
-"""Runs that leave the learner as it was, such as the search for a learning rate."""
+"""A context manager that restores the learner after a trial run, such as `lr_find`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def preserved(learner: SavedLearner) -> Iterator[None]:
     """Restore model, gradients, optimizer, callbacks, position and random states afterwards.
 
     The random states are those of Python, numpy, torch, all CUDA devices, and the generators
-    of the learner's loaders. A model that was moved to a device stays there.
+    of the learner's loaders. A model that was moved to another device stays there.
     """
     model = learner.model
     weights = copy.deepcopy(model.state_dict())
@@ -29,13 +29,13 @@ def preserved(learner: SavedLearner) -> Iterator[None]:
     states = [(owner, copy.deepcopy(owner.state_dict())) for _, owner in stateful(learner)]
     position = {name: getattr(learner, name) for name in _POSITION}
     if torch.cuda.is_available():
-        torch.cuda.init()  # without it there is no state to restore
+        torch.cuda.init()  # before, there is no random state to save
     randomness = random_state(learner.dls)
     try:
         yield
     finally:
         model.load_state_dict(weights)
-        for name, buffer in model.named_buffers():  # including those that no state_dict has
+        for name, buffer in model.named_buffers():  # including non-persistent ones
             buffer.copy_(buffers[name])
         for p, gradient in gradients:
             p.grad = None if gradient is None else gradient.to(p.device)

@@ -1,4 +1,4 @@
-"""The random states that a training depends on, as plain data."""
+"""The random states that a training depends on, as plain values and tensors."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 import torch
 
 RandomState = dict[str, Any]
-"""By source: "python", "numpy", "torch", "cuda" or such, "generators". Plain values, tensors."""
+"""Plain values and tensors by source: "python", "numpy", "torch", "cuda" etc., "generators"."""
 
 
 def random_state(dls: Any) -> RandomState:
     """The states of Python, numpy, torch, its devices, and the generators of both loaders.
 
-    What is not in use (numpy never imported, a device never used) has none.
+    A source that is not in use (numpy not imported, a device not initialized) is left out.
     """
     state: RandomState = {"python": random.getstate(), "torch": torch.get_rng_state()}
     if numpy := sys.modules.get("numpy"):
@@ -30,7 +30,7 @@ def random_state(dls: Any) -> RandomState:
 
 
 def set_random_state(dls: Any, state: RandomState) -> None:
-    """Go back to what `random_state` returned, for loaders made in the same way."""
+    """Restore the states that `random_state` returned; the loaders must be made the same way."""
     random.setstate(state["python"])
     torch.set_rng_state(state["torch"])
     if "numpy" in state:
@@ -43,31 +43,30 @@ def set_random_state(dls: Any, state: RandomState) -> None:
             getattr(torch, name).set_rng_state_all(state[name])
     if "mps" in state:
         torch.mps.set_rng_state(state["mps"])
-    for generator, own in zip(generators(dls), state["generators"], strict=True):
-        generator.set_state(own)
+    for generator, saved in zip(generators(dls), state["generators"], strict=True):
+        generator.set_state(saved)
 
 
 def random_state_differs(dls: Any, state: RandomState) -> str | None:
-    """Why `state` cannot be gone back to here, or with these loaders; None if it can."""
+    """Why `state` cannot be restored on this machine or with these loaders; None if it can."""
     here, there = len(generators(dls)), len(state["generators"])
     if here != there:
-        return f"the loaders have {here} random generators of their own, and had {there}"
+        return f"the loaders have {here} random generators, but the checkpoint has {there}"
     for name in _DEVICES:
         module = getattr(torch, name)
         here, there = module.device_count(), len(state.get(name, ()))
         if there and here != there:
-            return f"there are {here} {name} devices, and there were {there}"
+            return f"there are {here} {name} devices, but the checkpoint has {there}"
     if "mps" in state and not torch.backends.mps.is_available():
-        return "there is no mps device, and there was one"
+        return "there is no mps device, but the checkpoint has a state for one"
     return None
 
 
 def generators(dls: Any) -> list[torch.Generator]:
-    """The random generators of both loaders: their own, their samplers', and those of the
-    samplers and loaders that these draw from."""
+    """The random generators of both loaders, including those of nested samplers and loaders."""
     found: dict[int, torch.Generator] = {}
     owners = [getattr(dls, "train", None), getattr(dls, "valid", None)]
-    for owner in owners:  # it grows
+    for owner in owners:  # nested ones are appended meanwhile
         generator = getattr(owner, "generator", None)
         if isinstance(generator, torch.Generator):
             found[id(generator)] = generator

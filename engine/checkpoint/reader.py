@@ -1,8 +1,9 @@
-"""Checkpoints on disk: whole, or refused; and read without running code.
+"""Reading checkpoints: a damaged one is refused, and no code in it is run.
 
 A checkpoint is a folder of two files: `state.pt`, which `torch.load(weights_only=True)` reads, and
-`manifest.json`, with its size, its SHA-256, and what a person wants to know. How it comes to be
-whole stands in `writer.py`; one that has rotted since is told by its digest.
+`manifest.json`, which holds the size and the SHA-256 of `state.pt`, and information for people.
+`writer.py` writes both so that an interrupted write cannot leave an incomplete checkpoint; later
+corruption is detected by the SHA-256.
 """
 
 from __future__ import annotations
@@ -22,32 +23,32 @@ import structlog
 import torch
 
 from ..loop.state import Position
-from .validate import foreign_names, shapes_not_there
+from .validate import disallowed_names, incomplete_shapes
 
-FORMAT = 1
-"""Goes up when checkpoints of before cannot be read any more."""
+FORMAT = 2
+"""Increased when the checkpoints of earlier versions can no longer be read."""
 
 STATE, MANIFEST = "state.pt", "manifest.json"
 MANIFEST_LIMIT = 1 << 20
-"""Bytes of a manifest; ours have less than a thousand, and a metric more or less."""
+"""The most bytes that a manifest may have; a usual one has about a thousand."""
 
 
 class CheckpointError(Exception):
-    """There is no checkpoint to be read."""
+    """A checkpoint does not exist, or cannot be read."""
 
 
 class CheckpointDamagedError(CheckpointError):
-    """A checkpoint is not what was written: cut off, rotten, or not ours."""
+    """A checkpoint is not as it was written: truncated, corrupted, or not made by eventrain."""
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A checkpoint that was found whole.
+    """A checkpoint that has been read and verified.
 
     Attributes:
         path: its folder.
-        manifest: what a person wants to know: "run_id", "created", "position", "metrics" (of
-            the epoch, if it was saved at the end of one), "versions", "files".
+        manifest: information for people: "run_id", "created", "position", "metrics" (of the
+            epoch, if it was saved at the end of one), "versions", "files".
         state: the whole state: "model", "optimizer", "callbacks" and more.
 
     Example:
@@ -72,7 +73,7 @@ class Checkpoint:
 
     @property
     def position(self) -> Position:
-        """Where in the fit it was saved."""
+        """The position in the fit at which it was saved."""
         return Position(**self.manifest["position"])
 
     @property
@@ -82,17 +83,17 @@ class Checkpoint:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Checkpoint:
-        """Read a checkpoint; of a folder of checkpoints, the last that is whole.
+        """Read a checkpoint; in a folder of checkpoints, the last one that is not damaged.
 
-        No code in it is run, and nothing is read before its digest is right. One of a folder
-        that is damaged is logged as a warning, and passed over.
+        No code in it is run, and it is loaded only after its digest has been verified. In a folder
+        of several, a damaged one is logged as a warning and skipped.
 
         Args:
             path: the folder of one checkpoint, or of several.
 
         Raises:
-            CheckpointError: there is none.
-            CheckpointDamagedError: it, or every one of them, is damaged.
+            CheckpointError: there is none, or it has another format.
+            CheckpointDamagedError: it is damaged, or all of them are.
         """
         path = Path(path)
         if (path / MANIFEST).exists() or (path / STATE).exists():
@@ -117,18 +118,18 @@ class Checkpoint:
                 _check_file(file, manifest["files"][STATE])
                 state = torch.load(file, map_location="cpu", weights_only=True)
             if not isinstance(state, dict):
-                raise CheckpointDamagedError("it is no state")
-            if shapes := shapes_not_there(state):
-                raise CheckpointDamagedError(f"tensors of {shapes} are not all there")
+                raise CheckpointDamagedError("it does not hold a dictionary")
+            if shapes := incomplete_shapes(state):
+                raise CheckpointDamagedError(f"the data of tensors of shape {shapes} is incomplete")
             return cls(path, manifest, state)
         except CheckpointDamagedError as exc:
             raise CheckpointDamagedError(f"{path / STATE}: {exc}") from None
-        except Exception as exc:  # what torch raises of a file that is none is of many kinds
+        except Exception as exc:  # torch raises many kinds of errors for an invalid file
             raise CheckpointDamagedError(f"{path / STATE} cannot be read: {exc}") from exc
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
-    """The checkpoints of a folder, the last one last; none if there is no such folder."""
+    """The checkpoints in a folder, in the order of writing; none if the folder does not exist."""
     try:
         names = os.listdir(folder)
     except FileNotFoundError:
@@ -146,29 +147,29 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """The manifest of a checkpoint.
 
     Raises:
-        CheckpointDamagedError: it is not what was written.
-        CheckpointError: it is of another format.
+        CheckpointDamagedError: it is not as it was written.
+        CheckpointError: it has another format.
     """
     try:
         with _open(path / MANIFEST) as file:
             size = os.fstat(file.fileno()).st_size
             if size > MANIFEST_LIMIT:
-                raise CheckpointDamagedError("it is longer than any manifest")
+                raise CheckpointDamagedError("it is longer than a manifest can be")
             written = file.read(size)
         manifest = json.loads(written)
         digest = manifest.pop("sha256")
         if encode_manifest(manifest, digest) != written or manifest_digest(manifest) != digest:
-            raise CheckpointDamagedError("it is not what its digest says")
+            raise CheckpointDamagedError("its content does not match its SHA-256")
         written_by, its_format = manifest["versions"]["eventrain"], manifest["format"]
         if its_format == FORMAT and not _is_complete(manifest):
-            raise CheckpointDamagedError("it does not say what a manifest says")
+            raise CheckpointDamagedError("a field is missing or has the wrong type")
     except CheckpointDamagedError as exc:
         raise CheckpointDamagedError(f"{path / MANIFEST}: {exc}") from None
     except Exception as exc:
         raise CheckpointDamagedError(f"{path / MANIFEST} cannot be read: {exc!r}") from exc
     if its_format != FORMAT:
         raise CheckpointError(
-            f"{path} has format {its_format!r}, and this version of eventrain reads {FORMAT}:"
+            f"{path} has format {its_format!r}, but this version of eventrain reads {FORMAT}:"
             f" it was written by eventrain {written_by}"
         )
     return manifest  # type: ignore[no-any-return]
@@ -188,33 +189,33 @@ def _is_complete(manifest: Any) -> bool:
 
 
 def _open(path: Path) -> io.BufferedReader:
-    """Open a file to be read; a pipe, where one would wait, is none."""
+    """Open a regular file for reading; a pipe is refused, because opening it would block."""
     if not path.is_file():
-        raise CheckpointDamagedError("there is no such file")
+        raise CheckpointDamagedError("it is missing, or not a regular file")
     return open(path, "rb")
 
 
 def encode_manifest(manifest: Mapping[str, Any], digest: str) -> bytes:
-    """A manifest as it stands in its file."""
+    """The content of a manifest's file."""
     return json.dumps({**manifest, "sha256": digest}, indent=1, sort_keys=True).encode()
 
 
 def manifest_digest(manifest: Mapping[str, Any]) -> str:
-    """The SHA-256 of a manifest, which stands in it."""
+    """The SHA-256 of a manifest, which its file also holds."""
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def _check_file(file: io.BufferedReader, expected: Mapping[str, Any]) -> None:
-    """Raise unless the file is what was written, and no larger inside than outside."""
+    """Raise unless a state file is as it was written, and unpacks to no more than its size."""
     size = os.fstat(file.fileno()).st_size
     if size != expected["size"]:
-        raise CheckpointDamagedError(f"it has {size} bytes, and {expected['size']} were written")
+        raise CheckpointDamagedError(f"it has {size} bytes, but {expected['size']} were written")
     if hashlib.file_digest(file, "sha256").hexdigest() != expected["sha256"]:
-        raise CheckpointDamagedError("it is not what its digest says")
+        raise CheckpointDamagedError("its content does not match its SHA-256")
     with zipfile.ZipFile(file) as archive:
         items = archive.infolist()
         if sum(item.file_size for item in items) > size:
-            raise CheckpointDamagedError("it claims to hold more than it does")
-        if names := foreign_names(archive):
-            raise CheckpointDamagedError(f"it asks for what no state is made of: {names}")
+            raise CheckpointDamagedError("it claims to hold more data than its size")
+        if names := disallowed_names(archive):
+            raise CheckpointDamagedError(f"it uses names that no state needs: {names}")
     file.seek(0)

@@ -1,11 +1,11 @@
-"""A fit that resumes from a checkpoint, as the reader of its batches."""
+"""Resuming a fit from a checkpoint: the reader that skips the completed part of the fit."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Protocol, cast, runtime_checkable
 
 import structlog
 import torch
@@ -33,17 +33,17 @@ class HasCheckpointFolder(Protocol):
 
 
 def last_checkpoint(cbs: tuple[Callback, ...]) -> Checkpoint | None:
-    """The checkpoint that `resume="last"` means; None if there is none yet.
+    """The checkpoint to which `resume="last"` refers; None if there is none yet.
 
     Raises:
         ValueError: the callbacks do not name exactly one folder.
-        CheckpointError: no checkpoint in it is whole.
+        CheckpointError: every checkpoint in it is damaged.
     """
     folders = [cb.checkpoint_folder for cb in cbs if isinstance(cb, HasCheckpointFolder)]
     if len(folders) != 1:
         raise ValueError(
-            "resume='last' is the last checkpoint of the CheckpointCB among the callbacks, and"
-            f" there are {len(folders)} of them: pass a path"
+            "resume='last' needs exactly one CheckpointCB among the callbacks, and there are"
+            f" {len(folders)}: pass a path instead"
         )
     if not checkpoints_in(folders[0]):
         log.info("nothing_to_resume", folder=str(folders[0]))
@@ -56,8 +56,7 @@ class ResumableReader(Reader):
 
     Attributes:
         resumed_from: the checkpoint that the fit resumes from; None if it does not.
-        loaded: whether the state of the fit is its own: False only in a resumed fit whose
-            checkpoint has not been loaded yet.
+        loaded: False in a resumed fit until its checkpoint has been loaded, else True.
     """
 
     resumed_from: Path | None = None
@@ -71,7 +70,7 @@ class ResumableReader(Reader):
         return super().read(loop)
 
     def position_state(self, loop: LoopState) -> State:
-        """The part of the state that resumes the current epoch after the current batch."""
+        """The part of the state that is needed to resume the current epoch after this batch."""
         by_state = resume_strategy(loop.dl).how == "state"
         return {
             "random_at_epoch": self._random_at_epoch,
@@ -84,20 +83,19 @@ class ResumedReader(ResumableReader):
     """Reads the part of a fit that comes after a checkpoint, and loads the checkpoint.
 
     If it was saved between two epochs, its state is loaded after BeforeFit. If it was saved in the
-    middle of one, that epoch is begun again: BeforeEpoch is emitted, the batches that were done are
+    middle of one, that epoch is begun again: BeforeEpoch is emitted, the completed batches are
     skipped, and then the state is loaded.
 
     Attributes:
-        position: where the checkpoint was saved.
+        position: the position at which the checkpoint was saved.
     """
 
-    def __init__(self, checkpoint: Checkpoint, learner: SavedLearner) -> None:
+    def __init__(self, checkpoint: Checkpoint) -> None:
         super().__init__()
         self.resumed_from = checkpoint.path
         self.position = checkpoint.position
         self.loaded = False
         self._checkpoint: Checkpoint | None = checkpoint
-        self._learner = learner
 
     def begin(self, loop: LoopState) -> None:
         """Check that the checkpoint fits; load it, unless its epoch has to be begun first.
@@ -108,21 +106,21 @@ class ResumedReader(ResumableReader):
         position = self.position
         if (position.epoch, position.batches) > (loop.n_epochs, 0):
             raise CheckpointMismatchError(
-                f"the checkpoint was saved in epoch {position.epoch} (from 0), and this fit has"
-                f" n_epochs={loop.n_epochs}, those before it included"
+                f"the checkpoint was saved in epoch {position.epoch} (from 0), but this fit has"
+                f" n_epochs={loop.n_epochs}, which includes the epochs before the checkpoint"
             )
-        where = "training" if position.training else "validating"
+        kind = "training" if position.training else "validation"
         for phase, asked_for in ("train", loop.trains), ("valid", loop.validates):
             if not asked_for and (phase == "train" or not position.training):
                 raise CheckpointMismatchError(
-                    f"the checkpoint was saved in or before a {where} epoch of a fit that trains,"
-                    f" and this one has {phase}=False"
+                    f"the checkpoint was saved in or before a {kind} epoch of a fit that trains,"
+                    f" but this one has {phase}=False"
                 )
         assert self._checkpoint is not None
-        check_state(self._learner, self._checkpoint.state)
+        check_state(cast(SavedLearner, loop), self._checkpoint.state)
         self._log_caveats(loop, self._checkpoint)
         if position.batches == 0:
-            self._load(self._checkpoint.state)
+            self._load(loop, self._checkpoint.state)
 
     def includes(self, epoch: int, training: bool) -> bool:
         if self.position.is_beyond(epoch, training):
@@ -137,16 +135,17 @@ class ResumedReader(ResumableReader):
         position, state = self.position, self._checkpoint.state
         if loop.n_iter != state["n_iter"]:
             raise CheckpointMismatchError(
-                f"an epoch has {loop.n_iter} batches, and had {state['n_iter']}: in the middle"
-                " of one, only the same data can be resumed"
+                f"the epoch has {loop.n_iter} batches, but had {state['n_iter']} when the"
+                " checkpoint was saved: in the middle of an epoch, a fit can only be resumed with"
+                " the same data"
             )
         self._random_at_epoch = state["random_at_epoch"]
         set_random_state(loop.dls, self._random_at_epoch)
         batches = skip_to(loop.dl, position.batches, state["loader"])
-        # A Prefetcher has drawn ahead: its generators stay where skipping has left them.
+        # A Prefetcher has drawn ahead: its generators keep their states from after the skipping.
         ahead = generators(loop.dls) if isinstance(loop.dl, Prefetcher) else []
         states = [generator.get_state() for generator in ahead]
-        self._load(state)
+        self._load(loop, state)
         for generator, state_there in zip(ahead, states, strict=True):
             generator.set_state(state_there)
         return read_batches(loop, batches, position.batches)
@@ -158,13 +157,14 @@ class ResumedReader(ResumableReader):
             " BeforeEpoch, before its state was loaded"
         )
 
-    def _load(self, state: State) -> None:
-        before = Snapshot(state_of(self._learner)).wait()
+    def _load(self, loop: LoopState, state: State) -> None:
+        learner = cast(SavedLearner, loop)
+        before = Snapshot(state_of(learner)).wait()
         try:
-            set_state(self._learner, state)
+            set_state(learner, state)
         except BaseException:
             with suppress(Exception):  # the first error is the one to raise
-                set_state(self._learner, before)
+                set_state(learner, before)
             raise
         self.loaded = True
         self._checkpoint = None  # it holds as much memory as the model and the optimizer
@@ -174,6 +174,6 @@ class ResumedReader(ResumableReader):
         caveats = [resume_strategy(loader).caveat for loader in loaders]
         before, now = checkpoint.manifest["versions"]["torch"], str(torch.__version__)
         if before != now:
-            caveats.append(f"torch is {now}, and was {before}")
+            caveats.append(f"torch is {now}, but was {before} when the checkpoint was saved")
         for caveat in dict.fromkeys(filter(None, caveats)):
             log.warning("resume_may_not_be_exact", reason=caveat, path=str(checkpoint.path))

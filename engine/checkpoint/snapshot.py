@@ -1,4 +1,4 @@
-"""A copy of a fit's state on the host, while the training goes on."""
+"""A copy of a fit's state on the host, so that the training can continue while it is written."""
 
 from __future__ import annotations
 
@@ -12,38 +12,38 @@ import torch
 
 
 class Snapshot:
-    """A copy of a value on the host, in the plain types that `torch.load(weights_only=True)` reads.
+    """A copy of a value on the host, of the plain types that `torch.load(weights_only=True)` reads.
 
     Copies from a device are asynchronous; call `wait` before the host reads them.
 
     Args:
         value: nested mappings and lists of tensors and plain values.
         where: the name of the value, for errors.
-        over: an older snapshot whose memory is reused: on the CPU, most of the cost of a copy is
-            getting new memory from the system.
+        over: an older snapshot whose memory is reused: on the CPU, most of the time of a copy is
+            spent on allocating new memory.
 
     Raises:
-        TypeError: the value holds something that a checkpoint cannot hold; the error says where.
+        TypeError: the value contains something that a checkpoint cannot hold; the error names it.
     """
 
     def __init__(self, value: Any, where: str = "state", *, over: Snapshot | None = None) -> None:
         self._old = over._copies if over is not None else {}
         self._copies: dict[str, torch.Tensor] = {}
         self._tied: dict[Any, torch.Tensor] = {}  # tied weights stay tied
-        self._arriving: dict[torch.device, torch.Event] = {}
-        self.value = self._plain(value, where)
+        self._copied: dict[torch.device, torch.Event] = {}
+        self.value = self._to_plain(value, where)
         self._old = {}
         for device in {key[-1] for key in self._tied} - {torch.device("cpu")}:
-            self._arriving[device] = torch.Event(device)
-            self._arriving[device].record(torch.accelerator.current_stream(device))
+            self._copied[device] = torch.Event(device)
+            self._copied[device].record(torch.accelerator.current_stream(device))
 
     def wait(self) -> Any:
-        """The value, once all copies have arrived. The host waits for the device here."""
-        for event in self._arriving.values():
+        """Return the value once all copies are complete. The host waits for the device here."""
+        for event in self._copied.values():
             event.synchronize()
         return self.value
 
-    def _plain(self, value: Any, where: str) -> Any:
+    def _to_plain(self, value: Any, where: str) -> Any:
         if torch.nn.parameter.is_lazy(value):
             return None  # it has no values yet
         is_tensor = isinstance(value, torch.Tensor)
@@ -55,32 +55,32 @@ class Snapshot:
         ):
             return self._copy(value.detach(), where)
         if isinstance(value, Enum):
-            return self._plain(value.value, where)
-        if isinstance(value, int) and value.bit_length() > 2039:  # the most that torch reads back
-            raise TypeError(f"{where} is a number of {value.bit_length()} bits: use a string")
+            return self._to_plain(value.value, where)
+        if isinstance(value, int) and value.bit_length() > 2039:  # torch reads at most 2039 bits
+            raise TypeError(f"{where} is an integer of {value.bit_length()} bits: use a string")
         if value is None or type(value) in _PLAIN:
             return value
-        for plain in _NUMBERS_AND_TEXTS:
-            if isinstance(value, plain):  # a subclass; numpy has some
+        for plain in _NUMBERS_AND_STRINGS:
+            if isinstance(value, plain):  # a subclass, such as numpy.float64
                 return plain(value)  # type: ignore[arg-type]
         if isinstance(value, Mapping):
             items = {}
             for key, item in value.items():
                 place = f"{where}[{key!r}]"
-                items[self._plain(key, f"the key {place}")] = self._plain(item, place)
-            if isinstance(value, Counter):  # a MultiStepLR has one, and calls its methods
+                items[self._to_plain(key, f"the key {place}")] = self._to_plain(item, place)
+            if isinstance(value, Counter):  # a MultiStepLR needs the methods of its Counter
                 return Counter(items)
             if not isinstance(value, OrderedDict):
                 return items
             ordered = OrderedDict(items)
-            vars(ordered).update(vars(value))  # versions of modules, for load_state_dict
+            vars(ordered).update(vars(value))  # load_state_dict needs the versions of modules
             return ordered
         if isinstance(value, list | tuple | deque):
-            listed = [self._plain(item, f"{where}[{i}]") for i, item in enumerate(value)]
+            listed = [self._to_plain(item, f"{where}[{i}]") for i, item in enumerate(value)]
             return tuple(listed) if isinstance(value, tuple) else listed
         if isinstance(value, PathLike):
             return fspath(value)
-        if hasattr(value, "dtype") and hasattr(value, "tolist") and not is_tensor:  # numpy's
+        if hasattr(value, "dtype") and hasattr(value, "tolist") and not is_tensor:  # numpy
             return torch.as_tensor(value).clone() if value.ndim else value.item()
         raise TypeError(
             f"{where} is {value!r}, which a checkpoint cannot hold: it is read without running"
@@ -112,5 +112,5 @@ def _layout(tensor: torch.Tensor) -> Any:
     return tensor.shape, tensor.stride(), tensor.dtype
 
 
-_NUMBERS_AND_TEXTS = (int, float, complex, str)
-_PLAIN = (*_NUMBERS_AND_TEXTS, bool, torch.dtype, torch.device, torch.Size)
+_NUMBERS_AND_STRINGS = (int, float, complex, str)
+_PLAIN = (*_NUMBERS_AND_STRINGS, bool, torch.dtype, torch.device, torch.Size)

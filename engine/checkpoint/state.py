@@ -1,4 +1,4 @@
-"""The whole state of a fit as plain data, and back."""
+"""The whole state of a fit: collecting it for a checkpoint, and restoring it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ State = dict[str, Any]
 
 
 class SavedLearner(Protocol):
-    """What is saved and restored of a learner."""
+    """The attributes of a learner that are saved and restored."""
 
     model: nn.Module
     opt: Any
@@ -95,7 +95,7 @@ def stateful(learner: SavedLearner) -> Iterator[tuple[str, Any]]:
 
 
 def stateless(learner: SavedLearner) -> list[str]:
-    """Attributes with a state, such as a scheduler, of callbacks without a `state_dict`."""
+    """The attributes with a state, such as a scheduler, of callbacks without a `state_dict`."""
     found = []
     for cb in learner.cbs:
         if hasattr(cb, "state_dict"):
@@ -108,4 +108,4 @@ def stateless(learner: SavedLearner) -> list[str]:
 
 def optimizer_class(opt: Any) -> str:
     """The class name of an optimizer, as checkpoints hold it."""
-    return type(getattr(opt, "optimizer", opt)).__name__  # accelerate's wraps the original
+    return type(getattr(opt, "optimizer", opt)).__name__  # accelerate wraps the optimizer

@@ -1,4 +1,4 @@
-"""What a state file names and claims, for those who do not trust whoever wrote it."""
+"""Checks of a state file before it is loaded, because it may come from an untrusted source."""
 
 from __future__ import annotations
 
@@ -11,30 +11,30 @@ from typing import Any
 import torch
 
 
-def foreign_names(archive: zipfile.ZipFile) -> set[str]:
-    """What a state names that none is made of: it would run code, or take memory for nothing.
+def disallowed_names(archive: zipfile.ZipFile) -> set[str]:
+    """The names in a state that could run code or allocate memory without data; usually none.
 
-    torch refuses code, too; but calls that make `n` bytes out of a number, it allows.
+    torch refuses code as well, but allows calls that allocate `n` bytes for an integer `n`.
     """
-    # torch looks its pickle up in any case of letters; there is to be no choice.
+    # torch ignores the case of this name, so there must be exactly one match.
     (pickled,) = (n for n in archive.namelist() if n.lower().endswith("/data.pkl"))
     found = set()
     for operation, argument, _ in pickletools.genops(archive.read(pickled)):
-        if operation.name == "GLOBAL" and not _OURS.fullmatch(str(argument)):
+        if operation.name == "GLOBAL" and not _ALLOWED.fullmatch(str(argument)):
             found.add(str(argument))
         elif operation.name == "LONG4":
             found.add("an integer of 256 bytes or more")
     return found
 
 
-_OURS = re.compile(
+_ALLOWED = re.compile(
     r"collections (OrderedDict|Counter)|(__builtin__|builtins) complex"
     r"|torch (?!\w*Tensor$)\w+|torch\.storage UntypedStorage|torch\._utils _rebuild_tensor_v\d"
 )
 
 
-def shapes_not_there(state: Any) -> list[tuple[int, ...]]:
-    """The shapes of tensors that claim to be larger than what there is of them."""
+def incomplete_shapes(state: Any) -> list[tuple[int, ...]]:
+    """The shapes of the tensors that are larger than their data."""
     return [
         tuple(tensor.shape)
         for tensor in _tensors(state, set())
@@ -46,6 +46,6 @@ def _tensors(value: Any, seen: set[int]) -> Iterator[torch.Tensor]:
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, Mapping | list | tuple) and id(value) not in seen:
-        seen.add(id(value))  # a list of ten times a list of ten times a list is soon endless
+        seen.add(id(value))  # nested lists that share items would take exponential time
         for item in value.values() if isinstance(value, Mapping) else value:
             yield from _tensors(item, seen)

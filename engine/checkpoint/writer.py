@@ -1,6 +1,6 @@
-"""Writing a checkpoint so that one which has its name is whole, and removing it the same way.
+"""Writing and removing checkpoints atomically: a folder named as a checkpoint is complete.
 
-It is written under a temporary name in the same folder, flushed to the disk, and renamed.
+A checkpoint is written under a temporary name in the same folder, flushed to the disk, and renamed.
 
 Source: "Files are hard" (Dan Luu) and SQLite's "Atomic Commit".
 """
@@ -30,17 +30,17 @@ from .reader import (
     encode_manifest,
     manifest_digest,
 )
-from .validate import foreign_names
+from .validate import disallowed_names
 
 
 def write_checkpoint(
     folder: Path, run_id: str, position: Position, metrics: Mapping[str, Any], state: Any
 ) -> Path:
-    """Write a checkpoint into `folder`, whole or not at all; return its path.
+    """Write a checkpoint into `folder`, completely or not at all; return its path.
 
     Raises:
-        OSError: what the system says; nothing half of it is left then.
-        TypeError: something in the state could not be read back.
+        OSError: writing failed; what was written has been removed.
+        TypeError: the state contains something that could not be read back.
     """
     found = checkpoints_in(folder)
     number = int(found[-1].name.rpartition("-")[2]) + 1 if found else 1
@@ -72,20 +72,20 @@ def write_checkpoint(
 
 
 def remove_checkpoint(path: Path) -> None:
-    """Remove a checkpoint, so that it is there whole or not at all."""
+    """Remove a checkpoint atomically: it exists completely or not at all."""
     unfinished = path.with_name(_UNFINISHED + path.name)
     try:
         os.rename(path, unfinished)
     except FileNotFoundError:
-        return  # somebody was first
-    if unfinished.is_symlink():  # somebody has put it elsewhere, where it stays
+        return  # it has been removed already
+    if unfinished.is_symlink():  # a user has moved it elsewhere: remove only the link
         unfinished.unlink()
     else:
         shutil.rmtree(unfinished)
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove what a run that died left half written, or half removed."""
+    """Remove checkpoints that a killed run has only partly written or removed."""
     for path in folder.glob(_UNFINISHED + "*"):
         shutil.rmtree(path, ignore_errors=True)
 
@@ -101,10 +101,10 @@ def _versions() -> dict[str, str]:
     }
 
 
-class _Digesting(io.RawIOBase):
-    """A file that keeps the digest of what is written to it, and its first error.
+class _HashingFile(io.RawIOBase):
+    """A file that computes the SHA-256 of its content, and keeps the first error of a write.
 
-    torch would tell of an error in its own words, after it has tried to write on.
+    torch would continue to write after an error, and then raise a different one.
     """
 
     def __init__(self, file: BinaryIO) -> None:
@@ -135,16 +135,16 @@ class _Digesting(io.RawIOBase):
 
 def _write_state(path: Path, state: Any) -> dict[str, Any]:
     with open(path, "xb") as file:
-        digesting = _Digesting(file)
-        torch.save(state, digesting)  # type: ignore[arg-type]  # it only writes and flushes
-        written = digesting.finish()
+        hashing = _HashingFile(file)
+        torch.save(state, hashing)  # type: ignore[arg-type]  # it only writes and flushes
+        written = hashing.finish()
         file.flush()
         os.fsync(file.fileno())
     with zipfile.ZipFile(path) as archive:
-        if names := foreign_names(archive):
+        if names := disallowed_names(archive):
             raise TypeError(
-                f"the state holds what could not be read back without running code: {names};"
-                " a state_dict is to hold tensors, numbers, texts, lists and dicts of them"
+                "the state contains values that could not be read back without running code:"
+                f" {names}; use only tensors, numbers, strings, lists and dicts in a state_dict"
             )
     return written
 
@@ -157,7 +157,7 @@ def _write(path: Path, data: bytes) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Have the names in a folder reach the disk, where the system can (Windows cannot)."""
+    """Flush the names in a folder to the disk, except on Windows, which cannot."""
     if os.name == "nt":
         return
     descriptor = os.open(folder, os.O_RDONLY)

@@ -1,4 +1,4 @@
-"""Nested containers of tensors, as batches are."""
+"""Functions for nested containers of tensors, such as batches."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def _is_tensor(x: Any) -> bool:
 def map_tensors(x: Any, fn: Callable[[Any], Any], leaf: Callable[[Any], bool] = _is_tensor) -> Any:
     """Apply `fn` to every tensor in nested mappings, tuples, lists and namedtuples.
 
-    Containers keep their type; what is neither container nor tensor is left as it is. With
-    `leaf` something else than tensors may be what `fn` is applied to.
+    Containers keep their type; other values are left as they are. `leaf` selects the values that
+    `fn` is applied to; by default these are the tensors.
 
     Example:
         >>> map_tensors({"x": (torch.ones(2), "a")}, lambda t: t.sum().item())
@@ -29,10 +29,10 @@ def map_tensors(x: Any, fn: Callable[[Any], Any], leaf: Callable[[Any], bool] = 
         items = {k: map_tensors(v, fn, leaf) for k, v in x.items()}
         if type(x) is dict or not isinstance(x, MutableMapping):
             return items
-        same = copy.copy(x)  # a subclass may need more than items to be made
-        for k, v in items.items():  # not update(), which adds where it is a Counter
-            same[k] = v
-        return same
+        mapped = copy.copy(x)  # the constructor of a subclass may not accept the items alone
+        for k, v in items.items():  # not update(), which would add the counts of a Counter
+            mapped[k] = v
+        return mapped
     if isinstance(x, tuple) and hasattr(x, "_fields"):
         return type(x)(*(map_tensors(item, fn, leaf) for item in x))
     if isinstance(x, list | tuple):
@@ -41,5 +41,5 @@ def map_tensors(x: Any, fn: Callable[[Any], Any], leaf: Callable[[Any], bool] = 
 
 
 def has_to(x: Any) -> bool:
-    """Whether it can be moved: a tensor, a packed sequence, a tokenizer's encoding."""
+    """Whether `x` can be moved to a device: a tensor, a packed sequence, a tokenizer's encoding."""
     return callable(getattr(x, "to", None))

@@ -15,8 +15,8 @@ class DataLoaders:
     """The training and the validation loader, in one object.
 
     Args:
-        train: any iterable of batches; read once an epoch.
-        valid: the same, for validation; None if there is none.
+        train: any iterable of batches; iterated once per epoch.
+        valid: the same, for validation; None without validation.
 
     Example:
         >>> import torch
@@ -47,30 +47,30 @@ class DataLoaders:
         device: str | torch.device | None = None,
         **kwargs: Any,
     ) -> Self:
-        """Loaders that yield what `DataLoader(dataset, batch_size, ...)` would, as fast as it goes.
+        """Make the fastest loaders with the same batches as `DataLoader(dataset, batch_size, ...)`.
 
-        Samples that are in memory anyway (a TensorDataset; torchvision's MNIST, FashionMNIST,
-        CIFAR10 and their kin, if their transforms look at one value at a time, such as ToTensor
-        and Normalize; a Subset of those) come in whole batches out of a `TensorLoader`: the same
-        bits, in the same order, from the same random state. A dataset with `__getitems__` is
-        asked for whole batches: it returns a list of samples, or a batch, as a tuple, mapping or
-        tensor. All others are read sample by sample. Which way it took, and why, is logged
-        ("data_path").
+        Samples that are in memory already are taken in whole batches from a `TensorLoader`: the
+        same bits, in the same order, from the same random state. This applies to a TensorDataset;
+        to torchvision's MNIST, FashionMNIST, CIFAR10 and similar datasets whose transforms map
+        each value on its own, as ToTensor and Normalize do; and to a Subset of those. A dataset
+        with `__getitems__` is asked for whole batches: it returns a list of samples, or a batch,
+        as a tuple, mapping or tensor. All others are read sample by sample. The path that was
+        chosen, and why, is logged ("data_path").
 
         Args:
             train: the dataset to train on.
-            valid: the one to validate on, None if there is none.
-            batch_size: samples a batch.
+            valid: the dataset to validate on; None without validation.
+            batch_size: the number of samples per batch.
             shuffle: whether to draw the training samples in random order.
             drop_last: whether to leave out a last training batch that is smaller.
-            device: where the batches are to be: data in memory is put there once, if it takes no
-                more than half of what is free; else a `Prefetcher` copies each batch while the
-                one before it trains. By default batches are left in the host's memory.
+            device: the device of the batches. Data in memory is copied there once, if it takes no
+                more than half of the free memory; otherwise a `Prefetcher` copies each batch while
+                the previous one trains. By default, batches stay in the host's memory.
             kwargs: other arguments of both DataLoaders, such as `generator`; `num_workers` and
-                its like are only for datasets that are read sample by sample.
+                the other arguments for workers are not used for samples that are in memory.
 
         Raises:
-            TypeError, ValueError: as a DataLoader; and for `sampler` or `batch_sampler`, which
+            TypeError, ValueError: as by a DataLoader; and for `sampler` or `batch_sampler`, which
                 belong to one dataset.
 
         Example:
@@ -88,10 +88,9 @@ class DataLoaders:
                     f"from_dataset({name}=...): it belongs to one dataset; make that loader"
                     " yourself, and pass it to DataLoaders(train, valid)"
                 )
-        own = {"shuffle": shuffle, "drop_last": drop_last}
         kwargs["batch_size"] = batch_size
         return cls(
-            loader_for(train, "train", device, **own, **kwargs),
+            loader_for(train, "train", device, shuffle=shuffle, drop_last=drop_last, **kwargs),
             None if valid is None else loader_for(valid, "valid", device, **kwargs),
         )
 
@@ -103,7 +102,7 @@ def loader_of(dls: Any, training: bool) -> Any:
     """The loader of a phase.
 
     Raises:
-        ValueError: there is none, or it is known to be empty.
+        ValueError: there is no such loader, or it is known to be empty.
         TypeError: it cannot be iterated.
     """
     phase = "train" if training else "valid"
@@ -114,14 +113,14 @@ def loader_of(dls: Any, training: bool) -> Any:
             f" missing. Give DataLoaders a {phase} loader, or call fit({phase}=False)"
         )
     if not isinstance(loader, Iterable) and not hasattr(loader, "__getitem__"):
-        raise TypeError(f"dls.{phase} cannot be iterated: {loader!r}; a DataLoader, say, can")
+        raise TypeError(f"dls.{phase} cannot be iterated: {loader!r}; use a DataLoader")
     if length_of(loader) == 0:
         raise ValueError(why_empty(loader, phase))
     return loader
 
 
 def length_of(loader: Any) -> int | None:
-    """Its number of batches, None where it has no length (an iterable dataset, a generator)."""
+    """The number of batches; None without a length (an iterable dataset, a generator)."""
     try:
         return len(loader)
     except TypeError:
@@ -134,5 +133,5 @@ def why_empty(loader: Any, phase: str) -> str:
     if isinstance(loader, Iterator):
         why = "an iterator can be read only once, and an epoch reads it from the start"
     elif getattr(loader, "drop_last", False):
-        why = "with drop_last=True, fewer samples than batch_size make no batch"
+        why = "with drop_last=True, fewer samples than batch_size do not make a batch"
     return f"dls.{phase} is empty: {why} ({loader!r})"

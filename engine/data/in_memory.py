@@ -1,4 +1,4 @@
-"""Datasets whose samples are in memory already, and how to take them out in whole batches."""
+"""Datasets whose samples are in memory already, as tensors to take whole batches from."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from .tensor_loader import TensorBatches
 
 
 class InMemory(NamedTuple):
-    """What a dataset's samples are made from.
+    """The tensors from which a dataset makes its samples.
 
     Attributes:
-        tensors: one sample each along the first dimension.
-        transform: what makes the inputs of a whole batch from the first of them.
+        tensors: one sample per index of the first dimension.
+        transform: called with the first tensor of a whole batch; returns the inputs.
     """
 
     tensors: tuple[torch.Tensor, ...]
@@ -25,40 +25,41 @@ class InMemory(NamedTuple):
 
 
 class NotInMemoryError(Exception):
-    """A dataset can only be read sample by sample; the message says why."""
+    """A dataset has to be read sample by sample; the message says why."""
 
 
 def in_memory(dataset: Any) -> InMemory:
-    """The tensors that hold a dataset's samples: of a TensorDataset, or of torchvision's MNIST,
-    its kin and CIFAR, whose transforms look at one value at a time; or of a Subset of those.
+    """Find the tensors that hold the samples of a dataset.
 
-    Some samples are compared with the dataset's own, to the bit.
+    They are known for a TensorDataset, for torchvision's MNIST, CIFAR10 and their subclasses with
+    transforms that map each value on its own, and for a Subset of those. A few samples made from
+    them are compared with the dataset's own, bit for bit.
 
     Raises:
-        NotInMemoryError: it is another dataset, or its samples are something else.
+        NotInMemoryError: it is another dataset, or its samples differ from those.
     """
     if not hasattr(dataset, "__len__") or not len(dataset):
         raise NotInMemoryError("it is empty, or has no length")
-    found = _find(dataset)
-    some = sorted({0, len(dataset) // 3, len(dataset) - 1})
-    batch = TensorBatches(*found).__getitems__(some)
-    own = default_collate([dataset[i] for i in some])
-    if len(batch) != len(own) or not all(map(_equal, batch, own)):
+    found = _tensors_of(dataset)
+    indices = sorted({0, len(dataset) // 3, len(dataset) - 1})
+    batch = TensorBatches(*found).__getitems__(indices)
+    expected = default_collate([dataset[i] for i in indices])
+    if len(batch) != len(expected) or not all(map(_equal, batch, expected)):
         raise NotInMemoryError("its samples are not what its tensors and transform give")
     return found
 
 
-def _find(dataset: Any) -> InMemory:
+def _tensors_of(dataset: Any) -> InMemory:
     kind, get = type(dataset), getattr(type(dataset), "__getitem__", None)
     if get is Subset.__getitem__:
-        tensors, transform = _find(dataset.dataset)
-        where = torch.as_tensor(dataset.indices)
-        return InMemory(tuple(t[where] for t in tensors), transform)
+        tensors, transform = _tensors_of(dataset.dataset)
+        indices = torch.as_tensor(dataset.indices)
+        return InMemory(tuple(t[indices] for t in tensors), transform)
     if hasattr(dataset, "__getitems__"):
         raise NotInMemoryError("it has a __getitems__ of its own")
     if get is TensorDataset.__getitem__:
         return InMemory(dataset.tensors)
-    from torchvision.datasets import CIFAR10, MNIST  # what comes now is theirs, or unknown
+    from torchvision.datasets import CIFAR10, MNIST  # imported only if the others do not apply
 
     if get not in (MNIST.__getitem__, CIFAR10.__getitem__):
         raise NotInMemoryError(f"it is not known where a {kind.__qualname__} has its samples")
@@ -66,17 +67,18 @@ def _find(dataset: Any) -> InMemory:
         raise NotInMemoryError("it has a target_transform")
     images = torch.as_tensor(dataset.data)
     images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2).contiguous()
-    table = _Table(dataset.transform, channels=images.shape[1])
+    table = _LookupTable(dataset.transform, channels=images.shape[1])
     return InMemory((images, torch.as_tensor(dataset.targets)), table)
 
 
-class _Table(nn.Module):
-    """A transform of images of bytes that looks at one value of a channel at a time, as a table:
-    the transform itself is asked, once, what it makes of each of the 256.
+class _LookupTable(nn.Module):
+    """A transform of uint8 images that maps each value of a channel on its own, as a lookup table.
+
+    The table is filled by calling the transform once, with an image of all 256 values.
 
     Args:
-        transform: takes one PIL image.
-        channels: of the images.
+        transform: called with a PIL image.
+        channels: the number of channels of the images.
     """
 
     table: torch.Tensor
@@ -86,30 +88,30 @@ class _Table(nn.Module):
         from torchvision.transforms.functional import to_pil_image
 
         super().__init__()
-        _check_by_value(transform)
+        _check_pointwise(transform)
         image = torch.arange(256, dtype=torch.uint8).view(1, 16, 16).expand(channels, 16, 16)
-        made = transform(to_pil_image(image))
-        if not isinstance(made, torch.Tensor) or made.shape != image.shape:
+        values = transform(to_pil_image(image))
+        if not isinstance(values, torch.Tensor) or values.shape != image.shape:
             raise NotInMemoryError("its transform makes no tensors of images")
-        self.register_buffer("table", made.as_subclass(torch.Tensor).flatten())
+        self.register_buffer("table", values.as_subclass(torch.Tensor).flatten())
         self.register_buffer("offsets", torch.arange(channels).int().view(-1, 1, 1) * 256)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Of shape (N, C, H, W), uint8, to the same shape."""
-        where = images.int()
+        """Transform images of shape (N, C, H, W), uint8; the shape stays the same."""
+        index = images.int()
         if len(self.offsets) > 1:
-            where += self.offsets
-        return self.table.index_select(0, where.flatten()).view(images.shape)
+            index += self.offsets
+        return self.table.index_select(0, index.flatten()).view(images.shape)
 
 
-def _check_by_value(transform: Any) -> None:
-    """See that a transform looks at one value of a channel at a time, and at nothing else."""
+def _check_pointwise(transform: Any) -> None:
+    """Raise a NotInMemoryError unless a transform is known to map each value on its own."""
     from torchvision import transforms as v1
     from torchvision.transforms import v2
 
     if isinstance(transform, v1.Compose | v2.Compose):
         for step in transform.transforms:
-            _check_by_value(step)
+            _check_pointwise(step)
     elif type(transform) not in {
         *(v1.ToTensor, v1.PILToTensor, v1.ConvertImageDtype, v1.Normalize),
         *(v2.ToImage, v2.PILToTensor, v2.ToDtype, v2.ToPureTensor, v2.Normalize),

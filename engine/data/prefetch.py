@@ -1,4 +1,4 @@
-"""The next batch is read, and copied to the device, while this one trains."""
+"""A loader that reads the next batch, and copies it to the device, while this one trains."""
 
 from __future__ import annotations
 
@@ -11,36 +11,37 @@ from typing import Any
 
 import torch
 
+from ...events.checks import is_int
 from .thread_state import torch_state
 from .transfer import transfer_to
 
 
 class Prefetcher:
-    """Reads a loader ahead, in a thread, and copies its batches to a device on a stream of its own.
+    """Reads a loader ahead, in a thread, and copies its batches to a device on a separate stream.
 
-    Every iteration is read by one thread, which ends with it: left early, by a cancel or an error,
-    it waits for the batch that is being read. At most `depth` batches are held, the one that is
-    being read among them, the one handed out not.
+    Every iteration is read by one thread, which ends with the iteration. When the iteration is left
+    early, by a cancel or an error, it waits for the batch that is being read. At most `depth`
+    batches are held, including the one that is being read, but not the one in use.
 
-    The first batch is waited for: what a DataLoader and its sampler draw from torch's global
-    random state they draw there, so batches and weights are those without a Prefetcher. What a
-    dataset draws from it later, for a random crop with `num_workers=0`, say, it draws at no fixed
-    moment of the training: give it a generator of its own, or take `num_workers`. An iteration
-    that is left early has drawn for batches that nobody got.
+    The training waits for the first batch. A DataLoader and its sampler draw from torch's global
+    random state while that batch is read, so batches and weights are the same as without a
+    Prefetcher. A dataset that draws from it later, such as for a random crop with `num_workers=0`,
+    does so at an undefined moment of the training: give it a generator of its own, or use
+    `num_workers`. An iteration that is left early has drawn for batches that were never used.
 
-    It pays where the training leaves the host idle, on an accelerator; a model on the CPU wants
-    the cores that the reading would take.
+    It helps if the host is idle while the training runs on an accelerator; a model on the CPU
+    needs the cores that the reading would take.
 
     Args:
-        loader: any iterable of batches; an iteration of it is read in one thread, not the caller's.
-        device: where to copy the tensors, in nested containers too, and whatever else has a
-            `.to()`. To CUDA they go from pinned memory, and the host never waits. None leaves
-            batches as they are.
-        depth: how many batches to be ahead, 1 or more.
+        loader: any iterable of batches; each iteration is read in one thread, not the caller's.
+        device: where to copy the tensors, also those in nested containers, and other objects with
+            a `.to()`. Copies to CUDA are asynchronous, from pinned memory. None leaves batches
+            as they are.
+        depth: how many batches to read ahead, 1 or more.
 
     Raises:
         TypeError: `loader` cannot be iterated.
-        ValueError: `depth` is less than 1, or there is no such device here.
+        ValueError: `depth` is not an integer of 1 or more, or this machine has no such device.
 
     Example:
         >>> ahead = Prefetcher([torch.zeros(4), torch.ones(2)], depth=2)
@@ -54,9 +55,9 @@ class Prefetcher:
         self, loader: Iterable[Any], device: str | torch.device | None = None, depth: int = 1
     ) -> None:
         if not isinstance(loader, Iterable) and not hasattr(loader, "__getitem__"):
-            raise TypeError(f"loader={loader!r} cannot be iterated; a DataLoader, say, can")
-        if isinstance(depth, bool) or not isinstance(depth, int) or depth < 1:
-            raise ValueError(f"depth={depth!r}: give a whole number, 1 or more")
+            raise TypeError(f"loader={loader!r} cannot be iterated; use a DataLoader")
+        if not is_int(depth, 1):
+            raise ValueError(f"depth={depth!r}: give an integer, 1 or more")
         self.loader = loader
         self.depth = depth
         self._transfer = transfer_to(device)
@@ -84,14 +85,16 @@ class Prefetcher:
 
 
 class _Reader(threading.Thread):
-    """The thread of one iteration."""
+    """The thread that reads one iteration."""
 
     def __init__(self, loader: Iterable[Any], send: Callable[[Any], Any], depth: int) -> None:
         name = threading.current_thread().name.removeprefix("eventrain-")
         super().__init__(name=f"eventrain-prefetch-{name}", daemon=True)
         self.loader, self.send = loader, send
-        self.ready: SimpleQueue[list[Any]] = SimpleQueue()  # each batch in a box, then an empty one
-        self.free: SimpleQueue[None] = SimpleQueue()  # as many as may be read after the first
+        # Each batch is in a list, so that neither thread keeps a reference; an empty list ends it.
+        self.ready: SimpleQueue[list[Any]] = SimpleQueue()
+        # One item for each batch that may be read after the first.
+        self.free: SimpleQueue[None] = SimpleQueue()
         for _ in range(depth - 1):
             self.free.put(None)
         self.left = False
@@ -112,17 +115,21 @@ class _Reader(threading.Thread):
     def _read(self) -> None:
         for batch in self.loader:
             box = [self.send(batch)]
-            del batch  # before it is handed out: then it is not ours any more
+            del batch  # once it is handed out, only its user holds it
             self.ready.put(box)
             self.free.get()
             if self.left:
                 break
 
     def leave(self) -> None:
-        """End the thread, and wait for that, but not in it nor for one that sleeps forever."""
+        """End the thread, and wait until it has ended.
+
+        It does not wait when the garbage collector calls this in the thread itself, nor at the
+        interpreter's exit, when daemon threads no longer run.
+        """
         self.left = True
         self.free.put(None)
-        collected_in_it = self is threading.current_thread()
-        if self.is_alive() and not collected_in_it and not sys.is_finalizing():
+        in_own_thread = self is threading.current_thread()
+        if self.is_alive() and not in_own_thread and not sys.is_finalizing():
             self.join()
-        self.error = None  # no circle of it, its traceback and this object
+        self.error = None  # avoids a reference cycle of the error, its traceback and this object

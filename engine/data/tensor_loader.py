@@ -1,4 +1,4 @@
-"""Data that fits in memory: whole batches by index, with torch's own order and conventions."""
+"""A loader for data in memory: whole batches by index, in the order of torch's DataLoader."""
 
 from __future__ import annotations
 
@@ -11,26 +11,27 @@ from torch.utils.data import DataLoader, Dataset
 
 
 class TensorLoader(DataLoader[Any]):
-    """A DataLoader over tensors in memory that takes out each batch whole, by its indices.
+    """A DataLoader over tensors in memory that indexes each batch as a whole.
 
-    A loader of torch in all else: with the same arguments and the same random state it yields the
-    same batches, in the same order, as `DataLoader(TensorDataset(*tensors), ...)`.
+    In all other respects it is torch's DataLoader: with the same arguments and the same random
+    state it yields the same batches, in the same order, as
+    `DataLoader(TensorDataset(*tensors), ...)`.
 
     Args:
-        tensors: with one sample each along the first dimension, any dtype; in a pair, (inputs,
-            targets). A batch is a list of as many.
-        batch_size, shuffle: as a DataLoader's.
-        transform: called with the inputs of a whole batch, the first tensor of it, such as a
-            transform of torchvision.transforms.v2. What it draws at random it draws once a batch.
-        device: where the tensors are to live, and so the batches: copied there once, here. By
-            default where they are.
+        tensors: of any dtype, with one sample per index of the first dimension; usually inputs and
+            targets. A batch is a list with as many tensors.
+        batch_size, shuffle: as for a DataLoader.
+        transform: called with the inputs of a whole batch, which are its first tensor, such as a
+            transform of torchvision.transforms.v2. It draws its random values once per batch.
+        device: where to keep the tensors, and thus the batches; they are copied there once, when
+            the loader is made. By default they stay where they are.
         kwargs: the other arguments of a DataLoader: `generator`, `drop_last`, `sampler`,
-            `pin_memory`, ...; `collate_fn` is given a whole batch, as MixUp wants it.
+            `pin_memory`, ...; `collate_fn` is called with a whole batch, as MixUp expects.
 
     Raises:
-        TypeError: something is no tensor, or `transform` cannot be called.
-        ValueError: there is no tensor, they differ in length, or `num_workers` or `pin_memory` is
-            asked for with tensors on a device.
+        TypeError: an argument is not a tensor, or `transform` cannot be called.
+        ValueError: there are no tensors, they differ in length, or `num_workers` or `pin_memory` is
+            used with tensors on a device.
 
     Example:
         >>> import torch
@@ -44,7 +45,7 @@ class TensorLoader(DataLoader[Any]):
         >>> all(torch.equal(a, b) for a, b in zip(batches[0], same[0]))
         True
 
-    Source: the `__getitems__` that torch's loader asks its dataset for.
+    Source: `__getitems__`, which torch's DataLoader calls if its dataset has it.
     """
 
     dataset: TensorBatches
@@ -63,10 +64,10 @@ class TensorLoader(DataLoader[Any]):
             for name in ("num_workers", "pin_memory"):
                 if kwargs.get(name):
                     raise ValueError(
-                        f"{name}={kwargs[name]!r} is for tensors in the host's memory, and these"
+                        f"{name}={kwargs[name]!r} is for tensors in the host's memory, but these"
                         f" are on {dataset.device}: leave it out"
                     )
-        kwargs.setdefault("collate_fn", as_it_is)
+        kwargs.setdefault("collate_fn", identity)
         super().__init__(dataset, batch_size, shuffle, **kwargs)
 
     def __repr__(self) -> str:
@@ -75,10 +76,10 @@ class TensorLoader(DataLoader[Any]):
 
 
 class TensorBatches(Dataset[Any]):
-    """The dataset of a `TensorLoader`: tensors that hand out a batch by a list of indices.
+    """The dataset of a `TensorLoader`: returns a whole batch for a list of indices.
 
     Args:
-        tensors, transform, device: as those of `TensorLoader`.
+        tensors, transform, device: as for `TensorLoader`.
     """
 
     def __init__(
@@ -101,17 +102,17 @@ class TensorBatches(Dataset[Any]):
         return [t[0] for t in self.__getitems__([index])]
 
     def __getitems__(self, indices: Sequence[int]) -> list[torch.Tensor]:
-        where = torch.tensor(indices)
-        if self.device.type != "cpu":  # from pinned memory, so that the host does not wait
-            where = where.pin_memory().to(self.device, non_blocking=True)
-        batch = [t.index_select(0, where) for t in self.tensors]
+        index = torch.tensor(indices)
+        if self.device.type != "cpu":  # from pinned memory, so that the copy is asynchronous
+            index = index.pin_memory().to(self.device, non_blocking=True)
+        batch = [t.index_select(0, index) for t in self.tensors]
         if self.transform is not None:
             batch[0] = self.transform(batch[0])
         return batch
 
 
-def as_it_is(batch: Any) -> Any:
-    """The `collate_fn` of datasets that hand out whole batches."""
+def identity(batch: Any) -> Any:
+    """The `collate_fn` for datasets that return whole batches."""
     return batch
 
 
@@ -120,9 +121,11 @@ def _check(tensors: Sequence[Any], transform: Any) -> None:
         raise ValueError("there are no tensors: give one, or (inputs, targets)")
     for i, t in enumerate(tensors):
         if not isinstance(t, torch.Tensor):
-            raise TypeError(f"tensor {i} is a {type(t).__qualname__}: torch.as_tensor() makes one")
+            raise TypeError(
+                f"tensor {i} is a {type(t).__qualname__}: convert it with torch.as_tensor()"
+            )
         if t.ndim == 0:
-            raise ValueError(f"tensor {i} is a single number, {t!r}: it has no samples")
+            raise ValueError(f"tensor {i} is a scalar, {t!r}: it has no dimension of samples")
     if len(lengths := {len(t) for t in tensors}) > 1:
         raise ValueError(
             f"the tensors hold different numbers of samples: {', '.join(map(str, lengths))}"

@@ -1,4 +1,4 @@
-"""What of torch's state belongs to a thread, and is handed on to one that is started."""
+"""The state that torch keeps per thread, to be passed on to a new thread."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 
 def torch_state() -> Callable[[], None]:
-    """What a new thread does not inherit from this one: the default and the CUDA device."""
+    """Return a function that gives another thread the default and the CUDA device of this one."""
     device = torch.get_default_device()
     initialized = torch.cuda.is_initialized()
     cuda = torch.cuda.current_device() if initialized else None

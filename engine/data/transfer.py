@@ -1,4 +1,4 @@
-"""How a batch gets from the thread that reads it to a device, and into use in another thread."""
+"""The transfer of a batch from the thread that reads it to a device and another thread."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from .containers import has_to, map_tensors
 
 
 def transfer_to(device: str | torch.device | None) -> Transfer:
-    """The way to a device; None is no way at all.
+    """Choose the transfer to a device; with None, batches stay where they are.
 
     Raises:
-        ValueError: there is no such device here.
+        ValueError: this machine has no such device.
     """
     if device is None:
         return Transfer()
-    instead = "give another, such as 'cuda:0', or None to leave batches where they are"
+    hint = "give another, such as 'cuda:0', or None to leave batches where they are"
     try:
-        where = torch.device(device)
-        found = torch.get_device_module(where).device_count()
+        target = torch.device(device)
+        count = torch.get_device_module(target).device_count()
     except RuntimeError as exc:
-        raise ValueError(f"device={device!r}: {exc}; {instead}") from exc
-    if (where.index or 0) >= found:
-        raise ValueError(f"device={device!r}: torch finds {found} such devices here; {instead}")
-    return (_ToCUDA if where.type == "cuda" else _To)(where)
+        raise ValueError(f"device={device!r}: {exc}; {hint}") from exc
+    if (target.index or 0) >= count:
+        raise ValueError(f"device={device!r}: torch finds {count} such devices here; {hint}")
+    return (_ToCUDA if target.type == "cuda" else _To)(target)
 
 
 class Transfer:
@@ -35,31 +35,31 @@ class Transfer:
         self.device = device
 
     def send(self, batch: Any) -> Any:
-        """In the thread that reads."""
+        """Called with a batch in the thread that reads it."""
         return batch
 
     def receive(self, sent: Any) -> Any:
-        """In the thread that computes: what was sent, to be used from now on."""
+        """Called in the thread that computes; turns what `send` returned into the batch to use."""
         return sent
 
 
 class _To(Transfer):
-    """Copies as `to_device` does. The reading thread may have to wait for it, and no other."""
+    """Copies with `.to(device)`, for which only the reading thread may have to wait."""
 
     def send(self, batch: Any) -> Any:
         return map_tensors(batch, lambda x: x.to(self.device), has_to)
 
 
 class _ToCUDA(Transfer):
-    """Copies from pinned memory on a stream of its own, beside what is computed.
+    """Copies from pinned memory on a separate stream, concurrently with the computation.
 
-    Neither thread waits: the stream that computes waits for the copy.
+    Neither thread waits for the device: the stream that computes waits for the copy.
     """
 
     _stream: torch.cuda.Stream | None = None
 
     def send(self, batch: Any) -> Any:
-        if self._stream is None:  # kept, as memory is cached by stream
+        if self._stream is None:  # one stream for all, because torch caches memory per stream
             self._stream = torch.cuda.Stream(self.device)
         with torch.cuda.stream(self._stream):
             copies = map_tensors(batch, self._copy, has_to)
@@ -73,14 +73,14 @@ class _ToCUDA(Transfer):
         def arrive(x: Any) -> Any:
             if not _is_plain(x):
                 return x.to(device)
-            x.record_stream(current)  # or a later copy would be given its memory too early
+            x.record_stream(current)  # or a later copy could reuse its memory too early
             return x
 
         return map_tensors(batch, arrive, has_to)
 
     def _copy(self, x: Any) -> Any:
         if not _is_plain(x):
-            return x  # a packed sequence, say: whose memory it has is not known, see `arrive`
+            return x  # such as a packed sequence, whose memory is not known; `arrive` copies it
         if x.device.type == "cpu" and not x.is_pinned():
             x = torch.empty_like(x, pin_memory=True).copy_(x)
         return x.to(self.device, non_blocking=True)

@@ -1,4 +1,4 @@
-"""The callbacks attached to a learner: their subscriptions, and the order among them."""
+"""The callbacks attached to a learner: their subscriptions and their order."""
 
 from __future__ import annotations
 
@@ -100,9 +100,9 @@ class Attachments:
     def _arrange(self) -> None:
         """Sort the callbacks by (order, time of attachment), respecting run_after and run_before.
 
-        The earliest callback that does not wait for another is placed next. One that had to wait
-        takes the key of the callback before it, so that receivers outside of callbacks find their
-        place by order.
+        The earliest callback that does not have to follow another one is placed next. A callback
+        that was delayed takes the key of the one before it, so that receivers that do not belong to
+        callbacks are still sorted by their order.
         """
         waiting = sorted(
             (a for a in self._attached if a.subscriptions),

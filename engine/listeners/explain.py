@@ -1,4 +1,4 @@
-"""A printable account of the receivers of every event, and of who performs each action."""
+"""A printable list of the receivers of every event, and of the performer of each action."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ from .streams import EventStream
 
 def explain(loop: LoopState, streams: Sequence[EventStream[Any]]) -> str:
     """The receivers of every event, in the order in which events happen and receivers run."""
-    own = (*_LOOP, *_BASES)
-    custom = [cls for classes in HOOKS.values() for cls in classes if cls not in own]
+    built_in = (*_LOOP, *_BASES)
+    custom = [cls for classes in HOOKS.values() for cls in classes if cls not in built_in]
     lines = []
     for event_type in (*_LOOP, *custom):
         if issubclass(event_type, ActionEvent):

@@ -49,9 +49,9 @@ class Observer(EventStream[E], Closing):
         """Deliver the events of one fit.
 
         Args:
-            scope: its deadline ends the delivery. There is no other cancellation from outside: one
-                that comes without it was raised by the receiver itself, and is only an error.
-            report: called with an error that is to end the fit.
+            scope: its deadline ends the delivery. Nothing else cancels it from outside: any other
+                cancellation was raised by the receiver itself, and counts as its error.
+            report: called with an error that ends the fit.
         """
         contained = (Exception, CancelException, anyio.get_cancelled_exc_class())
         async for event in self:
@@ -75,31 +75,43 @@ class Observer(EventStream[E], Closing):
 
 
 class CallbackObserver(Observer[Event]):
-    """Gives the events that a callback `observes` to its watcher; there is one for each fit."""
+    """Passes the events that a callback `observes` to its watcher, of which each fit has one."""
 
     def __init__(self, owner: StreamOwner, callback: Callback) -> None:
+        self._current = current = _CurrentWatcher(callback)
         super().__init__(
             owner,
             callback.observes,
             callback.buffer,
             callback.overflow,
-            self._wants,
-            self._observe,
+            current.wants,
+            current.observe,
             "log",
         )
         self.name = f"{type(callback).__qualname__}.observe"
-        self._callback = callback
-        self._watcher: Watcher | None = None
 
     def begin(self) -> None:
         super().begin()
-        self._watcher = None
+        self._current.watcher = None
 
-    def _wants(self, event: Event) -> bool:
-        if self._watcher is None:
-            self._watcher = self._callback.watcher(event)
-        return self._watcher.wants(event)
+    def finish(self) -> None:
+        super().finish()
+        self._current.watcher = None
 
-    def _observe(self, event: Event) -> Awaitable[Any] | None:
-        assert self._watcher is not None  # it has wanted the event
-        return self._watcher.observe(event)
+
+class _CurrentWatcher:
+    """The watcher of the current fit. An object of its own, because an observer that referred to
+    its own methods would be freed only by the garbage collector."""
+
+    def __init__(self, callback: Callback) -> None:
+        self._make = callback.watcher
+        self.watcher: Watcher | None = None
+
+    def wants(self, event: Event) -> bool:
+        if self.watcher is None:
+            self.watcher = self._make(event)
+        return self.watcher.wants(event)
+
+    def observe(self, event: Event) -> Awaitable[Any] | None:
+        assert self.watcher is not None  # it has wanted the event
+        return self.watcher.observe(event)

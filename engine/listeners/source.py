@@ -1,4 +1,4 @@
-"""The side of a learner that others subscribe to."""
+"""The part of a learner for subscriptions: callbacks, receivers, streams and observers."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ R = TypeVar("R", bound=Callable[..., Any])
 
 
 class EventSource(LoopState):
-    """The side of a learner that others subscribe to.
+    """The part of a learner for subscriptions: callbacks, receivers, streams and observers.
 
     There are two lanes. Ordered receivers (callbacks, `on`, `subscribe`) run in the training
-    thread and may change and cancel; `events` and `observe` run on the host's event loop,
-    concurrently with the training.
+    thread, and may change the learner and cancel; `events` and `observe` run on the host's event
+    loop, concurrently with the training.
     """
 
     def __init__(self, bus: Bus | None, reader: BatchReader) -> None:
@@ -42,7 +42,7 @@ class EventSource(LoopState):
         return self._attachments.callbacks
 
     def add_cbs(self, cbs: Callback | Iterable[Callback] | None) -> tuple[Callback, ...]:
-        """Attach one callback or several, all or none; return them.
+        """Attach one callback or several, either all of them or none; return them.
 
         Raises:
             TypeError: one is not a Callback.
@@ -91,7 +91,7 @@ class EventSource(LoopState):
             >>> batches = [(torch.ones(2, 3), torch.zeros(2, 1))] * 4
             >>> learner = TrainLearner(torch.nn.Linear(3, 1), DataLoaders(batches))
             >>> @learner.on(AfterBatch, every=2)
-            ... def tell(event):
+            ... def report(event):
             ...     print("batch", event.iter + 1, "of", event.n_iter)
             >>> result = learner.run(valid=False)
             batch 2 of 4
@@ -135,10 +135,10 @@ class EventSource(LoopState):
 
         Args:
             event_types: event classes; by default all events.
-            buffer: how many events are kept for a slow reader.
+            buffer: how many events are held for a slow reader.
             overflow: what happens when it is full: "drop_oldest"; "latest", which keeps only
                 the newest; or "block", which loses nothing and slows the training down.
-            where: only events for which this is true; called in the training thread.
+            where: deliver only events for which this returns true; called in the training thread.
 
         Raises:
             TypeError, ValueError: not an event class, a buffer below 1, or an unknown policy.
@@ -179,8 +179,8 @@ class EventSource(LoopState):
         Args:
             receiver: called with each event.
             event_types: event classes; by default all events.
-            on_error: a receiver that raises is logged and detached; with "raise", its error also
-                ends the fit.
+            on_error: if the receiver raises, its error is logged and it is detached; with "raise",
+                the error also ends the fit.
         """
         observer = Observer(self, event_types, buffer, overflow, where, receiver, on_error)
         return observer.open()

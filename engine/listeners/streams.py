@@ -1,8 +1,8 @@
 """The observer lane: events in a bounded buffer, read on the host's event loop.
 
 The training thread only appends to a deque. A task on the event loop wakes the waiting readers
-about twenty times a second. The loop is never woken per event, because handing over the GIL costs
-far more than the call.
+about twenty times per second. The loop is never woken per event, because switching threads (the
+GIL) takes far longer than the call.
 """
 
 from __future__ import annotations
@@ -23,17 +23,18 @@ import structlog
 
 from ...events import CancelException, Event, Subscription
 from ...events.callback import Overflow
+from ...events.checks import is_int
 from ...events.subscription import check_event_type
 from ..loop.requests import Requests
 
 E = TypeVar("E", bound=Event)
 
 MAX_HOLD = 0.005
-"""Seconds that delivering may hold the event loop before other tasks get a turn."""
+"""Seconds for which a reader may run on the event loop before other tasks get a turn."""
 
 
 class StreamOwner(Protocol):
-    """What a stream needs of the learner whose events it carries."""
+    """The part of a learner that its streams use."""
 
     run_id: str
     training_thread: int | None
@@ -55,8 +56,8 @@ class EventStream(Generic[E]):
     Attributes:
         name: its name in `FitResult.dropped`.
         emitted: the number of events of this fit, or of the last one, that it accepted.
-        delivered: how many of them it has delivered.
-        dropped: how many were lost to its overflow policy: emitted - delivered - waiting.
+        delivered: the number of them that it has delivered.
+        dropped: the number of them lost by its overflow policy: emitted - delivered - waiting.
     """
 
     def __init__(
@@ -67,7 +68,7 @@ class EventStream(Generic[E]):
         overflow: Overflow,
         where: Callable[[E], bool] | None,
     ) -> None:
-        if isinstance(buffer, bool) or not isinstance(buffer, int) or buffer < 1:
+        if not is_int(buffer, 1):
             raise ValueError(f"buffer={buffer!r}: give the number of events to hold, 1 or more")
         if overflow not in ("drop_oldest", "latest", "block"):
             raise ValueError(
@@ -75,7 +76,8 @@ class EventStream(Generic[E]):
                 " or 'block' (lose nothing, slow the training down)"
             )
         types = dict.fromkeys(map(check_event_type, event_types or (Event,)))
-        self.event_types: tuple[type[E], ...] = tuple(  # not twice, by a class and by its base
+        # Without the subclasses of other classes given, so that each event arrives once.
+        self.event_types: tuple[type[E], ...] = tuple(
             t for t in types if not any(t is not base and issubclass(t, base) for base in types)
         )
         self.name = f"events({', '.join(t.__name__ for t in self.event_types)})"
@@ -86,7 +88,7 @@ class EventStream(Generic[E]):
         self._owner = owner
         self._where = where
         self._items: deque[E] = deque(maxlen=None if overflow == "block" else self.buffer)
-        self._room = threading.Event()
+        self._has_room = threading.Event()
         self._waiting: tuple[anyio.Event, int, anyio.lowlevel.EventLoopToken] | None = None
         self._ended = False
         self._turn_ends = 0.0
@@ -99,7 +101,7 @@ class EventStream(Generic[E]):
     # ---------------------------------------------------------------- in the training thread
 
     def put(self, event: E) -> None:
-        """Take an event in. Never raises: an observer cannot affect the training."""
+        """Add an event to the buffer. Never raises, because an observer must not end the fit."""
         if self._where is not None:
             try:
                 if not self._where(event):
@@ -109,18 +111,18 @@ class EventStream(Generic[E]):
                 return
         if self.overflow == "block" and threading.get_ident() == self._owner.training_thread:
             # Only the training thread waits: an async receiver that emits would wait for itself.
-            # A run that is about to end does not wait: the buffer grows by its last few events.
+            # A fit that is about to end does not wait: the buffer grows by its last few events.
             while len(self._items) >= self.buffer and not (self._ended or self._owner.requests):
-                self._room.clear()
+                self._has_room.clear()
                 self.wake()
-                self._room.wait(0.05)
+                self._has_room.wait(0.05)
         if self._ended:
-            return  # closed, perhaps while the training thread waited here
+            return  # it may have been closed while the training thread waited here
         self.emitted += 1
         self._items.append(event)
 
     def fail(self, exc: BaseException) -> None:
-        """Detach a reader that raised, or whose filter did, and log the error."""
+        """Detach a reader that raised, or whose `where` raised, and log the error."""
         self.close()
         structlog.get_logger("eventrain").error(
             "observer_failed",
@@ -133,7 +135,7 @@ class EventStream(Generic[E]):
     # --------------------------------------------------------------------- on the event loop
 
     def open(self) -> Self:
-        """Subscribe, first in order: an event that a receiver cancels has been emitted, too."""
+        """Subscribe, first in order, so that events are seen even if a receiver cancels on them."""
         for event_type in self.event_types:
             subscription = self._owner.subscribe(event_type, self.put, order=-math.inf)
             self._exit.callback(subscription.close)
@@ -154,17 +156,17 @@ class EventStream(Generic[E]):
         self._ended = False
 
     def end(self) -> None:
-        """No more events come in this fit: the reader gets the rest of the buffer, then the end."""
+        """Accept no more events in this fit: the reader gets the rest of the buffer, then stops."""
         self._ended = True
-        self._room.set()
+        self._has_room.set()
         self.wake()
 
     def finish(self) -> None:
-        """The fit is over: no more events come."""
+        """The fit is over: close the stream."""
         self.close()
 
     def wake(self) -> None:
-        """Wake the reader if there is something for it; from any thread."""
+        """Wake the reader if there is an event for it, or the end. May be called in any thread."""
         waiting = self._waiting
         if waiting is None or not (self._items or self._ended):
             return
@@ -172,7 +174,7 @@ class EventStream(Generic[E]):
         if thread == threading.get_ident():
             wakeup.set()
         else:
-            with suppress(anyio.RunFinishedError):  # its event loop is gone
+            with suppress(anyio.RunFinishedError):  # its event loop has ended
                 anyio.from_thread.run_sync(wakeup.set, token=token)
 
     async def __aenter__(self) -> Self:
@@ -203,5 +205,5 @@ class EventStream(Generic[E]):
             self._turn_ends = time.perf_counter() + MAX_HOLD
         self.delivered += 1
         event = self._items.popleft()
-        self._room.set()
+        self._has_room.set()
         return event

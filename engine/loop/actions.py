@@ -17,8 +17,8 @@ def check_performers(loop: LoopState, actions: Iterable[type[ActionEvent]]) -> N
     """Raise unless exactly one receiver, or the learner itself, performs each action.
 
     Raises:
-        ValueError: two receivers of the same order would perform it.
-        TypeError: nobody would.
+        ValueError: two receivers of the same order would perform an action.
+        TypeError: neither a receiver nor the learner would perform it.
     """
     for action in actions:
         found = performers(loop, action)
@@ -43,5 +43,5 @@ def _tied(a: Subscription, b: Subscription) -> bool:
     """Whether only the time of connection decides: no order, no `run_after` or `run_before`."""
     if a.key[0] != b.key[0]:
         return False
-    # One that had to wait has the key of the one it waited for, with a running number added.
+    # A callback that `run_after` delayed has the key of the one it follows, plus a counter.
     return a.key[1] != b.key[1] or a.order == b.order

@@ -110,9 +110,9 @@ class Loop(LoopState):
         return scope_within(self, cancel, cleanup)
 
     def emit(self, event_type: type[Event], *extra: Any) -> None:
-        """Send an event for the current position; without receivers it is not even made.
+        """Send an event for the current position; without receivers, the event is not created.
 
-        Callbacks may emit events of their own; `extra` are the fields that those add.
+        Callbacks may emit events of their own classes; `extra` are the fields that those add.
         """
         if self.requests and not self.cleaning_up:
             self.requests.raise_due(self.innermost_scope)
@@ -146,14 +146,14 @@ class Loop(LoopState):
         return True
 
     def _await(self, coroutine: CoroutineType[Any, Any, Any], action: type[ActionEvent]) -> None:
-        """Have an async method of the learner awaited on the host's event loop."""
+        """Wait for an async method of the learner, which the host's event loop awaits."""
         assert self.async_wrapper is not None
         self.async_wrapper(lambda _event: coroutine)(action.of(self))
 
     def _start_epoch(self, training: bool) -> bool:
         """Choose mode and loader, and begin a row of the history.
 
-        Returns False for an epoch that was done before the checkpoint from which the fit resumes.
+        Returns False for an epoch that was completed before the checkpoint was saved.
         """
         if not self.reader.includes(self.epoch, training):
             return False
@@ -185,15 +185,15 @@ class Loop(LoopState):
 
         Args:
             scope: what to leave: "fit", "epoch" or "batch".
-            reason: why, for the events, the logs and the result.
+            reason: the reason to report in the events, the logs and the result.
             graceful: let the current batch end first, and let `CheckpointCB` save there.
-            who: who asks, for the events, the logs and the result.
+            who: the name of the caller to report there.
 
         Returns:
-            Whether a fit is running that will notice the request.
+            Whether a fit is running, to which the request was added.
 
         Raises:
-            ValueError: there is no such scope, or a batch is to be stopped gracefully.
+            ValueError: there is no such scope, or `graceful` is used with "batch".
         """
         if scope not in CANCELS:
             raise ValueError(f"stop(scope={scope!r}): choose 'fit', 'epoch' or 'batch'")
@@ -206,7 +206,7 @@ class Loop(LoopState):
     def request(self, error: BaseException, graceful: bool = False) -> bool:
         """Have the training thread raise `error` at its next event. May be called anywhere.
 
-        Returns whether a fit is running.
+        Returns whether a fit is running; without one, nothing is requested.
         """
         if not self.fitting:
             return False
@@ -217,5 +217,5 @@ class Loop(LoopState):
 
     @property
     def stopping(self) -> bool:
-        """Whether the running fit has been asked to stop, and has not done so yet."""
+        """Whether a request to stop the running fit has not taken effect yet."""
         return bool(self.requests)

@@ -1,4 +1,4 @@
-"""Checks of the loss, with errors that say what to change."""
+"""Checks of the loss, whose errors say what to change."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import torch
 
 
 def check_scalar(loss: Any) -> Any:
-    """Return `loss` if it is a tensor of one number.
+    """Return `loss` if it is a tensor with one element.
 
     Raises:
-        TypeError: it is no tensor.
+        TypeError: it is not a tensor.
         ValueError: it is not a scalar.
     """
     if not isinstance(loss, torch.Tensor):
@@ -25,10 +25,10 @@ def check_scalar(loss: Any) -> Any:
 
 
 def check_loss(loss: Any) -> Any:
-    """Return `loss` if one can call `backward()` on it.
+    """Return `loss` if `backward()` can be called on it.
 
     Raises:
-        TypeError: it is no tensor.
+        TypeError: it is not a tensor.
         ValueError: it is not a scalar, or does not require grad.
     """
     check_scalar(loss)

@@ -1,4 +1,4 @@
-"""Reads the batches of an epoch into the loop."""
+"""The reader that iterates a loader and puts each batch into the loop."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ class Reader:
     """Reads every epoch of a fit from its first batch."""
 
     def begin(self, loop: LoopState) -> None:
-        """Called after BeforeFit."""
+        """Prepare for the fit. Called after BeforeFit."""
 
     def includes(self, epoch: int, training: bool) -> bool:
-        """Whether this part of this epoch belongs to the fit."""
+        """Whether the training (or validation) of this epoch is to be run."""
         return True
 
     def read(self, loop: LoopState) -> Iterator[int]:
-        """Read the batches of the current epoch into `loop.batch`; yield their numbers.
+        """Read the batches of the current epoch into `loop.batch`; yield their indices.
 
         Called after BeforeEpoch.
         """
@@ -28,17 +28,17 @@ class Reader:
 
 
 def read_batches(loop: LoopState, loader: Iterable[object], first: int = 0) -> Iterator[int]:
-    """Read batches into `loop.batch`, yield their numbers, and count their samples.
+    """Read batches into `loop.batch`, yield their indices, and count their samples.
 
     The loop holds the only reference to a batch, so one that a callback replaces is freed.
 
     Args:
-        loop: where the batches go.
-        loader: yields them.
-        first: the number of the first one.
+        loop: the loop that uses the batches.
+        loader: yields the batches.
+        first: the index of the first batch.
 
     Raises:
-        ValueError: there was none.
+        ValueError: the loader yielded no batch.
         TypeError: the loader yielded something that cannot be a batch, such as a number.
     """
     phase = "train" if loop.training else "valid"

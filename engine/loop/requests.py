@@ -1,8 +1,8 @@
 """How `stop`, the host and observers reach the running loop: requests, raised at its next event.
 
-Any thread, task or signal handler may add a `Request`. The training thread looks at them when it
-emits an event, and raises those that are due; a graceful one is due between two batches only.
-Adding takes no lock: appending to a deque is atomic.
+Any thread, task or signal handler may add a `Request`. The training thread checks the requests
+when it emits an event, and raises those that are due; a graceful one is due only between two
+batches. Adding one does not need a lock, because appending to a deque is atomic.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ CANCELS: dict[str, type[CancelException]] = {
     "epoch": CancelEpochException,
     "batch": CancelBatchException,
 }
-"""The cancel for each scope that `stop` can name."""
+"""The cancel for each scope that can be passed to `stop`."""
 
 OpenScope: TypeAlias = "tuple[type[CancelException], OpenScope | None]"
 """A scope that has been entered: the cancel that leaves it, and the scope around it."""
 
 
 class InterruptedFit(CancelException):
-    """The host cancelled the task that awaits the fit. It leaves every scope; none catches it."""
+    """The host cancelled the task that awaits the fit. No scope catches it, so it ends the fit."""
 
     width = 5
 
@@ -40,11 +40,11 @@ class InterruptedFit(CancelException):
 
 
 class Request(NamedTuple):
-    """What `stop`, the host or an observer wants the training thread to raise.
+    """An exception that `stop`, the host or an observer wants the training thread to raise.
 
     Attributes:
-        error: what to raise.
-        target: the scope that a cancel is meant for; None if none of its kind was open.
+        error: the exception to raise.
+        target: the scope that a cancel is to end; None if no scope of its kind was open.
         graceful: whether to raise it only between two batches.
     """
 
@@ -54,7 +54,7 @@ class Request(NamedTuple):
 
 
 class Requests(deque[Request]):
-    """The requests that have not taken effect yet, in the order in which they came."""
+    """The requests that have not taken effect yet, in the order of their arrival."""
 
     __slots__ = ()
 
@@ -63,7 +63,7 @@ class Requests(deque[Request]):
 
         Args:
             innermost: the innermost open scope.
-            between_batches: whether graceful requests are due, too.
+            between_batches: whether graceful requests are due as well.
         """
         for request in tuple(self):
             error, target, graceful = request
@@ -73,16 +73,16 @@ class Requests(deque[Request]):
                 scope = scope_for(type(error), innermost)
                 if target is not None and target is not scope:
                     self.remove(request)
-                    continue  # the scope that it was meant for has ended by itself
+                    continue  # its target has ended by itself
                 if scope is None:
-                    continue  # between two batches or epochs: meant for the next one
+                    continue  # between two batches or epochs: it waits for the next one
             if graceful and not between_batches:
                 continue
             self.remove(request)
             raise error
 
     def graceful_for(self, scope: OpenScope | None) -> bool:
-        """Whether there is a graceful request for this scope, or for one around it."""
+        """Whether there is a graceful request for this scope or one around it."""
         for request in tuple(self):
             found = scope_for(type(request.error), scope)
             meant = request.target is None or request.target is found  # identity, not equality

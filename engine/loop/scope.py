@@ -1,4 +1,4 @@
-"""A scope of the loop: once entered it is left through its Cleanup* event, exactly once."""
+"""A scope of the loop: once it has been entered, its Cleanup* event is emitted exactly once."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def scope(
 
     A decorator, because entering and leaving a context manager takes twice as long, per batch.
 
-    Source: the post's `_CbCtxInner`, without names made up at run time, and with Before* emitted
+    Source: the post's `_CbCtxInner`, without names generated at run time, and with Before* emitted
     inside the scope, so that a cancel raised there is caught and cleaned up too.
     """
 
@@ -56,8 +56,7 @@ def scope(
 def scope_within(
     loop: LoopState, cancel: type[CancelException], cleanup: type[Event]
 ) -> Iterator[None]:
-    """The same as a context manager, for scopes of a callback's own."""
-
+    """The same as a context manager, for the scopes that a callback opens."""
     entered = loop.innermost_scope = cancel, loop.innermost_scope
     try:
         yield
@@ -74,10 +73,10 @@ def _leave(
     """Emit Cleanup*, however the scope ended.
 
     Returns:
-        Whether the scope was completed, or `exc` is the cancel that names it.
+        Whether the scope was completed, or left by its own cancel.
 
     Raises:
-        BaseException: what is to be raised instead of `exc`.
+        BaseException: the error to raise instead of `exc`.
     """
     cancel, outer = entered
     outer_end = loop.scope_end
@@ -98,7 +97,7 @@ def _leave(
         finally:
             loop.cleaning_up = before
     loop.innermost_scope = outer
-    if outer is not None:  # the end of the outermost scope is kept, for the result
+    if outer is not None:  # the result of the fit needs how the outermost scope ended
         loop.scope_end = outer_end
     try:
         if error is None or isinstance(error, cancel):
@@ -106,7 +105,7 @@ def _leave(
                 loop.requests.raise_due(outer, between_batches=True)
             return True
         if error is exc:
-            return False  # re-raised as it came, with its traceback
+            return False  # the caller re-raises it, with its traceback
         raise error
     finally:
         del error  # a reference cycle with the traceback and this frame would keep the batch
@@ -120,7 +119,7 @@ def _is_between_batches(loop: LoopState, entered: OpenScope) -> bool:
 
 
 def _refuse_stray_cancel(exc: BaseException, entered: OpenScope) -> BaseException:
-    """Return `exc`, or for a cancel that no open scope catches the error to raise instead."""
+    """Return `exc`, or, for a cancel that no open scope catches, the error to raise instead."""
     if not isinstance(exc, CancelException) or isinstance(exc, InterruptedFit):
         return exc
     if scope_for(type(exc), entered) is not None:
@@ -134,9 +133,9 @@ def _refuse_stray_cancel(exc: BaseException, entered: OpenScope) -> BaseExceptio
 
 
 def _outcome(exc: BaseException, late: BaseException) -> BaseException:
-    """Of what ended a scope and what its cleanup raised: the one to raise, with a note.
+    """Choose what to raise, the error that ended a scope or one of its cleanup; note the other.
 
-    What ended the scope takes precedence, unless it was only a cancel.
+    The error that ended the scope takes precedence, unless it is only a cancel.
     """
     first = most_severe([exc, late])
     other = late if first is exc else exc

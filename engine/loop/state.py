@@ -1,4 +1,4 @@
-"""The state of the loop: its position, and what it works on."""
+"""The state of the loop: its position, and the objects that it works on."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ COMPLETED = ScopeEnd("completed")
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """A place between two batches of a fit.
+    """A position between two batches of a fit.
 
     Attributes:
-        epoch: the epoch, from 0.
-        training: True in the training part of the epoch, False in the validating one.
-        batches: how many batches of that part are done.
+        epoch: the index of the epoch, from 0.
+        training: True in the training part of the epoch, False in its validation part.
+        batches: the number of batches of that part that are completed.
     """
 
     epoch: int = 0
@@ -31,11 +31,11 @@ class Position:
     batches: int = 0
 
     def is_beyond(self, epoch: int, training: bool) -> bool:
-        """Whether that part of that epoch is done."""
+        """Whether that part of that epoch is completed."""
         return (epoch, not training) < (self.epoch, not self.training)
 
     def is_within(self, epoch: int, training: bool) -> bool:
-        """Whether it is in that part of that epoch, after its first batch."""
+        """Whether the position is in that part of that epoch, after its first batch."""
         return self.batches > 0 and (epoch, training) == (self.epoch, self.training)
 
 
@@ -48,7 +48,7 @@ class Progress:
     Attributes:
         epochs: epochs completed.
         batches: batches completed.
-        steps: optimizer steps taken; skipped and accumulated ones do not count.
+        steps: optimizer steps taken; skipped and accumulated steps do not count.
     """
 
     epochs: int = 0
@@ -67,10 +67,10 @@ class BatchReader(Protocol):
 
 
 class LoopState:
-    """The state of the loop. What every batch needs is kept here, in slots.
+    """The state of the loop: the attributes that every batch needs, in slots.
 
-    CPython 3.11 looks up everything in an instance's `__dict__`, its methods too, the slow way
-    once there are more than thirty attributes in it: 2 us per batch.
+    If an instance's `__dict__` has more than thirty attributes, CPython 3.11 looks up all of its
+    attributes and methods without its caches, which takes 2 us per batch.
     """
 
     __slots__ = (
@@ -138,16 +138,16 @@ class LoopState:
     n_samples: int
     training: bool
     record: dict[str, Any]
-    """The numbers of this epoch: a row of the history, which receivers may add to."""
+    """The values recorded in this epoch: a row of the history, to which receivers may add."""
     done: Progress
     """The progress of the current phase."""
 
     outer_continues: bool
-    """For Cleanup* receivers: whether only this scope is over, completed or by its own cancel."""
+    """For Cleanup* receivers: whether this scope was completed, or left by its own cancel."""
     graceful_stop_due: bool
     """For Cleanup* receivers: whether a graceful `stop` takes effect when they have returned."""
     scope_end: ScopeEnd
-    """How the scope that is being left has ended; after the fit, how the fit has ended."""
+    """How the scope that is being left has ended; after the fit, how the fit ended."""
     innermost_scope: OpenScope | None
     cleaning_up: bool
     """Whether a Cleanup* event is being sent: requests wait until its receivers have returned."""
@@ -190,7 +190,7 @@ class LoopState:
         validates: bool = True,
         purpose: Purpose = "fit",
     ) -> None:
-        """Go to the beginning of a new fit."""
+        """Set the state to the beginning of a new fit."""
         self.reader = reader
         self.trains, self.validates = trains, validates
         self.purpose = purpose

@@ -26,15 +26,15 @@ from .thread import TrainingThread
 
 
 class Fit:
-    """One fit of a learner: checks what it needs, runs the loop in a thread, makes the result.
+    """One fit of a learner: checks its arguments, runs the loop in a thread, makes the result.
 
     Args:
         learner: the learner that fits.
-        plan: what it was asked for.
+        plan: the arguments of the fit.
 
     Raises:
         RuntimeError: the learner is fitting already.
-        ValueError: signals cannot end it gracefully; see `GracefulStop`.
+        ValueError: signals cannot end the fit gracefully; see `GracefulStop`.
     """
 
     def __init__(self, learner: Fittable, plan: FitPlan) -> None:
@@ -45,7 +45,7 @@ class Fit:
         self._resumed: ResumedReader | None = None
 
     async def run(self) -> FitResult:
-        """Run it; return or raise only when its thread has ended."""
+        """Run the fit; return or raise only when its thread has ended."""
         learner, plan = self._learner, self._plan
         learner.fitting = True
         temporary: tuple[Callback, ...] = ()
@@ -53,15 +53,15 @@ class Fit:
             temporary = learner.add_cbs(plan.cbs)
             check_performers(learner, plan.actions)
             self._prepare()
-            with self._kept_optimizer_at_lr(), self._graceful or nullcontext():
+            with self._temporary_lr(), self._graceful or nullcontext():
                 return await self._run_thread()
         finally:
-            learner.remove_cbs(cb for cb in temporary if any(cb is own for own in learner.cbs))
+            learner.remove_cbs(cb for cb in temporary if any(cb is other for other in learner.cbs))
             learner.requests.clear()
             learner.fitting = False
 
     def _prepare(self) -> None:
-        """Check what can be known before any work, and put the loop at its beginning."""
+        """Check what can be checked before the fit, and set the loop to its beginning."""
         learner, plan = self._learner, self._plan
         for training in [True] * plan.train + [False] * plan.valid:
             loader_of(learner.dls, training)
@@ -69,7 +69,9 @@ class Fit:
         if plan.train and learner.opt_func is not None:
             learner.opt = make_optimizer(learner, learner.lr if plan.lr is None else plan.lr)
         if plan.train and learner.opt is None:
-            raise ValueError("opt_func is None, which keeps learner.opt, but that is not set")
+            raise ValueError(
+                "opt_func is None, which keeps learner.opt, but that is not set: set one of them"
+            )
         purposes = [plan.purpose, *(cb.fit_purpose for cb in learner.cbs)]
         learner.begin(
             ResumableReader(),
@@ -81,24 +83,24 @@ class Fit:
         learner.run_id = plan.run_id or uuid.uuid4().hex[:12]
 
     @contextmanager
-    def _kept_optimizer_at_lr(self) -> Iterator[None]:
-        """Set the plan's learning rate for the length of the fit if the optimizer is kept."""
+    def _temporary_lr(self) -> Iterator[None]:
+        """If the optimizer is kept, give it the plan's learning rate for the length of the fit."""
         learner, lr = self._learner, self._plan.lr
         kept = self._plan.train and learner.opt_func is None and lr is not None
         groups = learner.opt.param_groups if kept else []
-        own = [group["lr"] for group in groups]
+        previous = [group["lr"] for group in groups]
         for group in groups:
             group["lr"] = lr
         try:
             yield
         finally:
-            for group, before in zip(groups, own, strict=True):
-                group["lr"] = before
+            for group, previous_lr in zip(groups, previous, strict=True):
+                group["lr"] = previous_lr
 
     # ---------------------------------------------------------------- in the training thread
 
     def _work(self) -> None:
-        """The whole work of the training thread."""
+        """Run the loop; called in the training thread."""
         if self._plan.resume is not None:
             self._resume(self._plan.resume)
         learner = self._learner
@@ -111,13 +113,13 @@ class Fit:
             raise error
 
     def _resume(self, resume: str | os.PathLike[str]) -> None:
-        """Let the loop begin at a checkpoint, which only its reader holds from here on."""
+        """Let the loop begin at a checkpoint. Only its reader holds it, so that it can be freed."""
         learner = self._learner
         last = resume == "last"
         checkpoint = last_checkpoint(learner.cbs) if last else Checkpoint.load(resume)
         if checkpoint is None:
             return
-        learner.reader = self._resumed = ResumedReader(checkpoint, learner)
+        learner.reader = self._resumed = ResumedReader(checkpoint)
         learner.epochs = range(checkpoint.position.epoch, learner.n_epochs)
         learner.run_id = self._plan.run_id or checkpoint.manifest["run_id"]
 
@@ -161,7 +163,7 @@ class Fit:
             valid_batches=learner.progress[False].batches,
             steps=learner.progress[True].steps,
             seconds=seconds,
-            history=tuple(filter(has_numbers, learner.history)),
+            history=tuple(row for row in learner.history if numbers_of(row)),
             dropped=dict(+dropped),  # without the zeros
             resumed_from=None if learner.resumed_from is None else str(learner.resumed_from),
         )
@@ -182,7 +184,7 @@ def make_optimizer(learner: Fittable, lr: float) -> Any:
     Raises:
         ValueError: `lr` is negative.
         TypeError: it returned something that is not an optimizer.
-        Exception: what it raised, with a note.
+        Exception: any error of `opt_func`, with a note.
     """
     check_lr(lr)
     opt_func = learner.opt_func
@@ -199,11 +201,6 @@ def make_optimizer(learner: Fittable, lr: float) -> Any:
     return opt
 
 
-def has_numbers(row: dict[str, Any]) -> bool:
-    """Whether callbacks have recorded numbers in a row of the history."""
-    return bool(numbers_of(row))
-
-
 def numbers_of(row: dict[str, Any]) -> dict[str, Any]:
-    """The numbers that callbacks have recorded in a row of the history."""
+    """The values that callbacks have recorded in a row of the history."""
     return {key: value for key, value in row.items() if key not in ("epoch", "train")}

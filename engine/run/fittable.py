@@ -1,4 +1,4 @@
-"""A loop with listeners, and what its fits need to know of it."""
+"""A loop with subscriptions, and the settings of its fits."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from .result import FitResult
 
 
 class Fittable(Loop, EventSource):
-    """A loop that others listen to, with the settings of its fits.
+    """A loop with subscriptions, and the settings of its fits.
 
     Attributes:
         lr: the learning rate for `opt_func`.
-        opt_func: makes the optimizer of a fit; None keeps the learner's.
+        opt_func: makes the optimizer of a fit; None keeps the current optimizer.
         cleanup_timeout: seconds that an async Cleanup* receiver gets after the host has cancelled.
         drain_timeout: seconds that observers get for their buffers after the fit has ended.
         result: the result of the last fit, including failed and cancelled ones.
-        metrics: the `MetricsCB` of the last fit, set by it.
+        metrics: the `MetricsCB` of the last fit, which sets it.
     """
 
     lr: float

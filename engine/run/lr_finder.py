@@ -33,7 +33,7 @@ class LRFinderCB(Callback):
         lr_mult: the factor, above 1.
 
     Attributes:
-        lrs: the learning rates that were tried, in rising order.
+        lrs: the learning rates that were tried, in increasing order.
         losses: the loss at each of them; with accumulation, the mean over the step's batches.
 
     Raises:
@@ -55,7 +55,7 @@ class LRFinderCB(Callback):
 
     def before_fit(self, event: BeforeFit) -> None:
         self.lrs, self.losses = [], []
-        self._of_step: list[float] = []
+        self._step_losses: list[float] = []
         self._stepped = False
 
     def before_epoch(self, event: BeforeEpoch) -> None:
@@ -70,17 +70,17 @@ class LRFinderCB(Callback):
         loss = learner.loss.item()  # the host waits for the device here
         if not math.isfinite(loss):
             raise CancelFitException(f"the loss is {loss}")
-        self._of_step.append(loss)
-        self._note_step(learner)
+        self._step_losses.append(loss)
+        self._record_step(learner)
 
     def cleanup_epoch(self, event: CleanupEpoch) -> None:
-        self._note_step(event.learner)  # accumulation may take one after the last batch
+        self._record_step(event.learner)  # with accumulation, a step may follow the last batch
 
-    def _note_step(self, learner: Any) -> None:
-        if not self._stepped or not self._of_step:
+    def _record_step(self, learner: Any) -> None:
+        if not self._stepped or not self._step_losses:
             return
-        loss = sum(self._of_step) / len(self._of_step)
-        self._of_step, self._stepped = [], False
+        loss = sum(self._step_losses) / len(self._step_losses)
+        self._step_losses, self._stepped = [], False
         self.lrs.append(float(learner.opt.param_groups[0]["lr"]))
         self.losses.append(loss)
         best = min(self.losses)
@@ -90,14 +90,15 @@ class LRFinderCB(Callback):
             group["lr"] *= self.lr_mult
 
     def suggestion(self, method: Method = "valley") -> float:
-        """A learning rate to train with.
+        """Suggest a learning rate to train with.
 
         Args:
-            method: "steep", where the loss falls fastest; "valley", two thirds into the
-                longest fall of the loss; "minimum", a tenth of where the loss is lowest.
+            method: "steep": where the loss falls fastest; "valley": two thirds of the way through
+                the longest decrease of the loss; "minimum": a tenth of the learning rate with the
+                lowest loss.
 
         Raises:
-            ValueError: there is no such method, or fewer than three losses to choose from.
+            ValueError: there is no such method, or there are fewer than three losses.
 
         Source: fastai's `Learner.lr_find`.
         """
@@ -112,14 +113,14 @@ class LRFinderCB(Callback):
 
     @property
     def suggestions(self) -> dict[str, float]:
-        """The learning rate by each method."""
+        """The suggestion of each method, by its name."""
         return {name: self.suggestion(name) for name in _METHODS}
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Draw the losses over the learning rates, with the suggestions.
 
         Args:
-            ax: where to draw; by default a figure of its own, `ax.figure`.
+            ax: the axes to draw into; by default those of a new figure, `ax.figure`.
 
         Raises:
             ImportError: matplotlib is not installed.
@@ -149,7 +150,7 @@ def _steep(lrs: list[float], losses: list[float]) -> float:
 
 
 def _valley(lrs: list[float], losses: list[float]) -> float:
-    # The longest falling subsequence: for each loss, how many fall to it, and from where.
+    # The longest decreasing subsequence: for each loss, the length and start of the one it ends.
     lengths: list[int] = []
     starts: list[int] = []
     for i, loss in enumerate(losses):

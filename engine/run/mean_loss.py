@@ -13,7 +13,7 @@ from ..loop.loss import check_scalar
 
 
 class MeanLoss:
-    """The mean of losses over samples. Adding one does not make the host wait for the device."""
+    """The mean of losses over samples. Adding a loss does not cause a device sync."""
 
     def __init__(self) -> None:
         self._sum: torch.Tensor | None = None
@@ -60,7 +60,7 @@ class MeanLoss:
 
 
 def _copy(total: torch.Tensor | None) -> torch.Tensor | None:
-    return None if total is None else total.clone()  # it is added to in place
+    return None if total is None else total.clone()  # `add` changes it in place
 
 
 class RecordMeanLoss(Callback):

@@ -1,6 +1,6 @@
-"""Figures that a notebook shows and pyplot, with its global state, knows nothing of.
+"""Figures that a notebook displays without pyplot and its global state.
 
-Importing this needs matplotlib: do it where a figure is drawn.
+This module needs matplotlib, so import it only where a figure is drawn.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 
 class NotebookFigure(Figure):
-    """A figure of `n` panels, two in a row; in a notebook it is shown where it is the result."""
+    """A figure of `n` panels, two per row. A notebook displays it as the result of a cell."""
 
     def __init__(self, n: int = 1) -> None:
         columns = min(n, 2)
@@ -30,7 +30,7 @@ class NotebookFigure(Figure):
 
 
 class Panel(Axes):
-    """The axes of a `NotebookFigure`: where they are the result, a notebook shows all of it."""
+    """The axes of a `NotebookFigure`. A notebook displays the whole figure as their output."""
 
     def _repr_png_(self) -> bytes:
         figure = self.figure

@@ -1,13 +1,13 @@
-"""Idle OpenMP threads of the host, which would slow the training thread down.
+"""Ends idle OpenMP threads of the host, which would slow the training thread down.
 
-Every thread that calls torch gets OpenMP worker threads of its own. Where all of them together
-are more than the cores, libgomp no longer lets a waiting one spin but puts it to sleep, idle
-ones counted in: a thread of ours beside a host that has used torch then sleeps and wakes at
-every operation. On two cores the post's CNN took 16.8 ms a batch instead of 12.9 for it, with
-77 context switches a batch instead of none.
+Every thread that calls torch gets its own OpenMP worker threads. If all of them together, including
+idle ones, are more than the cores, libgomp no longer lets a waiting thread spin but puts it to
+sleep. If the host has used torch, the workers of the training thread then sleep and wake at every
+operation. On two cores, the post's CNN took 16.8 ms per batch instead of 12.9, with 77 context
+switches per batch instead of none.
 
-So a fit begins by ending the idle ones of the thread that awaits it. They are made again when
-that thread needs them; nothing else is changed.
+So a fit begins by ending the idle workers of the thread that awaits it. They are created again
+when that thread needs them; nothing else changes.
 
 Source: `omp_pause_resource_all`, OpenMP 5.0, section 3.2.44.
 """
@@ -33,7 +33,7 @@ def end_idle_threads() -> None:
 
 @cache
 def _omp_pause() -> Callable[[int], int] | None:
-    """The function of the libgomp that torch has loaded; None where it uses another."""
+    """The function of the libgomp that torch has loaded; None if torch uses another library."""
     for path in (Path(torch.__file__).parent / "lib").glob("libgomp*.so*"):
         function = getattr(ctypes.CDLL(str(path)), "omp_pause_resource_all", None)
         if function is not None:

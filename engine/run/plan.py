@@ -1,4 +1,4 @@
-"""What a fit was asked for."""
+"""The arguments of a fit."""
 
 from __future__ import annotations
 
@@ -8,19 +8,21 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...events import ActionEvent, Callback, GetLoss, Predict
+from ...events.checks import is_int
 from ...events.learner import Purpose
 from ...events.types import ACTIONS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FitPlan:
-    """What a fit was asked for; the attributes are the arguments of `Learner.fit`.
+    """The arguments of a fit: those of `Learner.fit`, and its purpose.
 
     Attributes:
-        purpose: "fit", or the method that asked for it.
+        purpose: "fit", "validate", "predict" or "lr_find", by the method that makes the plan.
 
     Raises:
-        ValueError: an argument is wrong in itself.
+        ValueError: an argument is not valid, whatever the others are; or `lr` is given with
+            `resume`.
     """
 
     n_epochs: int = 1
@@ -34,14 +36,15 @@ class FitPlan:
     purpose: Purpose = "fit"
 
     def __post_init__(self) -> None:
-        n_epochs, run_id = self.n_epochs, self.run_id
-        if isinstance(n_epochs, bool) or not isinstance(n_epochs, int) or n_epochs < 0:
-            raise ValueError(f"n_epochs={n_epochs!r}: give an integer, 0 or more")
+        if not is_int(self.n_epochs, 0):
+            raise ValueError(f"n_epochs={self.n_epochs!r}: give an integer, 0 or more")
+        run_id = self.run_id
         if run_id is not None and not (isinstance(run_id, str) and run_id):
             raise ValueError(f"run_id={run_id!r}: give a non-empty string, or None")
         if self.resume is not None and self.lr is not None:
             raise ValueError(
-                f"lr={self.lr!r}: a resumed fit keeps the learning rate of its checkpoint"
+                f"lr={self.lr!r}: a resumed fit keeps the learning rate of its checkpoint; leave"
+                " lr out"
             )
 
     @property
@@ -53,6 +56,6 @@ class FitPlan:
 
 
 def check_lr(lr: Any) -> None:
-    """Raise a ValueError for a number that cannot be a learning rate."""
+    """Raise a ValueError for a learning rate that is negative or NaN."""
     if isinstance(lr, int | float) and not lr >= 0:
         raise ValueError(f"lr={lr!r}: give a learning rate of 0 or more")

@@ -1,4 +1,4 @@
-"""Collect a model's predictions, for `Learner.get_preds`."""
+"""The callback that collects predictions for `Learner.get_preds`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..data.batches import targets_of
 
 
 class CollectPredictions(Callback):
-    """Keeps predictions, and targets if asked for, on the CPU, and leaves each batch there."""
+    """Collects predictions (and targets) on the CPU, and ends each batch after its prediction."""
 
     order = math.inf
 
@@ -23,12 +23,12 @@ class CollectPredictions(Callback):
 
     def after_predict(self, event: AfterPredict) -> None:
         learner = event.learner
-        # The host waits for the device here, once a batch: predictions of a whole dataset
+        # The host waits for the device here, once per batch: the predictions of a whole dataset
         # may not fit on it.
         self.preds.append(_to_cpu(learner.preds))
         if self.with_targets:
             self.targets.append(_to_cpu(targets_of(learner.batch)))
-        raise CancelBatchException("only predictions were asked for")
+        raise CancelBatchException("only predictions were requested")
 
 
 def _to_cpu(x: Any) -> Any:
@@ -40,7 +40,7 @@ def _to_cpu(x: Any) -> Any:
 
 
 def concatenate(parts: list[Any]) -> Any:
-    """Join what batches gave, sample after sample; tuples and dicts part by part.
+    """Concatenate the outputs of batches along the samples; tuples and dicts item by item.
 
     Example:
         >>> concatenate([{"x": torch.zeros(2)}, {"x": torch.ones(1)}])

@@ -1,4 +1,4 @@
-"""What `fit` returns."""
+"""The result of a fit."""
 
 from __future__ import annotations
 
@@ -9,24 +9,25 @@ from typing import Any, Literal
 
 @dataclass(frozen=True, slots=True)
 class FitResult:
-    """How a fit ended and what it did.
+    """How a fit ended and what it completed.
 
     Attributes:
-        run_id: the id that its events carried.
+        run_id: the id of the fit, as in its events.
         status: "completed", "cancelled" (by a receiver, `stop` or the host), or "failed".
-        who: the receiver that cancelled it or failed, where it is known.
-        reason: why it was cancelled or what it failed with, None if it was completed.
-        n_epochs: epochs it was asked for.
-        epochs: training epochs completed; validating ones for a fit that only validates.
+        who: the receiver that cancelled it or failed, if it is known.
+        reason: the reason of the cancel, or the error; None if the fit was completed.
+        n_epochs: the number of epochs that were requested.
+        epochs: training epochs completed; validation epochs for a fit that only validates.
         batches: training batches completed.
         valid_batches: validation batches completed.
-        steps: optimizer steps taken; skipped and accumulated ones do not count.
+        steps: optimizer steps taken; skipped and accumulated steps do not count.
         seconds: wall time, from before the first event to after the last.
-        history: one dict an epoch and phase: "epoch", "train" ("train" or "eval") and the
-            numbers that callbacks recorded, such as "loss" by `MetricsCB`.
-        dropped: events that each observer with losses did not get, by its name.
-        resumed_from: the checkpoint that it went on from; all else but `seconds` and `dropped` is
-            then of the whole run.
+        history: one dict per epoch and phase: "epoch", "train" ("train" or "eval") and the values
+            that callbacks recorded, such as "loss" by `MetricsCB`.
+        dropped: the number of events that an observer did not get, by its name; observers that
+            got all of them are left out.
+        resumed_from: the checkpoint from which the fit resumed; all other fields except `seconds`
+            and `dropped` then cover the whole run.
     """
 
     run_id: str

@@ -1,13 +1,12 @@
 """The training thread: one for the whole fit, joined before `fit` returns, on any event loop.
 
 The loop blocks, so it cannot run on the host's event loop, and handing each batch to a thread
-would cost more than a small batch takes. So one thread of our own runs the loop from start to
-end, and the task that awaits the fit waits for that thread, whatever happens: a cancellation,
-even a repeated one, makes the training stop at its next event, and is raised when the thread has
-ended.
+would take longer than a small batch. So one thread per fit runs the loop from start to end, and
+the task that awaits the fit waits for that thread, whatever happens: a cancellation, even a
+repeated one, makes the training stop at its next event, and is raised when the thread has ended.
 
-`anyio.to_thread` does not fit: its threads belong to the host and are limited in number, and after
-a native `Task.cancel()` it returns at once while the worker keeps running unnoticed.
+`anyio.to_thread` is not suitable: its threads belong to the host and are limited in number, and
+after a native `Task.cancel()` it returns at once while the worker continues to run unnoticed.
 """
 
 from __future__ import annotations
@@ -53,8 +52,8 @@ class TrainingThread:
     """Runs one blocking function in a thread for one fit, and serves it from the event loop.
 
     Args:
-        learner: whose fit it is.
-        graceful: its deadline is checked while the thread runs; None without one.
+        learner: the learner that fits.
+        graceful: its deadline is checked while the thread runs; None for a fit without it.
     """
 
     _running: ClassVar[set[TrainingThread]] = set()
@@ -70,15 +69,15 @@ class TrainingThread:
         self._host = threading.get_ident()
         self._begun = threading.Event()
         self._interrupted = False
-        self._patient_until = math.inf
+        self._log_at = math.inf
         self._pump_scope = anyio.CancelScope(shield=True)
         self._receiver_scope: anyio.CancelScope | None = None
         self._observing: dict[Observer[Any], anyio.CancelScope] = {}
 
     async def run(self, work: Callable[[], object]) -> None:
-        """Run `work` in a thread of its own; return, or raise, only when that has ended.
+        """Run `work` in a new thread; return, or raise, only when that thread has ended.
 
-        Raises what `work` raised; or, if it was interrupted, what interrupted it.
+        Raises the error of `work`, or else the exception that interrupted it.
         """
         context = contextvars.copy_context()
         context.run(_leave_event_loop)
@@ -97,7 +96,7 @@ class TrainingThread:
                 try:
                     self._tasks.start_soon(self._pump)
                     interruption = await self._until_finished(thread)
-                finally:  # whatever happens, including Ctrl-C between two lines
+                finally:  # also after Ctrl-C between two lines
                     self._pump_scope.cancel()
                     self._finish_observers()
         except BaseException as exc:  # cancelled while the observers drained
@@ -115,7 +114,7 @@ class TrainingThread:
         try:
             thread.start()
         except BaseException as exc:
-            # The system cannot start a thread; or Ctrl-C, most likely while it was starting.
+            # The system could not start the thread; or this is Ctrl-C while it was starting.
             if isinstance(exc, Exception) or not self._begun.wait(1):
                 self._finished.set()  # there is no thread to wait for
             raise
@@ -134,12 +133,12 @@ class TrainingThread:
             self._interrupt()
         while not self._finished.is_set():
             try:
-                patience = self._patient_until - time.monotonic()
+                patience = self._log_at - time.monotonic()
                 with anyio.move_on_after(patience, shield=interruption is not None) as scope:
                     await self._finished.wait()
                 if scope.cancelled_caught:
                     self._log_waiting(thread)
-            except GeneratorExit:  # the event loop itself is gone: nothing can be awaited
+            except GeneratorExit:  # the event loop has ended: nothing can be awaited
                 self._interrupt()
                 raise
             except BaseException as exc:
@@ -152,10 +151,10 @@ class TrainingThread:
     def _interrupt(self) -> None:
         if not self._interrupted:
             self._interrupted = True
-            self._patient_until = time.monotonic() + CANCEL_PATIENCE
+            self._log_at = time.monotonic() + CANCEL_PATIENCE
             self._learner.request(InterruptedFit())
         scope = self._receiver_scope
-        if scope is not None and scope.shield:  # a Cleanup* receiver gets some more time
+        if scope is not None and scope.shield:  # a Cleanup* receiver gets `cleanup_timeout`
             scope.deadline = min(scope.deadline, self._cleanup_deadline())
         elif scope is not None:
             scope.cancel()
@@ -164,8 +163,8 @@ class TrainingThread:
         return anyio.current_time() + self._learner.cleanup_timeout
 
     def _log_waiting(self, thread: threading.Thread) -> None:
-        self._patient_until = math.inf
-        with suppress(Exception):  # a logger that fails must not replace the cancel
+        self._log_at = math.inf
+        with suppress(Exception):  # the error of a logger must not replace the cancellation
             log.warning(
                 "cancel_waits",
                 run_id=self._learner.run_id,
@@ -193,13 +192,13 @@ class TrainingThread:
             work()
         except BaseException as exc:
             self._error = exc
-        with suppress(anyio.RunFinishedError):  # the event loop is gone
+        with suppress(anyio.RunFinishedError):  # the event loop has ended
             anyio.from_thread.run_sync(self._finished.set, token=self._token)
 
     def async_wrapper(
         self, receiver: Callable[[Any], Coroutine[Any, Any, Any]]
     ) -> Callable[[Any], Any]:
-        """Blinker's `_async_wrapper`: make an async receiver a function that blocks this thread."""
+        """Blinker's `_async_wrapper`: turn an async receiver into a function that blocks."""
 
         def call(event: Event) -> object:
             if threading.get_ident() == self._host:
@@ -215,7 +214,7 @@ class TrainingThread:
                     self._tasks.start_soon, self._serve, receiver, event, done, token=self._token
                 )
                 while not wait((done,), PATIENCE).done:
-                    # Cancelling every task of the loop may end ours before it has begun.
+                    # A host that cancels all of its tasks may cancel `_serve` before it starts.
                     if self._interrupted and done.cancel():
                         break
                 if not done.cancelled():
@@ -304,6 +303,6 @@ class TrainingThread:
 
 
 def _leave_event_loop() -> None:
-    """In the context of the thread: the caller's event loop does not run there."""
+    """Mark the thread's context as outside of the caller's event loop, which it was copied from."""
     if sniffio := sys.modules.get("sniffio"):  # if trio is installed, anyio asks sniffio
         sniffio.current_async_library_cvar.set(None)

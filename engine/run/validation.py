@@ -1,4 +1,4 @@
-"""What a run on a validation set changes in the learner, and restores."""
+"""A context manager that restores the learner after a run on a validation loader."""
 
 from __future__ import annotations
 

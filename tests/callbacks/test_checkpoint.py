@@ -370,7 +370,7 @@ def test_a_number_that_is_not_there_is_named(
     scores: list[float | None], learner: TrainLearner, tmp_path: Path
 ) -> None:
     scored(learner, scores)
-    told = r"keep_best=\('score', 'max'\): there is no number 'score' of an epoch, but loss"
+    told = r"keep_best=\('score', 'max'\): the epoch has no metric 'score'; it has loss"
     with pytest.raises(ValueError, match=told):
         learner.run(2, cbs=CheckpointCB(tmp_path, keep_best=("score", "max")))
     assert saved(tmp_path) != []  # what was trained is not lost by it

@@ -37,6 +37,8 @@ from torch.utils import _python_dispatch
 from torch.utils.data import DataLoader, TensorDataset
 from torcheval.metrics import MulticlassAccuracy
 
+from tests.support.training import weights
+
 Digits = tuple[torch.Tensor, torch.Tensor]
 one_loop = pytest.mark.parametrize("anyio_backend", ["asyncio"])
 """For what a loop makes no difference to: what runs in the thread of the fit."""
@@ -79,10 +81,6 @@ def make_dls() -> DataLoaders:
 def make_learner(model: nn.Module | None = None, cbs: Any = ()) -> TrainLearner:
     torch.manual_seed(7)
     return TrainLearner(make_model() if model is None else model, make_dls(), lr=0.05, cbs=cbs)
-
-
-def weights(model: nn.Module) -> torch.Tensor:
-    return torch.cat([p.detach().cpu().flatten() for p in model.parameters()])
 
 
 # ------------------------------------------------------------------------- beside other callbacks

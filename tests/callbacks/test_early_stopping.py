@@ -23,13 +23,11 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
+from tests.support.training import weights
+
 Digits = tuple[torch.Tensor, torch.Tensor]
 MakeModel = Callable[[], nn.Module]
 NAN = math.nan
-
-
-def weights(model: nn.Module) -> torch.Tensor:
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
 def learner_with(values: Sequence[Any], training: bool = False) -> TrainLearner:

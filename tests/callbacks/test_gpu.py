@@ -40,6 +40,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 from torcheval.metrics import MulticlassAccuracy, MulticlassAUROC, functional
 
+from tests.support.training import gradients, weights
+
 DEVICE = "cuda"
 
 pytestmark = [
@@ -72,14 +74,6 @@ def make_batches(n: int = 6, *, pinned: bool = False) -> Batches:
 
 def there(batches: Batches) -> Batches:
     return [(x.to(DEVICE), y.to(DEVICE)) for x, y in batches]
-
-
-def weights(model: nn.Module) -> torch.Tensor:
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
-
-
-def gradients(model: nn.Module) -> torch.Tensor:
-    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
 def groups_of(batches: Batches, n: int) -> list[Batches]:

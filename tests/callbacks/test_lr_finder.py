@@ -35,10 +35,6 @@ MakeModel = Callable[[], nn.Module]
 Digits = tuple[torch.Tensor, torch.Tensor]
 
 
-def weights(model: nn.Module) -> torch.Tensor:
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
-
-
 def scripted(losses: list[float]) -> Callable[..., torch.Tensor]:
     """A loss function that returns these numbers, whatever was predicted."""
     script = iter(losses)

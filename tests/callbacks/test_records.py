@@ -41,9 +41,9 @@ from structlog.testing import LogCapture
 from torch import nn
 from torch.nn import functional as F
 
-Record = dict[str, Any]
-GUARD = 30
+from tests.support.waiting import GUARD
 
+Record = dict[str, Any]
 DOCS = Path(__file__).parents[2] / "docs"
 PAGE = (DOCS / "records.md").read_text()
 SCHEMA = json.loads((DOCS / "record.schema.json").read_text())

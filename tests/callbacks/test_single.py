@@ -11,20 +11,9 @@ from eventrain.engine import DataLoaders, TrainLearner
 from eventrain.events import AfterBatch, CancelEpochException, CleanupBatch, record_events
 from torch import nn
 
-MakeModel = Callable[[], nn.Module]
+from tests.support.training import TRAIN_BATCH, VALID_BATCH
 
-BATCH = [
-    "BeforeBatch",
-    "AfterPredict",
-    "AfterLoss",
-    "AfterBackward",
-    "BeforeStep",
-    "AfterStep",
-    "CleanupStep",
-    "AfterBatch",
-    "CleanupBatch",
-]
-VALID_BATCH = ["BeforeBatch", "AfterPredict", "AfterLoss", "AfterBatch", "CleanupBatch"]
+MakeModel = Callable[[], nn.Module]
 
 
 def epoch(batches: list[str]) -> list[str]:
@@ -37,7 +26,7 @@ def test_single_batch_ends_the_fit_after_the_first_batch(
     learner = TrainLearner(make_model(), dls, cbs=SingleBatchCB())
     with record_events(learner) as events:
         result = learner.run(3, **backend)
-    assert events.names == ["BeforeFit", "BeforeEpoch", *BATCH, "CleanupEpoch", "CleanupFit"]
+    assert events.names == ["BeforeFit", "BeforeEpoch", *TRAIN_BATCH, "CleanupEpoch", "CleanupFit"]
     assert (result.status, result.who, result.reason) == (
         "cancelled",
         "SingleBatchCB.after_batch",
@@ -77,7 +66,7 @@ def test_single_epoch_trains_and_validates_once(
         result = learner.run(3, **backend)
     assert events.names == [
         "BeforeFit",
-        *epoch(BATCH * 3),
+        *epoch(TRAIN_BATCH * 3),
         *epoch(VALID_BATCH * 2),
         "CleanupFit",
     ]
@@ -91,7 +80,7 @@ def test_single_epoch_trains_and_validates_once(
 
 @pytest.mark.parametrize(
     ("train", "valid", "expected"),
-    [(True, False, epoch(BATCH * 3)), (False, True, epoch(VALID_BATCH * 2))],
+    [(True, False, epoch(TRAIN_BATCH * 3)), (False, True, epoch(VALID_BATCH * 2))],
 )
 def test_single_epoch_ends_a_fit_of_one_phase_too(
     train: bool, valid: bool, expected: list[str], dls: DataLoaders, make_model: MakeModel
@@ -116,7 +105,7 @@ def test_single_epoch_still_ends_the_fit_when_its_training_was_left(
         learner.run(3)
     assert events.names == [
         "BeforeFit",
-        *["BeforeEpoch", *BATCH, "CleanupEpoch"],
+        *["BeforeEpoch", *TRAIN_BATCH, "CleanupEpoch"],
         *epoch(VALID_BATCH * 2),
         "CleanupFit",
     ]

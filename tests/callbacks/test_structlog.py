@@ -35,12 +35,12 @@ from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 from structlog.contextvars import bound_contextvars, get_contextvars, merge_contextvars
 from structlog.testing import LogCapture, capture_logs
-from torch import nn
+
+from tests.support.training import line_model
+from tests.support.waiting import GUARD
 
 Batches = list[tuple[torch.Tensor, torch.Tensor]]
 Line = dict[str, Any]
-GUARD = 30
-
 SCHEMA = Path(__file__).parents[2] / "docs" / "record.schema.json"
 VALID = Draft202012Validator(json.loads(SCHEMA.read_text()))
 
@@ -56,11 +56,6 @@ def parse(text: str) -> list[Line]:
     for line in lines:
         VALID.validate(line)
     return lines
-
-
-def line_model() -> nn.Module:
-    torch.manual_seed(42)
-    return nn.Linear(3, 1)
 
 
 def learner(train: int = 3, valid: int = 2, *cbs: Any, **kwargs: Any) -> TrainLearner:

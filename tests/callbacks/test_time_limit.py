@@ -23,22 +23,12 @@ from eventrain.events import (
 )
 from torch import nn
 
+from tests.support.training import TRAIN_BATCH
+
 MakeModel = Callable[[], nn.Module]
 
 HOUR = 3600.0
 AT_ONCE = 1e-9
-
-BATCH = [
-    "BeforeBatch",
-    "AfterPredict",
-    "AfterLoss",
-    "AfterBackward",
-    "BeforeStep",
-    "AfterStep",
-    "CleanupStep",
-    "AfterBatch",
-    "CleanupBatch",
-]
 
 
 def over_in(learner: TrainLearner, limit: TimeLimitCB, event_type: type[Event], n: int) -> None:
@@ -60,7 +50,13 @@ def test_when_the_time_is_over_the_batch_ends_whole_and_the_fit_with_it(
     over_in(learner, limit, AfterPredict, 2)
     with record_events(learner) as events:
         result = learner.run(3, **backend)
-    assert events.names == ["BeforeFit", "BeforeEpoch", *BATCH * 2, "CleanupEpoch", "CleanupFit"]
+    assert events.names == [
+        "BeforeFit",
+        "BeforeEpoch",
+        *TRAIN_BATCH * 2,
+        "CleanupEpoch",
+        "CleanupFit",
+    ]
     assert [e.end.status for e in events if isinstance(e, CleanupBatch)] == ["completed"] * 2
     assert (result.status, result.who) == ("cancelled", "TimeLimitCB")
     assert (result.batches, result.steps) == (2, 2)

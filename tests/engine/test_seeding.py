@@ -92,7 +92,7 @@ def test_it_returns_the_seed() -> None:
 @pytest.mark.parametrize("seed", [True, False, -1, 2**32, 1.0, "1", None])
 def test_what_is_no_seed_is_refused_before_anything_is_seeded(seed: Any) -> None:
     states = random.getstate(), torch.get_rng_state()
-    with pytest.raises(ValueError, match=r"seed=.*give a whole number from 0 to 2\*\*32 - 1"):
+    with pytest.raises(ValueError, match=r"seed=.*give an integer from 0 to 2\*\*32 - 1"):
         seed_everything(seed, deterministic=True)
     assert random.getstate() == states[0]
     assert torch.equal(torch.get_rng_state(), states[1])

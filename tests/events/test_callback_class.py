@@ -242,7 +242,7 @@ def test_a_misspelt_hook_is_refused_with_what_was_meant(name: str, meant: str) -
 def test_a_method_with_the_prefix_of_a_hook_is_refused_with_the_hooks_there_are(name: str) -> None:
     with pytest.raises(
         TypeError,
-        match=rf"Mine\.{name} does not receive an event: there are .*after_batch.*zero_grad",
+        match=rf"Mine\.{name} does not receive an event: the events are .*after_batch.*zero_grad",
     ):
         make_callback(name)
 

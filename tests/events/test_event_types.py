@@ -400,6 +400,54 @@ def test_a_class_that_is_no_dataclass_of_its_own_is_an_event_as_well(
     assert (event.n_epochs, RoundBegins.hook) == (7, "round_begins")
 
 
+class WithDict(BatchEvent):
+    """Neither a dataclass of its own nor slotted."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class WithDefault(BatchEvent):
+    """Has a field with a default."""
+
+    norm: float = 1.0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class WithPostInit(BatchEvent):
+    """Checks what it is made of."""
+
+    def __post_init__(self) -> None:
+        if self.n_samples > 4:
+            raise ValueError("more than one batch")
+
+
+@pytest.mark.parametrize("event_type", [WithDict, WithDefault])
+def test_a_batch_event_of_ones_own_is_made_by_its_own_init(
+    event_type: type[Any], dls: DataLoaders, make_model: Any
+) -> None:
+    learner = TrainLearner(make_model(), dls)
+    learner.on(BeforeStep)(lambda event: event.learner.emit(event_type))
+    with record_events(learner) as events:
+        learner.run(1, valid=False)
+    own = [event for event in events if type(event) is event_type]
+    assert [(e.iter, e.n_samples, e.lr, e.loss is not None) for e in own] == [
+        (0, 4, 0.1, True),
+        (1, 8, 0.1, True),
+        (2, 12, 0.1, True),
+    ]
+    assert all(getattr(event, "norm", 1.0) == 1.0 for event in own)
+
+
+def test_the_post_init_of_a_batch_event_of_ones_own_is_called(
+    dls: DataLoaders, make_model: Any
+) -> None:
+    learner = TrainLearner(make_model(), dls)
+    learner.on(BeforeStep)(lambda event: event.learner.emit(WithPostInit))
+    learner.on(WithPostInit)(lambda event: None)
+    with pytest.raises(ValueError, match="more than one batch"):
+        learner.run(1, valid=False)
+    assert learner.result.batches == 1
+
+
 def event_class_of_package(package: str, name: str) -> type[Event]:
     """Define an event class as a module of that package would."""
     namespace = {"__module__": package, "__qualname__": name}

@@ -18,6 +18,8 @@ from eventrain.events import (
     record_events,
 )
 
+from tests.support.training import TRAIN_BATCH
+
 
 @pytest.fixture
 def learner(make_batches: Any, make_model: Any) -> TrainLearner:
@@ -26,21 +28,8 @@ def learner(make_batches: Any, make_model: Any) -> TrainLearner:
 
 
 ONE_BATCH = [
-    "BeforeFit",
-    "BeforeEpoch",
-    "BeforeBatch",
-    "AfterPredict",
-    "AfterLoss",
-    "AfterBackward",
-    "BeforeStep",
-    "AfterStep",
-    "CleanupStep",
-    "AfterBatch",
-    "CleanupBatch",
-    "AfterEpoch",
-    "CleanupEpoch",
-    "AfterFit",
-    "CleanupFit",
+    *["BeforeFit", "BeforeEpoch", *TRAIN_BATCH],
+    *["AfterEpoch", "CleanupEpoch", "AfterFit", "CleanupFit"],
 ]
 
 

@@ -183,10 +183,10 @@ def test_a_checkpoint_that_lost_both_its_files_is_passed_over(folder: Path) -> N
 def test_another_format_is_told_with_the_versions_and_not_passed_over(folder: Path) -> None:
     versions = {"eventrain": "9.1", "torch": "4.0", "python": "3.20"}
     last = checkpoints_in(folder)[-1]
-    forge_manifest(last, format=2, versions=versions, files=None)
+    forge_manifest(last, format=3, versions=versions, files=None)
     for path in (last, folder):
         with pytest.raises(
-            CheckpointError, match=r"format 2, and .* reads 1: .* eventrain 9\.1"
+            CheckpointError, match=r"format 3, but .* reads 2: .* eventrain 9\.1"
         ) as e:
             Checkpoint.load(path)
         assert not isinstance(e.value, CheckpointDamagedError)

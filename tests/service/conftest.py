@@ -12,7 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.service.running import Serve, Service, address
+from tests.service.running import Gate, Serve, Service, address
 
 ROOT = Path(__file__).parents[2]
 
@@ -39,6 +39,12 @@ def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serve]:
             return Service(process, log, url, client)
 
         yield start
+
+
+@pytest.fixture
+def gate(tmp_path: Path) -> Gate:
+    """Closed; see `tests.service.faulty`."""
+    return Gate(tmp_path / "gate")
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,9 @@
 """The service with data that fails, or that is slow: python -m tests.service.faulty.
 
-"digits" are scikit-learn's, but they fail after ten batches; each of the eight images of
-"fashion-mnist" takes SECONDS (from the environment) to read, and is random. What is sent to a
-client that does not read soon fills its socket.
+"digits" are scikit-learn's, but they fail after ten batches. "fashion-mnist" is eight random
+images. Environment variables say how long reading one takes: SECONDS, or, where a test decides it,
+until the file GATE has a byte for it; a read that waits is logged as "waiting_for_image". What is
+sent to a client that does not read soon fills its socket.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import socket
 import time
 from typing import Any
 
+import structlog
 import torch
 from torch.utils.data import Dataset
 
@@ -39,11 +41,19 @@ class Broken(Dataset[Any]):
 class Slow(Dataset[Any]):
     """Eight images; each takes a while."""
 
+    def __init__(self) -> None:
+        self.reads = 0
+
     def __len__(self) -> int:
         return 8
 
     def __getitem__(self, index: int) -> Any:
-        time.sleep(float(os.environ["SECONDS"]))
+        time.sleep(float(os.environ.get("SECONDS", "0")))
+        self.reads += 1
+        if (gate := os.environ.get("GATE")) and os.path.getsize(gate) < self.reads:
+            structlog.get_logger().info("waiting_for_image", number=self.reads)
+            while os.path.getsize(gate) < self.reads:
+                time.sleep(0.01)
         return torch.rand(1, 8, 8, generator=torch.Generator()), 0
 
 

@@ -71,12 +71,33 @@ class Service:
         self.process.send_signal(signal.SIGTERM)
         return self.process.wait(60)
 
+    def wait_for_log(self, event: str, times: int = 1) -> None:
+        """Wait until it has logged an event that often."""
+        wait_until(lambda: self.log.read_text().count(f'"{event}"') >= times)
+
     def lines(self) -> list[dict[str, Any]]:
         """What it logged."""
         return [json.loads(line) for line in self.log.read_text().splitlines()]
 
 
 Serve = Callable[..., Service]
+
+
+class Gate:
+    """Decides when the images of tests.service.faulty may be read: give its path as GATE."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.touch()
+
+    def let_through(self, images: int) -> None:
+        """Let that many more be read."""
+        with self.path.open("ab") as file:
+            file.write(b"x" * images)
+
+    def open(self) -> None:
+        """Let all that a test can need be read."""
+        self.let_through(1_000_000)
 
 
 def address(log: Path, process: subprocess.Popen[bytes]) -> str:
@@ -89,7 +110,7 @@ def address(log: Path, process: subprocess.Popen[bytes]) -> str:
     return found[1]
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
+def wait_until(condition: Callable[[], object], seconds: float = 60) -> None:
     """Wait until something is so; an error if it takes longer."""
     deadline = time.monotonic() + seconds
     while not condition():

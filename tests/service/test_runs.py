@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from torcheval.metrics import MulticlassAccuracy
 
 from examples.datasets import digits_in_memory, get_model
-from tests.service.running import Serve, Service
+from tests.service.running import Gate, Serve, Service
 
 
 @pytest.fixture
@@ -114,13 +114,6 @@ def test_data_that_is_not_there_is_named(serve: Serve) -> None:
     assert "/nowhere" not in answer.text
 
 
-@pytest.fixture(scope="module")
-def slow(serve: Serve) -> Service:
-    """One whose epochs take most of a second, in eight batches of one image."""
-    options = ("--max-concurrent", 3, "--interval", 0)
-    return serve(*options, module="tests.service.faulty", SECONDS="0.08")
-
-
 @pytest.mark.parametrize(
     ("scope", "ends"),
     [
@@ -129,18 +122,23 @@ def slow(serve: Serve) -> Service:
         ("batch", ["completed"] * 5),
     ],
 )
-def test_stop_leaves_the_scope_it_names(slow: Service, scope: str, ends: list[str]) -> None:
+def test_stop_leaves_the_scope_it_names(
+    serve: Serve, gate: Gate, scope: str, ends: list[str]
+) -> None:
     """And no other: the fit, its first training epoch, or one batch of that."""
-    run_id = slow.start(dataset="fashion-mnist", epochs=2, batch_size=1)
+    service = serve("--interval", 0, module="tests.service.faulty", GATE=str(gate.path))
+    run_id = service.start(dataset="fashion-mnist", epochs=2, batch_size=1)
+    gate.let_through(2)  # that the first batch is over, is known when the second is read
     stop = {"scope": scope, "reason": f"enough of this {scope}"}
     records: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    with connect_sse(slow.client, "GET", f"/runs/{run_id}/events") as source:
+    with connect_sse(service.client, "GET", f"/runs/{run_id}/events") as source:
         for message in source.iter_sse():
             if message.data:
                 records[message.event].append(json.loads(message.data))
             if message.event == "batch" and len(records["batch"]) == 1:
-                answer = slow.client.post(f"/runs/{run_id}/stop", json=stop)
+                answer = service.client.post(f"/runs/{run_id}/stop", json=stop)
                 assert answer.status_code == 202
+                gate.open()
 
     ended = records["epoch"] + records["fit_ended"]
     assert [each["status"] for each in ended] == ends
@@ -155,9 +153,9 @@ def test_stop_leaves_the_scope_it_names(slow: Service, scope: str, ends: list[st
     else:
         assert len(first) < 8
         assert first == list(range(len(first)))
-    state = slow.state(run_id)
+    state = service.state(run_id)
     assert (state["status"], state["steps"]) == (ends[-1], len(first + second))
-    assert slow.client.post(f"/runs/{run_id}/stop", json={}).status_code == 409
+    assert service.client.post(f"/runs/{run_id}/stop", json={}).status_code == 409
 
 
 def test_stopping_twice_is_harmless(service: Service) -> None:

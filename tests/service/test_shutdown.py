@@ -20,7 +20,7 @@ from httpx_sse import connect_sse
 from examples.datasets import digits_in_memory
 from examples.service.runs import NewRun, Runs
 from examples.service.settings import Settings
-from tests.service.running import Serve, Service, address, rest
+from tests.service.running import Gate, Serve, Service, address, rest
 
 ROOT = Path(__file__).parents[2]
 REASON = "the service is shutting down"
@@ -87,21 +87,24 @@ def test_an_idle_service_ends_with_exit_code_0(serve: Serve, signum: signal.Sign
     assert not [line for line in service.lines() if line["level"] in ("warning", "error")]
 
 
-def test_while_it_stops_it_answers_but_takes_no_runs(serve: Serve) -> None:
-    service = serve("--max-concurrent", 1, module="tests.service.faulty", SECONDS="5")
+def test_while_it_stops_it_answers_but_takes_no_runs(serve: Serve, gate: Gate) -> None:
+    options = ("--max-concurrent", 1, "--deadline", 600)
+    service = serve(*options, module="tests.service.faulty", GATE=str(gate.path))
     request = {"dataset": "fashion-mnist", "batch_size": 1}
     run_id = service.start(**request)
+    service.wait_for_log("waiting_for_image")
     assert service.client.post("/runs", json=request).status_code == 429
     service.process.send_signal(signal.SIGTERM)
     while (answer := service.client.post("/runs", json=request)).status_code == 429:
         assert service.process.poll() is None
     assert (answer.status_code, answer.json()["detail"]) == (503, REASON)
     assert service.state(run_id)["status"] == "running"
+    gate.open()
     assert service.process.wait(60) == 0
 
 
 def test_a_client_that_does_not_read_holds_up_no_shutdown(serve: Serve) -> None:
-    service = serve("--interval", 0, module="tests.service.faulty", SECONDS="0")
+    service = serve("--interval", 0, "--send-timeout", 600, module="tests.service.faulty")
     run_id = service.start(dataset="fashion-mnist", epochs=1000, batch_size=1)
     with service.deaf(run_id) as deaf:
         deaf.recv(100)
@@ -119,9 +122,10 @@ def test_a_client_that_does_not_read_holds_up_no_shutdown(serve: Serve) -> None:
     assert service.lines()[-1]["event"].startswith("Finished server process")
 
 
-def test_a_batch_that_does_not_end_is_abandoned_at_the_deadline(serve: Serve) -> None:
-    service = serve("--deadline", 0.5, module="tests.service.faulty", SECONDS="3600")
+def test_a_batch_that_does_not_end_is_abandoned_at_the_deadline(serve: Serve, gate: Gate) -> None:
+    service = serve("--deadline", 0.5, module="tests.service.faulty", GATE=str(gate.path))
     run_id = service.start(dataset="fashion-mnist")
+    service.wait_for_log("waiting_for_image")
     assert service.terminate() == 1
     (line,) = (line for line in service.lines() if line["event"] == "runs_abandoned")
     assert (line["level"], line["run_ids"]) == ("error", [run_id])

@@ -1,0 +1,1 @@
+"""Data loaders and batches. This package does not depend on the loop."""

@@ -1,0 +1,629 @@
+"""What is wrong is said clearly: the thing, the value, the way out; before any work if possible."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import anyio
+import pytest
+import torch
+from eventrain.callbacks import MetricsCB, TrainCB
+from eventrain.engine import DataLoaders, Learner, TrainLearner
+from eventrain.events import (
+    AfterBatch,
+    BeforeBatch,
+    Callback,
+    record_events,
+)
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+from tests.support.waiting import GUARD
+
+MakeModel = Callable[[], nn.Module]
+
+
+@contextmanager
+def refused(
+    learner: Learner, error: type[Exception], *parts: str
+) -> Iterator[pytest.ExceptionInfo[Exception]]:
+    """The error comes, says all `parts`, and comes before anything has happened."""
+
+    def state() -> list[Any]:
+        kept = [learner.opt, learner.result, learner.run_id, learner.dls, learner.cbs]
+        return [*kept, learner.bus.subscriptions(), learner.fitting, learner.model.training]
+
+    with record_events(learner) as recorded:
+        before = state()
+        weights = [p.clone() for p in learner.model.parameters()]
+        with pytest.raises(error) as raised:
+            yield raised
+        assert state() == before
+    assert recorded == []
+    assert all(map(torch.equal, weights, learner.model.parameters()))
+    for part in parts:
+        assert part in str(raised.value)
+
+
+def notes_of(raised: pytest.ExceptionInfo[BaseException]) -> str:
+    return "\n".join(getattr(raised.value, "__notes__", []))
+
+
+CUT_IN_THE_FIRST_EPOCH = ["BeforeFit", "BeforeEpoch", "CleanupEpoch", "CleanupFit"]
+CUT_IN_THE_FIRST_BATCH = ["CleanupBatch", "CleanupEpoch", "CleanupFit"]
+
+# ---------------------------------------------------------------------------------------- data
+
+PHASES = pytest.mark.parametrize("phase", ["train", "valid"])
+
+
+def only(phase: str) -> dict[str, bool]:
+    return {"train": phase == "train", "valid": phase == "valid"}
+
+
+@PHASES
+@pytest.mark.parametrize(
+    "dls", [None, DataLoaders(), object(), [1, 2]], ids=["None", "DataLoaders", "object", "list"]
+)
+def test_no_data_for_a_phase_is_refused_with_the_way_out(
+    phase: str, dls: Any, learner: TrainLearner
+) -> None:
+    learner.dls = dls
+    with refused(learner, ValueError, f"{phase}=True", f"dls.{phase} is missing"):
+        learner.run(1, **only(phase))
+
+
+@PHASES
+def test_the_way_out_of_missing_data_is_one(phase: str, learner: TrainLearner) -> None:
+    setattr(learner.dls, phase, None)
+    with refused(learner, ValueError, f"Give DataLoaders a {phase} loader", f"fit({phase}=False)"):
+        learner.run(1)
+    assert learner.run(1, **{phase: False}).status == "completed"
+
+
+@pytest.mark.parametrize("method", ["validate", "get_preds"])
+async def test_inference_without_data_names_its_own_way_out(
+    method: str, learner: TrainLearner
+) -> None:
+    """`fit(valid=False)` is no answer for who did not call fit."""
+    learner.dls.valid = None
+    with refused(learner, ValueError, "dls.valid is missing") as raised:
+        await getattr(learner, method)()
+    assert "fit(" not in str(raised.value)
+
+
+@PHASES
+@pytest.mark.parametrize("loader", [[], (), {}], ids=repr)
+def test_an_empty_loader_is_refused(phase: str, loader: Any, learner: TrainLearner) -> None:
+    setattr(learner.dls, phase, loader)
+    with refused(learner, ValueError, f"dls.{phase} is empty: it has no batches", repr(loader)):
+        learner.run(1)
+
+
+def test_a_loader_emptied_by_drop_last_is_refused_and_told_why(learner: TrainLearner) -> None:
+    data = TensorDataset(torch.ones(3, 3), torch.ones(3, 1))
+    learner.dls.train = DataLoader(data, batch_size=4, drop_last=True)
+    with refused(learner, ValueError, "dls.train is empty", "drop_last=True", "batch_size"):
+        learner.run(1)
+
+
+@PHASES
+@pytest.mark.parametrize("loader", [5, None.__class__, print, 1.5], ids=repr)
+def test_a_loader_that_cannot_be_iterated_is_refused(
+    phase: str, loader: Any, learner: TrainLearner
+) -> None:
+    setattr(learner.dls, phase, loader)
+    with refused(learner, TypeError, f"dls.{phase} cannot be iterated", repr(loader)):
+        learner.run(1)
+
+
+class Unsized:
+    """An iterable without a length."""
+
+    def __init__(self, items: list[Any]) -> None:
+        self.items = items
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.items)
+
+
+@PHASES
+async def test_a_loader_that_turns_out_empty_fails_the_epoch(
+    phase: str, learner: TrainLearner
+) -> None:
+    setattr(learner.dls, phase, Unsized([]))
+    with record_events(learner) as recorded, anyio.fail_after(GUARD):
+        with pytest.raises(ValueError, match=f"dls.{phase} is empty: it has no batches"):
+            await learner.fit(1, **only(phase))
+    assert recorded.names == CUT_IN_THE_FIRST_EPOCH
+
+
+def test_an_iterator_is_exhausted_in_the_second_epoch_and_told_why(learner: TrainLearner) -> None:
+    learner.dls.train = iter(learner.dls.train)
+    with record_events(learner) as recorded:
+        with pytest.raises(ValueError, match="an iterator can be read only once") as raised:
+            learner.run(2, valid=False)
+    assert "dls.train is empty" in str(raised.value)
+    assert recorded.names.count("CleanupBatch") == 3
+    assert recorded.names[-3:] == ["BeforeEpoch", "CleanupEpoch", "CleanupFit"]
+    assert learner.result is not None
+    assert (learner.result.status, learner.result.epochs) == ("failed", 1)
+
+
+@PHASES
+@pytest.mark.parametrize("junk", [None, 7, "text", True, 1.5, b"x"], ids=repr)
+def test_what_is_no_batch_is_named_with_its_place(
+    phase: str, junk: Any, learner: TrainLearner
+) -> None:
+    good = (torch.ones(4, 3), torch.ones(4, 1))
+    setattr(learner.dls, phase, [good, junk])
+    with (
+        record_events(learner) as recorded,
+        pytest.raises(TypeError, match="not a batch") as raised,
+    ):
+        learner.run(1, **only(phase))
+    assert f"dls.{phase} yielded {junk!r} as batch 1" in str(raised.value)
+    assert f"raised while reading batch 1 of dls.{phase}" in notes_of(raised)
+    assert recorded.names[-3:] == ["CleanupBatch", "CleanupEpoch", "CleanupFit"]
+    assert recorded.names.count("BeforeBatch") == 1
+
+
+def test_an_error_of_the_loader_is_its_own_with_the_place_in_a_note(learner: TrainLearner) -> None:
+    """G5."""
+
+    def broken() -> Iterator[Any]:
+        yield torch.ones(4, 3), torch.ones(4, 1)
+        raise OSError("disk gone")
+
+    learner.dls.train = broken()
+    with pytest.raises(OSError, match="disk gone") as raised:
+        learner.run(1)
+    assert notes_of(raised) == "raised while reading batch 1 of dls.train"
+
+
+@pytest.mark.parametrize(
+    ("batch", "what"),
+    [
+        ((torch.ones(4, 3),), "1 part(s)"),
+        ([torch.ones(4, 3)], "1 part(s)"),
+        (torch.ones(4, 3), "Tensor"),
+    ],
+    ids=["tuple", "list", "tensor"],
+)
+@pytest.mark.parametrize("cls", [TrainLearner, Learner])
+def test_a_batch_without_targets_is_told_as_such(
+    batch: Any, what: str, cls: type[Learner], make_model: MakeModel
+) -> None:
+    learner = cls(make_model(), DataLoaders([batch]), cbs=TrainCB())
+    with record_events(learner) as recorded, pytest.raises(TypeError, match="targets") as raised:
+        learner.run(1, valid=False)
+    assert f"a batch of (inputs, targets) is needed here, but this one is {what}" in str(
+        raised.value
+    )
+    assert "perform Predict and GetLoss your own way" in str(raised.value)
+    assert "on GetLoss, epoch 0, iter 0" in notes_of(raised)
+    assert recorded.names[-3:] == CUT_IN_THE_FIRST_BATCH
+
+
+# ---------------------------------------------------------------------------------------- loss
+
+
+@pytest.mark.parametrize(
+    ("loss_func", "error", "says"),
+    [
+        (lambda p, y: (p - y) ** 2, ValueError, "must be a scalar: its shape is (4, 1)"),
+        (lambda p, y: 0.5, TypeError, "must be a tensor: 0.5 is a float"),
+        (lambda p, y: None, TypeError, "must be a tensor: None is a NoneType"),
+        (lambda p, y: F.mse_loss(p, y).detach(), ValueError, "does not require grad"),
+    ],
+    ids=["not a scalar", "a number", "nothing", "detached"],
+)
+@pytest.mark.parametrize("cls", [TrainLearner, Learner])
+def test_a_loss_without_a_backward_pass_is_told_why(
+    loss_func: Callable[..., Any],
+    error: type[Exception],
+    says: str,
+    cls: type[Learner],
+    make_model: MakeModel,
+    dls: DataLoaders,
+) -> None:
+    learner = cls(make_model(), dls, loss_func, cbs=TrainCB())
+    with record_events(learner) as recorded, pytest.raises(error) as raised:
+        learner.run(1)
+    assert says in str(raised.value)
+    assert "raised by TrainCB.backward on Backward, epoch 0, iter 0" in notes_of(raised)
+    assert recorded.names[-4:] == ["AfterLoss", *CUT_IN_THE_FIRST_BATCH]
+
+
+def test_a_frozen_model_is_told_by_its_loss(learner: TrainLearner) -> None:
+    learner.model.requires_grad_(False)
+    with pytest.raises(ValueError, match="all are frozen") as raised:
+        learner.run(1)
+    assert "raised by TrainLearner.backward on Backward" in notes_of(raised)
+
+
+@pytest.mark.parametrize(
+    ("loss_func", "says"),
+    [
+        (lambda p, y: (p - y) ** 2, "must be a scalar: its shape is (4, 1)"),
+        (lambda p, y: 0.5, "must be a tensor: 0.5 is a float"),
+    ],
+    ids=["not a scalar", "a number"],
+)
+async def test_a_loss_that_cannot_be_averaged_is_told_in_validation_too(
+    loss_func: Callable[..., Any], says: str, learner: TrainLearner
+) -> None:
+    learner.loss_func = loss_func
+    with pytest.raises((TypeError, ValueError)) as raised, anyio.fail_after(GUARD):
+        await learner.validate()
+    assert says in str(raised.value)
+
+
+def test_an_error_of_the_model_is_its_own_and_the_next_fit_is_possible(
+    learner: TrainLearner,
+) -> None:
+    """G5, G9."""
+    learner.dls.train.append((torch.ones(4, 5), torch.ones(4, 1)))
+    with pytest.raises(RuntimeError, match="mat1 and mat2 shapes") as raised:
+        learner.run(1)
+    assert notes_of(raised) == "raised by TrainLearner.predict on Predict, epoch 0, iter 3"
+    learner.dls.train.pop()
+    assert learner.run(1).steps == 3
+
+
+def test_an_error_of_a_script_stands_alone(learner: TrainLearner) -> None:
+    """G5: `run` puts nothing of its own in front of it."""
+    learner.loss_func = lambda p, y: 1 / 0
+    with pytest.raises(ZeroDivisionError) as raised:
+        learner.run(1)
+    assert raised.value.__cause__ is None
+    assert raised.value.__context__ is None
+
+
+# ----------------------------------------------------------------------------------- optimizer
+
+
+@pytest.mark.parametrize("lr", [-0.1, float("nan"), -1, float("-inf")], ids=repr)
+@pytest.mark.parametrize("where", ["learner", "fit"])
+def test_a_learning_rate_below_zero_or_not_a_number_is_refused(
+    lr: float, where: str, learner: TrainLearner
+) -> None:
+    if where == "learner":
+        learner.lr = lr
+    with refused(learner, ValueError, f"lr={lr!r}", "0 or more"):
+        learner.run(1, lr=lr if where == "fit" else None)
+    assert learner.run(1, lr=0.1).steps == 3
+
+
+def test_an_opt_func_that_raises_is_named(learner: TrainLearner) -> None:
+    """G5: its own error, with how it was called in a note."""
+
+    def picky(parameters: Any, lr: float) -> Any:
+        raise KeyError("momentum")
+
+    learner.opt_func = picky
+    with refused(learner, KeyError, "momentum") as raised:
+        learner.run(1)
+    assert f"raised by opt_func={picky!r}" in notes_of(raised)
+    assert "called as opt_func(model.parameters(), 0.1)" in notes_of(raised)
+
+
+@pytest.mark.parametrize("opt_func", ["SGD", lambda: None, 3], ids=["text", "lambda", "number"])
+def test_what_is_no_opt_func_is_named(opt_func: Any, learner: TrainLearner) -> None:
+    learner.opt_func = opt_func
+    with refused(learner, TypeError) as raised:
+        learner.run(1)
+    assert f"raised by opt_func={opt_func!r}" in notes_of(raised)
+
+
+def test_a_model_without_parameters_is_told_by_its_optimizer(dls: DataLoaders) -> None:
+    learner = TrainLearner(nn.Identity(), dls)
+    with refused(learner, ValueError, "empty parameter list") as raised:
+        learner.run(1)
+    assert "raised by opt_func=" in notes_of(raised)
+
+
+@pytest.mark.parametrize("junk", [None, 3, "opt", nn.Linear(1, 1)], ids=lambda x: type(x).__name__)
+def test_an_opt_func_that_returns_no_optimizer_is_refused(junk: Any, learner: TrainLearner) -> None:
+    learner.opt_func = lambda parameters, lr: junk
+    with refused(learner, TypeError, "opt_func=", f"returned {junk!r}", "not an optimizer"):
+        learner.run(1)
+
+
+def test_no_opt_func_and_no_optimizer_is_refused(learner: TrainLearner) -> None:
+    learner.opt_func = None
+    with refused(learner, ValueError, "opt_func is None", "learner.opt", "not set"):
+        learner.run(1)
+    assert learner.run(1, train=False).valid_batches == 2
+
+
+def test_a_failed_fit_keeps_the_optimizer_of_the_last_one(learner: TrainLearner) -> None:
+    learner.run(1)
+    opt = learner.opt
+    learner.opt_func = lambda parameters, lr: None
+    with refused(learner, TypeError, "not an optimizer"):
+        learner.run(1)
+    assert learner.opt is opt
+
+
+# ------------------------------------------------------------------------------------ arguments
+
+
+@pytest.mark.parametrize("n_epochs", [-1, 1.0, 0.5, True, False, "3", None], ids=repr)
+def test_a_number_of_epochs_that_is_none_is_refused(n_epochs: Any, learner: TrainLearner) -> None:
+    with refused(learner, ValueError, f"n_epochs={n_epochs!r}", "0 or more"):
+        learner.run(n_epochs)
+
+
+def test_the_same_callback_twice_is_refused_and_neither_stays(learner: TrainLearner) -> None:
+    metrics = MetricsCB()
+    with refused(
+        learner, ValueError, "this MetricsCB is attached already", "an instance is attached once"
+    ):
+        learner.add_cbs([metrics, metrics])
+    with refused(learner, ValueError, "MetricsCB is attached already"):
+        learner.run(1, cbs=[metrics, metrics])
+    with pytest.raises(ValueError, match="MetricsCB is attached already"):
+        TrainLearner(learner.model, learner.dls, cbs=[metrics, metrics])
+    assert learner.run(1, cbs=metrics).status == "completed"
+
+
+def test_a_callback_of_the_learner_given_to_fit_again_is_refused(learner: TrainLearner) -> None:
+    """G9: and it stays the learner's."""
+    metrics = MetricsCB()
+    learner.add_cbs(metrics)
+    with refused(learner, ValueError, "MetricsCB is attached already", "not to both"):
+        learner.run(1, cbs=metrics)
+    with refused(learner, ValueError, "MetricsCB is attached already"):
+        learner.run(1, cbs=[TrainCB(), metrics])
+    assert learner.cbs == (metrics,)
+    learner.run(1)
+    assert [row["train"] for row in metrics.history] == ["train", "eval"]
+
+
+def test_two_instances_of_one_class_are_fine(learner: TrainLearner) -> None:
+    first, second = MetricsCB(), MetricsCB()
+    learner.run(1, cbs=[first, second])
+    assert first.history == second.history != []
+
+
+@pytest.mark.parametrize("wrap", [lambda cb: cb, lambda cb: [MetricsCB(), cb]], ids=["", "list"])
+@pytest.mark.parametrize("where", ["Learner", "add_cbs", "fit"])
+@pytest.mark.parametrize(
+    ("junk", "says"),
+    [
+        (TrainCB, "TrainCB'> is not a Callback: pass an instance"),
+        (Callback, "Callback'> is not a Callback: pass an instance"),
+        (7, "7 is not a Callback"),
+        (print, "<built-in function print> is not a Callback"),
+        ("TrainCB", "'TrainCB' is not a Callback"),
+    ],
+    ids=["a class", "the base class", "a number", "a function", "a name"],
+)
+def test_what_is_no_callback_is_refused(
+    junk: Any, says: str, where: str, wrap: Callable[[Any], Any], learner: TrainLearner
+) -> None:
+    with refused(learner, TypeError, says):
+        if where == "Learner":
+            TrainLearner(learner.model, learner.dls, cbs=wrap(junk))
+        elif where == "add_cbs":
+            learner.add_cbs(wrap(junk))
+        else:
+            learner.run(1, cbs=wrap(junk))
+
+
+def test_none_among_the_callbacks_is_refused(learner: TrainLearner) -> None:
+    with refused(learner, TypeError, "None is not a Callback"):
+        learner.add_cbs([None])  # type: ignore[list-item]
+
+
+def test_removing_what_is_not_attached_is_refused(learner: TrainLearner) -> None:
+    with refused(learner, ValueError, "MetricsCB", "is not attached to this learner"):
+        learner.remove_cbs(MetricsCB())
+
+
+class Hen(Callback):
+    """Waits for the egg."""
+
+    run_after = ("Egg",)
+
+    def before_fit(self, event: Any) -> None: ...
+
+
+class Egg(Callback):
+    """Waits for the hen."""
+
+    run_after = (Hen,)
+
+    def before_fit(self, event: Any) -> None: ...
+
+
+def test_callbacks_that_wait_for_each_other_are_refused(learner: TrainLearner) -> None:
+    with refused(learner, ValueError, "run_after and run_before of", "Hen", "Egg", "cycle"):
+        learner.add_cbs([Hen(), Egg()])
+    hen = Hen()
+    learner.add_cbs(hen)
+    with refused(learner, ValueError, "Hen", "Egg", "cycle"):
+        learner.run(1, cbs=Egg())
+    assert learner.cbs == (hen,)
+    assert learner.run(1).status == "completed"
+
+
+# ------------------------------------------------------------------------- subscribers and stop
+
+
+@pytest.mark.parametrize("event_type", ["AfterBatch", int, None, Callback, 3], ids=repr)
+@pytest.mark.parametrize("how", ["on", "subscribe", "events", "observe"])
+def test_what_is_no_event_class_is_refused(
+    event_type: Any, how: str, learner: TrainLearner
+) -> None:
+    with refused(learner, TypeError, f"{event_type!r} is not an event class", "eventrain.events"):
+        if how == "on":
+            learner.on(event_type)(print)
+        elif how == "subscribe":
+            learner.subscribe(event_type, print)
+        elif how == "events":
+            learner.events(event_type)
+        else:
+            learner.observe(print, event_type)
+    assert learner.streams == []
+
+
+class Listener:
+    """Has receivers with too few arguments, and with too many."""
+
+    def without(self) -> None: ...
+
+    def with_two(self, event: Any, other: Any) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("receiver", "name"),
+    [
+        (Listener().without, "Listener.without()"),
+        (Listener().with_two, "Listener.with_two(event: 'Any', other: 'Any')"),
+        (Listener, "Listener()"),
+    ],
+    ids=["none", "two", "a class"],
+)
+def test_a_receiver_that_cannot_take_one_argument_is_refused(
+    receiver: Any, name: str, learner: TrainLearner
+) -> None:
+    with refused(learner, TypeError, name, "cannot receive AfterBatch", "one argument, the event"):
+        learner.on(AfterBatch)(receiver)
+
+
+def test_a_callback_method_without_its_argument_is_refused(learner: TrainLearner) -> None:
+    class Forgetful(Callback):
+        def before_fit(self, event: Any) -> None: ...
+
+        def after_batch(self) -> None: ...
+
+    with refused(learner, TypeError, "Forgetful.after_batch()", "one argument, the event"):
+        learner.add_cbs([MetricsCB(), Forgetful()])
+    with refused(learner, TypeError, "Forgetful.after_batch()"):
+        learner.run(1, cbs=Forgetful())
+
+
+def test_what_cannot_be_called_is_no_receiver(learner: TrainLearner) -> None:
+    with refused(learner, TypeError, "a receiver of AfterBatch must be callable: 3"):
+        learner.subscribe(AfterBatch, 3)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("option", "says"),
+    [
+        ({"every": 0}, "every=0"),
+        ({"every": True}, "every=True"),
+        ({"every": 1.5}, "every=1.5"),
+        ({"order": float("nan")}, "order=nan"),
+        ({"order": "first"}, "order='first'"),
+    ],
+    ids=repr,
+)
+def test_wrong_options_of_a_subscription_are_refused(
+    option: dict[str, Any], says: str, learner: TrainLearner
+) -> None:
+    with refused(learner, ValueError, says):
+        learner.on(AfterBatch, **option)(print)
+
+
+@pytest.mark.parametrize("scope", ["x", "step", "Fit", None, ""], ids=repr)
+def test_an_unknown_scope_to_stop_is_refused(scope: Any, learner: TrainLearner) -> None:
+    with refused(learner, ValueError, f"stop(scope={scope!r})", "'fit', 'epoch' or 'batch'"):
+        learner.stop(scope)
+
+
+# ------------------------------------------------------------------------------ one at a time
+
+
+class Gate(Callback):
+    """Holds the training in its second batch until it is opened."""
+
+    def __init__(self) -> None:
+        self._token = anyio.lowlevel.current_token()
+        self.reached = anyio.Event()
+        self._open = threading.Event()
+
+    def before_batch(self, event: BeforeBatch) -> None:
+        if event.training and event.epoch == 0 and event.iter == 1:
+            anyio.from_thread.run_sync(self.reached.set, token=self._token)
+            assert self._open.wait(GUARD)
+
+    def open(self) -> None:
+        self._open.set()
+
+
+CALLS: dict[str, Callable[[TrainLearner], Any]] = {
+    "fit": lambda learner: learner.fit(1),
+    "fit with callbacks": lambda learner: learner.fit(1, cbs=MetricsCB(), lr=5.0),
+    "validate": lambda learner: learner.validate(),
+    "validate another": lambda learner: learner.validate([(torch.ones(4, 3), torch.ones(4, 1))]),
+    "get_preds": lambda learner: learner.get_preds([(torch.ones(4, 3),)]),
+    "lr_find": lambda learner: learner.lr_find(),
+}
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+async def test_a_second_fit_is_refused_and_leaves_the_first_alone(
+    call: Callable[[TrainLearner], Any], learner: TrainLearner, make_model: MakeModel
+) -> None:
+    """G9: its model, data, callbacks and optimizer are as if nobody had asked."""
+    undisturbed = TrainLearner(make_model(), learner.dls)
+    results = [await undisturbed.fit(2)]
+    gate = Gate()
+
+    async def fit() -> None:
+        results.append(await learner.fit(2, cbs=gate))
+
+    with anyio.fail_after(GUARD), record_events(learner) as recorded:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(fit)
+            await gate.reached.wait()
+            before = (learner.dls, learner.opt, learner.run_id, learner.cbs, list(recorded))
+            with pytest.raises(RuntimeError) as raised:
+                await call(learner)
+            after = (learner.dls, learner.opt, learner.run_id, learner.cbs, list(recorded))
+            assert after == before
+            assert learner.fitting
+            assert learner.model.training
+            gate.open()
+    assert f"fitting already (run {learner.run_id})" in str(raised.value)
+    assert "await that fit, or use another learner" in str(raised.value)
+    assert [(r.status, r.epochs, r.steps) for r in results] == [("completed", 2, 6)] * 2
+    for p, q in zip(learner.model.parameters(), undisturbed.model.parameters(), strict=True):
+        assert torch.equal(p, q)
+    assert not learner.fitting
+
+
+async def test_a_receiver_that_fits_its_own_learner_is_refused(learner: TrainLearner) -> None:
+    errors: list[RuntimeError] = []
+
+    @learner.on(AfterBatch, once=True)
+    async def again(event: AfterBatch) -> None:
+        try:
+            await event.learner.fit(1)
+        except RuntimeError as exc:
+            errors.append(exc)
+
+    @learner.on(AfterBatch, once=True)
+    def and_again(event: AfterBatch) -> None:
+        try:
+            event.learner.run(1)
+        except RuntimeError as exc:
+            errors.append(exc)
+
+    with anyio.fail_after(GUARD):
+        result = await learner.fit(1)
+    assert len(errors) == 2
+    assert all(f"fitting already (run {result.run_id})" in str(error) for error in errors)
+    assert (result.status, result.steps) == ("completed", 3)
+
+
+async def test_run_inside_an_event_loop_says_what_to_call_there(learner: TrainLearner) -> None:
+    with refused(learner, RuntimeError, "run() starts an event loop", "await learner.fit(...)"):
+        learner.run(1)
