@@ -1,4 +1,4 @@
-"""The number that a callback monitors, and the fits in which it does."""
+"""The number that a callback monitors, and the fits in which it does so."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ def check_monitor(monitor: str) -> str:
 
 
 def monitored(event: CleanupEpoch, name: str) -> float | None:
-    """The number of that name in an epoch that counts, None in another.
+    """The number of that name in an epoch that counts; None in any other epoch.
 
-    Those that count are completed, and validate; where the fit does not, they train.
+    Completed validating epochs count or, if the fit does not validate, completed training epochs.
 
     Raises:
         ValueError: there is no such number.
-        TypeError: it is none.
+        TypeError: it is not a number.
     """
     learner = event.learner
     if not is_training(learner) or event.training == learner.validates:
@@ -37,12 +37,12 @@ def monitored(event: CleanupEpoch, name: str) -> float | None:
     if name not in event.metrics:
         raise ValueError(
             f"monitor={name!r}: this epoch has no such number, but"
-            f" {', '.join(event.metrics) or 'nothing'}. Callbacks such as MetricsCB put numbers"
-            " into learner.record"
+            f" {', '.join(event.metrics) or 'none'}. Callbacks such as MetricsCB put numbers into"
+            " learner.record"
         )
     value = event.metrics[name]
     if isinstance(value, torch.Tensor) and value.numel() == 1:
         value = value.item()  # the host waits for the device here
     if not is_number(value):
-        raise TypeError(f"monitor={name!r}: {value!r} is no number")
+        raise TypeError(f"monitor={name!r}: {value!r} is not a number")
     return float(value)

@@ -1,4 +1,4 @@
-"""Checkpoints of the whole run, written beside the training."""
+"""Checkpoints of the whole run, written while the training runs."""
 
 from __future__ import annotations
 
@@ -28,37 +28,38 @@ log = structlog.get_logger("eventrain")
 
 
 class CheckpointCB(Callback):
-    """Saves the whole run, so that `fit(..., resume="last")` goes on as if nothing had happened.
+    """Saves the whole run, so that `fit(..., resume="last")` continues it exactly.
 
-    Saved are model, gradients that are kept, optimizer, every callback (and learner class) with
-    `state_dict` and `load_state_dict`, the random states of Python, numpy, torch, the device and
-    the loaders' generators, and the place in the data. What of that is in no `state_dict`, such as
-    how far `every=` of a subscription has counted, begins anew.
+    A checkpoint holds the model, gradients that are kept, the optimizer, every callback (and
+    learner class) with `state_dict` and `load_state_dict`, the random states of Python, numpy,
+    torch, the device and the loaders' generators, and the position in the data. State that is in
+    no `state_dict`, such as the count of `every=` of a subscription, starts anew.
 
     The training waits only while the state is copied to the host; a thread writes it, and the next
     save waits for the one before. A graceful `stop`, `TimeLimitCB` and the end of the last epoch
-    save, too, and `fit` returns when all is on the disk. Nothing is saved in `validate` or
+    also save, and `fit` returns when everything is on the disk. Nothing is saved in `validate` or
     `lr_find`.
 
     Args:
-        folder: where checkpoints go; made if it is not there. One run at a time writes there, and
-            those of other runs are left alone.
-        every_epochs: save when so many epochs are over, validation included. By default 1, if
-            no other `every_` is given.
-        every_batches: save after so many training batches.
-        every_seconds: save after the first batch that ends so many seconds after the last save.
-        keep_last: of this run's, keep the last so many; None for all.
-        keep_best: (number, "min" or "max"): keep the one with the best of these numbers, too, of
-            the validation where there is one; of those saved at the end of an epoch.
-        background: whether to write beside the training; otherwise it waits.
+        folder: the folder for the checkpoints; it is created if it does not exist. One run at a
+            time writes there, and checkpoints of other runs are not touched.
+        every_epochs: save after every n-th epoch, including its validation. By default 1, if no
+            other `every_` is given.
+        every_batches: save after every n-th training batch.
+        every_seconds: save after the first batch that ends this many seconds after the last save.
+        keep_last: the number of checkpoints of this run to keep, the newest ones; None for all.
+        keep_best: (name, "min" or "max"): also keep the checkpoint with the best number of that
+            name, among those saved at the end of an epoch. It is the number of the validation, if
+            the fit validates.
+        background: whether to write while the training runs; otherwise the training waits.
 
     Attributes:
         last: the path of the last checkpoint of this run; None if there is none.
-        best: the path of the best, with `keep_best`.
+        best: the path of the best one, with `keep_best`.
 
     Raises:
-        ValueError: a number is not positive, or `keep_best` is no such pair.
-        OSError: from the fit, where a checkpoint could not be written; those before are whole.
+        ValueError: a number is not positive, or `keep_best` is not such a pair.
+        OSError: in the fit, if a checkpoint could not be written; earlier ones are intact.
 
     Example:
         >>> import tempfile, torch
@@ -73,10 +74,10 @@ class CheckpointCB(Callback):
         False 1
         True 3
 
-    Source: Lightning's `ModelCheckpoint`; the background of torch's `async_save`.
+    Source: Lightning's `ModelCheckpoint`; writing in the background is torch's `async_save`.
     """
 
-    order = math.inf  # what is saved is what all others have left
+    order = math.inf  # it saves the state after all other callbacks
     run_after = ("JournalCB",)
 
     def __init__(
@@ -105,11 +106,11 @@ class CheckpointCB(Callback):
             if not isinstance(keep_best, tuple | list) or len(keep_best) != 2:
                 raise ValueError(f'keep_best={keep_best!r}: give a pair, such as ("loss", "min")')
             if not isinstance(keep_best[0], str):
-                raise ValueError(f"keep_best={keep_best!r}: the first is the name of a number")
+                raise ValueError(f"keep_best={keep_best!r}: the first must be the name of a number")
             if keep_best[1] not in ("min", "max"):
-                raise ValueError(f"keep_best={keep_best!r}: the second is 'min' or 'max'")
+                raise ValueError(f"keep_best={keep_best!r}: the second must be 'min' or 'max'")
             if every_epochs is None:
-                raise ValueError("keep_best is of those saved with every_epochs: give that, too")
+                raise ValueError("keep_best needs checkpoints of whole epochs: add every_epochs")
         self.folder = Path(folder)
         self.every_epochs = every_epochs
         self.every_batches = every_batches
@@ -127,13 +128,13 @@ class CheckpointCB(Callback):
         """The folder that `fit(resume="last")` resumes from."""
         return self.folder
 
-    # ------------------------------------------------------------------------- when it is saved
+    # ------------------------------------------------------------------------------ when to save
 
     def before_fit(self, event: BeforeFit) -> None:
         learner = _learner_of(event)
         if not is_training(learner):
             return
-        Snapshot(state_of(learner))  # what cannot be saved is told before work is lost
+        Snapshot(state_of(learner))  # raises now for what cannot be saved, before work is lost
         self._log_caveats(learner)
         self._checkpoints = CheckpointFolder(
             self.folder, event.run_id, self.keep_last, self.keep_best
@@ -143,19 +144,19 @@ class CheckpointCB(Callback):
         self._begin_interval()
 
     def _saves(self, event: Event) -> bool:
-        """Whether it is this fit that is saved: not one that may not, nor another learner's."""
+        """Whether this fit is saved: it trains, and is not that of another learner."""
         return self._checkpoints is not None and self._checkpoints.run_id == event.run_id
 
-    def _is_itself(self, event: Event) -> bool:
-        """Whether a fit that is saved has loaded what it resumes."""
+    def _is_restored(self, event: Event) -> bool:
+        """Whether this fit is saved and, if it resumes, has loaded its checkpoint."""
         return self._saves(event) and _reader_of(_learner_of(event)).loaded
 
     def cleanup_batch(self, event: CleanupBatch) -> None:
-        if not self._is_itself(event):
+        if not self._is_restored(event):
             return
         self._writer.check()
-        whole = event.end.status == "completed"
-        if event.learner.graceful_stop_due or (whole and self._is_due(event)):
+        completed = event.end.status == "completed"
+        if event.learner.graceful_stop_due or (completed and self._is_due(event)):
             self._save(_learner_of(event), Position(event.epoch, event.training, event.iter + 1))
 
     def _is_due(self, event: CleanupBatch) -> bool:
@@ -166,7 +167,7 @@ class CheckpointCB(Callback):
 
     def cleanup_epoch(self, event: CleanupEpoch) -> None:
         learner = _learner_of(event)
-        if not self._is_itself(event):
+        if not self._is_restored(event):
             return
         done = event.epoch + 1
         is_over = not event.training or not learner.validates
@@ -174,7 +175,7 @@ class CheckpointCB(Callback):
         due = is_over and learner.outer_continues and (due or done == event.n_epochs)
         if learner.graceful_stop_due or due:
             after = Position(done, learner.trains) if is_over else Position(event.epoch, False)
-            measured = is_over and event.end.status == "completed"  # all of it
+            measured = is_over and event.end.status == "completed"  # over all batches
             self._save(learner, after, event.metrics if measured else {})
 
     def cleanup_fit(self, event: CleanupFit) -> None:
@@ -185,7 +186,7 @@ class CheckpointCB(Callback):
             finally:
                 checkpoints.close()
 
-    # -------------------------------------------------------------------------- how it is saved
+    # ------------------------------------------------------------------------------- how to save
 
     def _save(
         self, learner: Learner, position: Position, metrics: Mapping[str, Any] | None = None
@@ -213,7 +214,7 @@ class CheckpointCB(Callback):
         self._due = monotonic() + (self.every_seconds or 0)
 
     def _log_caveats(self, learner: Learner) -> None:
-        """What would not be resumed exactly is told before it is needed."""
+        """Log now what could not be resumed exactly later."""
         if self.every_batches is not None or self.every_seconds is not None:
             for loader in (learner.dls.train, *([learner.dls.valid] if learner.validates else [])):
                 if caveat := resume_strategy(loader).caveat:

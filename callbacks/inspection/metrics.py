@@ -1,4 +1,4 @@
-"""Loss and metrics of every epoch, accumulated where the predictions are."""
+"""Loss and metrics of every epoch, accumulated on the device of the predictions."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from ...events import AfterBatch, AfterEpoch, BeforeEpoch, BeforeFit, Callback
 from .._checks import optional_import
 
 with warnings.catch_warnings():
-    # torcheval 0.0.7 compiles with torch.jit.script, which torch has deprecated: nothing that
-    # whoever imports this could mend.
+    # torcheval 0.0.7 compiles with torch.jit.script, which torch has deprecated. Whoever imports
+    # this cannot change that.
     warnings.simplefilter("ignore", FutureWarning)
     from torcheval.metrics import Metric
 
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 class MetricsCB(Callback):
     """Computes torcheval metrics, and the loss averaged over samples, for every epoch.
 
-    Each batch updates them on the device, without a copy to the host; the numbers are read
-    once an epoch. They go into `learner.record`, and so into the `CleanupEpoch` event and
+    Each batch updates them on the device, without a copy to the host; the numbers are read once
+    per epoch. They are put into `learner.record`, and so are in the `CleanupEpoch` event and in
     `FitResult.history`.
 
     Args:
@@ -37,12 +37,12 @@ class MetricsCB(Callback):
         named: the same, under names of your own.
 
     Attributes:
-        history: one dict an epoch and phase, over all fits: "epoch", "train" ("train" or
+        history: one dict per epoch and phase, over all fits: "epoch", "train" ("train" or
             "eval"), a number (or nested list) per metric, and "loss".
 
     Raises:
-        TypeError: something is no torcheval metric.
-        ValueError: two have the same name, or one is called like another column.
+        TypeError: an argument is not a torcheval metric.
+        ValueError: two metrics have the same name, or one has the name of another column.
 
     Example:
         >>> import torch
@@ -67,7 +67,7 @@ class MetricsCB(Callback):
         self.metrics: dict[str, Metric[Any]] = {}
         for name, metric in [*((type(m).__name__, m) for m in metrics), *named.items()]:
             if not isinstance(metric, Metric):
-                raise TypeError(f"{name}={metric!r} is no torcheval metric")
+                raise TypeError(f"{name}={metric!r} is not a torcheval metric")
             if name in self.metrics or name in ("epoch", "train", "loss"):
                 raise ValueError(f"the name {name!r} is taken: pass the metric as yourname=...")
             self.metrics[name] = metric
@@ -111,19 +111,19 @@ class MetricsCB(Callback):
     def plot(self, ax: Axes | None = None, names: str | Iterable[str] | None = None) -> Axes:
         """Draw the loss and the metrics by epoch, in training and in validation.
 
-        Epochs are counted from 1; those of a later fit follow. Metrics that are no single
-        number are left out.
+        Epochs are counted from 1, and on over all fits. Metrics that are not a single number are
+        left out.
 
         Args:
-            ax: where to draw all of it; by default a figure of its own, with a panel for each
-                name, which a notebook shows where it is the result of a cell.
-            names: which to draw; by default the loss and every metric.
+            ax: the axes to draw everything on; by default a new figure with a panel for each name,
+                which a notebook shows if it is the result of a cell.
+            names: the numbers to draw; by default the loss and every metric.
 
         Returns:
-            `ax`, or the first panel of the new figure, `.figure`.
+            `ax`, or the first panel of the new figure; its `.figure` is the figure.
 
         Raises:
-            ValueError: nothing is recorded yet, or no number under one of the names.
+            ValueError: nothing is recorded yet, or no number has one of the names.
             ImportError: matplotlib is not installed.
         """
         with optional_import("plot()", "matplotlib", "plot"):
@@ -152,12 +152,12 @@ class MetricsCB(Callback):
         return panels[0]
 
     def state_dict(self) -> dict[str, Any]:
-        """What was accumulated so far, in this epoch and before."""
+        """The numbers of this epoch so far, and of those before."""
         return {
             "history": [dict(row) for row in self.history],
             "loss": self._loss.state_dict(),
             "metrics": {name: metric.state_dict() for name, metric in self.metrics.items()},
-            "windows": {  # torcheval does not count the place in a window among the states
+            "windows": {  # the position in a window, which is not in torcheval's state_dict
                 name: metric.next_inserted
                 for name, metric in self.metrics.items()
                 if hasattr(metric, "next_inserted")
@@ -165,11 +165,11 @@ class MetricsCB(Callback):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go back to what `state_dict` returned."""
+        """Restore what `state_dict` returned."""
         self.history = [dict(row) for row in state["history"]]
         self._loss.load_state_dict(state["loss"])
         for name, metric in self.metrics.items():
-            made_on_demand = {  # in a plain dict nothing is, and torcheval relies on it
+            made_on_demand = {  # torcheval restores plain dicts, but needs defaultdicts
                 key: value.default_factory
                 for key, value in vars(metric).items()
                 if isinstance(value, defaultdict)
@@ -187,12 +187,12 @@ def _number(value: Any) -> Any:
 
 
 def _curves(history: list[dict[str, Any]]) -> dict[str, dict[str, list[tuple[int, float]]]]:
-    """(epoch from 1, number) pairs by name and phase, the loss first. Fits follow one another."""
+    """(epoch from 1, number) pairs by name and phase, the loss first, over all fits."""
     curves: dict[str, dict[str, list[tuple[int, float]]]] = {"loss": {}} if history else {}
     before, last = 0, (-1, False)
     for row in history:
         now = row["epoch"], row["train"] == "eval"
-        if now <= last:  # epochs begin anew: another fit
+        if now <= last:  # the epochs start again: another fit
             before += last[0] + 1
         last = now
         for name, value in row.items():

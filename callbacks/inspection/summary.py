@@ -1,4 +1,4 @@
-"""A table of the model's layers, seen in one real batch."""
+"""A table of the model's layers, as called in one batch of the fit."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from ...events import AfterPredict, BeforeBatch, BeforeFit, Callback, CleanupBat
 
 @dataclass(frozen=True, slots=True)
 class LayerSummary:
-    """One row: a module without children, or one that has parameters or work of its own.
+    """One row: a module without children, or one with parameters or multiply-adds of its own.
 
     Attributes:
         name: its name in the model, "" for the model itself.
         type: its class.
-        output_shape: of its last call: a tuple of ints for a tensor, a tuple or dict of such
-            where it returns several; None if it was not called.
-        params: numbers in its parameters, without those of its children. One that several
-            modules share is counted at the first.
-        trainable_params: those of them that require grad.
-        multiply_adds: of all its calls together, without those of its children.
-        calls: how often it was called.
+        output_shape: the shape of its last output: a tuple of ints for a tensor, a tuple or dict
+            of these for several tensors; None if it was not called.
+        params: the number of elements of its parameters, without those of its children. A
+            parameter that several modules share is counted for the first of them.
+        trainable_params: the number of those that require grad.
+        multiply_adds: the sum over all its calls, without those of its children.
+        calls: the number of its calls.
     """
 
     name: str
@@ -44,23 +44,22 @@ class LayerSummary:
 
 
 class SummaryCB(Callback):
-    """Prints the model's layers: output shapes, parameters and multiply-adds, once a fit.
+    """Prints the model's layers: output shapes, parameters and multiply-adds, once per fit.
 
-    It watches the first batch of the fit, training or validating, that gets as far as its
-    predictions; there is no forward pass of its own. A layer called several times is listed
-    once, as "Linear x2", with the multiply-adds of all its calls. Counted are matrix products,
-    convolutions and attention, in the way of `torch.utils.flop_counter`, without the bias; it
-    has no formula for fused recurrent layers (`nn.LSTM`), which count as 0, nor for what runs
-    under `torch.inference_mode`. The layers in what `torch.compile` has compiled are listed
-    with their parameters alone. An `nn.TransformerEncoderLayer` does not take its fast path
-    while it is watched, which may change the last bits of one batch of a fit that only
-    validates.
+    It records the first batch of the fit, training or validating, that has predictions; it makes
+    no forward pass of its own. A layer called several times is listed once, as "Linear x2", with
+    the multiply-adds of all its calls. Matrix products, convolutions and attention are counted, as
+    `torch.utils.flop_counter` does, without the bias. It has no formula for fused recurrent layers
+    (`nn.LSTM`), which count as 0, nor for code under `torch.inference_mode`. Layers inside a module
+    compiled by `torch.compile` are listed with their parameters only. An
+    `nn.TransformerEncoderLayer` does not take its fast path in the recorded batch, which may
+    change the last bits of that batch in a fit that only validates.
 
     Args:
-        file: where to print to; standard output, as it is then, by default.
+        file: the file to print to; by default the standard output at that time.
 
     Attributes:
-        rows: a LayerSummary for each layer, in the order of `model.named_modules()`; none
+        rows: a LayerSummary for each layer, in the order of `model.named_modules()`; empty
             before the first batch.
         total_params, trainable_params, multiply_adds: their sums.
 
@@ -79,7 +78,7 @@ class SummaryCB(Callback):
     Source: fastai's `Learner.summary`; the counts are those of PyTorch's `FlopCounterMode`.
     """
 
-    order = 90  # after whatever changes the model or the batch
+    order = 90  # after callbacks that change the model or the batch
 
     def __init__(self, file: TextIO | None = None) -> None:
         self.file = file
@@ -89,12 +88,12 @@ class SummaryCB(Callback):
 
     @property
     def total_params(self) -> int:
-        """Numbers in all parameters."""
+        """The number of elements of all parameters."""
         return sum(row.params for row in self.rows)
 
     @property
     def trainable_params(self) -> int:
-        """Numbers in the parameters that require grad."""
+        """The number of elements of the parameters that require grad."""
         return sum(row.trainable_params for row in self.rows)
 
     @property
@@ -145,19 +144,19 @@ class SummaryCB(Callback):
 
 
 class _Watch(TorchDispatchMode):
-    """Records what the modules of one model do in one thread, until it is closed.
+    """Records the calls of the modules of one model in one thread, until it is closed.
 
-    Not `FlopCounterMode`: that sets hooks on all modules of the process, those of other fits
-    too, replaces composite operations by their parts (other random numbers for a dropout in
-    inference mode), and runs eagerly what was compiled. This one only looks, while a module
-    of the model runs.
+    It is not `FlopCounterMode`, which sets hooks on all modules of the process, also those of other
+    fits, decomposes composite operations (a dropout in inference mode then has other random
+    numbers), and runs compiled code eagerly. This one changes nothing, and is active only while a
+    module of the model runs.
     """
 
     supports_higher_order_operators = True
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
-        return True  # otherwise what is compiled would run eagerly while we watch
+        return True  # otherwise compiled code would run eagerly in the recorded batch
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -167,7 +166,7 @@ class _Watch(TorchDispatchMode):
         self._calls: Counter[nn.Module] = Counter()
         self._flops: Counter[nn.Module] = Counter()
         self._shapes: dict[nn.Module, Any] = {}
-        # With hooks it would be compiled anew, and once more when they are gone.
+        # With hooks, compiled modules would be compiled again, and once more without them.
         compiled = {p for module in model.modules() if _compiled(module) for p in module.modules()}
         self._hooks = [
             hook
@@ -205,15 +204,15 @@ class _Watch(TorchDispatchMode):
             )
 
     def _is_ours(self) -> bool:
-        """Not while tracing: the compiled code would keep the hook for good. And a model may
-        be shared with another thread."""
+        """Whether to record. Not while tracing, as the compiled code would keep the hook for good,
+        and not in another thread that shares the model."""
         return not torch.compiler.is_compiling() and threading.get_ident() == self._thread
 
     def _enter_module(self, module: nn.Module, inputs: object) -> None:
         if self._is_ours():
             if not self._running:
                 # Not `with self`: that saves and restores flags of the whole process, which
-                # fits at the same time would leave in disorder. The stack is the thread's.
+                # concurrent fits would restore wrongly. The stack of modes is per thread.
                 _push_mode(self)
             self._running.append(module)
 
@@ -221,7 +220,7 @@ class _Watch(TorchDispatchMode):
         if not self._is_ours() or not self._running:
             return
         while self._running.pop() is not module:
-            pass  # one that raised, where its parent caught it
+            pass  # it raised, and its parent caught that
         self._calls[module] += 1
         self._shapes[module] = _shape(output)
         if not self._running:
@@ -234,13 +233,13 @@ class _Watch(TorchDispatchMode):
         out = func(*args, **kwargs)
         formula = flop_registry.get(getattr(func, "overloadpacket", func))
         if formula is not None:
-            with suppress(Exception):  # no formula for such operands: no reason to end the fit
+            with suppress(Exception):  # a formula may not know such operands
                 self._flops[self._running[-1]] += formula(*args, **kwargs, out_val=out)
         return out
 
 
 def _compiled(module: nn.Module) -> bool:
-    """Whether by `module.compile()`, or as what `torch.compile(module)` returns."""
+    """Whether it is compiled, by `module.compile()` or by `torch.compile(module)`."""
     return module._compiled_call_impl is not None or "_orig_mod" in module._modules
 
 

@@ -14,22 +14,22 @@ def in_notebook() -> bool:
 
 
 class CellOutput:
-    """One output of the cell that is running, shown again and again in the same place.
+    """One output of the running cell, which is updated in place.
 
-    It needs no widgets, and stays as it was shown last when the notebook is saved.
+    It needs no widgets, and a saved notebook has its last state.
     """
 
     def __init__(self) -> None:
         self._handle: Any = None
 
     def show(self, thing: object) -> None:
-        """Show `thing`, by its rich representation, in place of what was shown before."""
+        """Show `thing`, by its rich representation, instead of the thing shown before."""
         if self._handle is None:
             self._handle = import_module("IPython.display").display(thing, display_id=True)
         else:
             self._handle.update(thing)
 
     def clear(self) -> None:
-        """Show nothing, where something was shown."""
+        """Remove the thing that is shown, if any."""
         if self._handle is not None:
             self._handle.update({"text/plain": ""}, raw=True)

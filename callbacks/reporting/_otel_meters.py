@@ -1,4 +1,4 @@
-"""What `OpenTelemetryCB` counts and times, as the instruments of one meter."""
+"""The counts and durations of `OpenTelemetryCB`, as the instruments of one meter."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ if TYPE_CHECKING:
 
 EPOCH_BUCKETS = (0.1, 0.5, 1, 5, 15, 60, 300, 900, 3600, 14400, 86400)
 BATCH_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10, 60)
-"""Bounds of the histograms' buckets, in seconds; a view of the host's may set others."""
+"""Bounds of the histograms' buckets, in seconds; a view of the host may set others."""
 MAX_METRICS = 50
-"""Names of metrics that the gauge of one instance shows; spans have them all."""
+"""Metric names that the gauge of one instance shows; spans have all of them."""
 
 
 class Meters:
-    """The instruments, and what they were told so far."""
+    """The instruments, and the counts reported so far."""
 
     def __init__(self, meter: Meter) -> None:
         self._fits = meter.create_counter("eventrain.fits", "{fit}", "Fits that ended")
@@ -48,9 +48,9 @@ class Meters:
         )
         self._names: set[str] = set()
         statuses = ("completed", "cancelled", "failed")
-        # Batches that ended, over all fits: counted in the training thread, told here.
+        # Batches that ended, over all fits: counted in the training thread, reported here.
         self.done = {(training, status): 0 for training in (True, False) for status in statuses}
-        self._told = dict(self.done)
+        self._reported = dict(self.done)
         self.n_samples = 0  # of this epoch
 
     def end_batch(self, event: CleanupBatch, seconds: float | None) -> None:
@@ -90,9 +90,9 @@ class Meters:
 
     def _count_batches(self) -> None:
         for (training, status), n in self.done.items():
-            new = n - self._told[training, status]
+            new = n - self._reported[training, status]
             if new:
-                self._told[training, status] = n
+                self._reported[training, status] = n
                 self._batches.add(new, _kind(training, status))
 
 
@@ -101,16 +101,16 @@ def _kind(training: bool, status: str) -> dict[str, str]:
 
 
 def numbers_of(prefix: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """The scalars of `values` as attributes; those that are not finite as text, apart."""
+    """The finite scalars of `values` as attributes; the other scalars as text, by other keys."""
     numbers: dict[str, Any] = {}
     for name, value in values.items():
         if getattr(value, "ndim", None) == 0 and callable(tolist := getattr(value, "tolist", None)):
-            value = tolist()  # a tensor, for which the event loop waits, or a number of numpy's
+            value = tolist()  # a numpy number, or a tensor, for which the event loop waits
         if not is_number(value):
             continue
         try:
             number = float(value)
-        except OverflowError:  # an int beyond all floats
+        except OverflowError:  # an int that no float can hold
             number = math.inf if value > 0 else -math.inf
         if math.isfinite(number):
             numbers[prefix + escape_surrogates(name)] = number

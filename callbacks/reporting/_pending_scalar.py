@@ -1,4 +1,4 @@
-"""A number that is on its way from the device."""
+"""A number that is being copied from the device to the host."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ import torch
 
 
 class PendingScalar:
-    """The number in a tensor. It is copied to the host while the device goes on working, and
-    is read when it has arrived: nobody waits for it who does not ask to.
+    """The number in a tensor, copied to the host asynchronously and read when it has arrived.
 
     Args:
-        tensor: one number, on any device.
+        tensor: a tensor with one element, on any device.
     """
 
     def __init__(self, tensor: torch.Tensor) -> None:
@@ -21,7 +20,7 @@ class PendingScalar:
             self._arrived.record(torch.accelerator.current_stream(tensor.device))
 
     def get(self, wait: bool = False) -> float | None:
-        """The number, None if it has not arrived; with `wait`, the host waits for the device."""
+        """The number; None if it has not arrived. With `wait`, the host waits for the device."""
         if self._arrived is not None and not self._arrived.query():
             if not wait:
                 return None

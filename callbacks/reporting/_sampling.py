@@ -1,4 +1,4 @@
-"""Which training batches are looked at: every n-th of a fit, and not too often."""
+"""The choice of training batches to report: every n-th of a fit, and not too often."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ._pending_scalar import PendingScalar
 
 
 def check_sampling(every: Any, every_seconds: Any) -> None:
-    """Raise a ValueError unless they are a number of batches, and of seconds."""
+    """Raise a ValueError unless they are a number of batches and a number of seconds."""
     check_int("every", every, "a number of batches, 0 for none of them", least=0)
     check_float("every_seconds", every_seconds, "seconds, 0 for no such limit")
 
@@ -22,7 +22,7 @@ class Sampler:
 
     Args:
         every: choose every n-th batch; 0 for none.
-        every_seconds: and not before this many seconds after the last that was chosen.
+        every_seconds: leave out batches within this many seconds of the last one chosen.
     """
 
     def __init__(self, every: int, every_seconds: float) -> None:
@@ -32,7 +32,7 @@ class Sampler:
         self._due = -math.inf
 
     def takes_next(self) -> bool:
-        """Whether the next training batch is chosen; asked once for each."""
+        """Whether the next training batch is chosen; to be called once for each."""
         self._count += 1
         if not self.every or self._count % self.every:
             return False
@@ -45,5 +45,5 @@ class Sampler:
 
 
 def pending_loss(event: BatchEvent) -> PendingScalar | None:
-    """The mean loss of a batch, whose copy to the host is started here, in the training thread."""
+    """The mean loss of a batch; its copy to the host starts here, in the training thread."""
     return None if event.loss is None else PendingScalar(event.loss.float().mean())

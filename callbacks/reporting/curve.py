@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from matplotlib.lines import Line2D
 
 REDRAW_INTERVAL = 0.5
-"""Seconds from one drawing to the next."""
+"""Seconds between two drawings."""
 MAX_POINTS = 1000
-"""Points of a line; it is thinned out when it has twice as many."""
+"""Points of a line; when it has twice as many, every second one is removed."""
 
 _STYLES: dict[str, dict[str, Any]] = {
     "train": {"color": "C0", "linewidth": 1},
@@ -34,22 +34,22 @@ _STYLES: dict[str, dict[str, Any]] = {
 class LossCurveCB(Callback):
     """Draws the training loss of every batch, and the validation loss of every epoch.
 
-    It observes: in a notebook the picture is updated in place, about twice a second, on the
-    host's event loop, and a last time when the fit has ended, however it did. Elsewhere it is
-    not displayed, and `figure` can be saved. Of a long fit it shows every 2nd, 4th, ... batch,
-    the first and the last always.
+    It observes: in a notebook the figure is updated in place, about twice per second, on the
+    host's event loop, and once more when the fit has ended, however it ended. Elsewhere it is not
+    displayed, but `figure` can be saved. For a long fit it shows every 2nd, 4th, ... batch, and
+    always the first and the last.
 
-    An instance shows one fit at a time. One that does not train is passed over.
+    An instance shows one fit at a time. Fits that do not train are ignored.
 
     Args:
-        ax: where to draw; by default a figure of its own for every fit. What becomes of yours,
-            in a notebook too, is up to you.
+        ax: the axes to draw on; by default those of a new figure for every fit. Displaying your
+            own axes, also in a notebook, is up to you.
 
     Attributes:
         train: (batch, loss) pairs; batches are counted from 1, over all epochs of the fit.
         valid: the same for the validation losses, at the last training batch before each. They
             are averaged over samples, as in MetricsCB.
-        figure: what was drawn on, None before the first batch.
+        figure: the figure of the axes; None before the first batch.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -73,7 +73,7 @@ class LossCurveCB(Callback):
 
     def __init__(self, ax: Axes | None = None) -> None:
         with optional_import("LossCurveCB", "matplotlib", "plot"):
-            # Imported here because it is slow, which would hold up the host's event loop later.
+            # Imported now: it is slow, and would block the host's event loop later.
             from ...engine.run import notebook_figure  # noqa: F401
         self._given = ax
         self._fit: _FitCurve | None = None  # the one that is shown
@@ -171,19 +171,18 @@ class _FitCurve:
 
 
 class _Line:
-    """A bounded number of points: of every value that comes or, when those are too many, of
-    every 2nd, 4th, ..."""
+    """A bounded number of points: every value or, if there are too many, every 2nd, 4th, ..."""
 
     def __init__(self) -> None:
         self.points: list[tuple[int, float]] = []
-        self._coming: deque[tuple[int, PendingScalar]] = deque()
+        self._pending: deque[tuple[int, PendingScalar]] = deque()
         self._left_out: tuple[int, torch.Tensor] | None = None
         self._count = 0
         self._every = 1
 
     def add(self, batch: int, value: torch.Tensor) -> None:
         if self._count % self._every == 0:
-            self._coming.append((batch, PendingScalar(value)))
+            self._pending.append((batch, PendingScalar(value)))
             self._left_out = None
         else:
             self._left_out = batch, value
@@ -191,19 +190,19 @@ class _Line:
         self._read()
 
     def end(self) -> None:
-        """Add the last value, whichever it is. The host waits for the device here."""
+        """Add the last value in any case. The host waits for the device here."""
         if self._left_out is not None:
             batch, value = self._left_out
-            self._coming.append((batch, PendingScalar(value)))
+            self._pending.append((batch, PendingScalar(value)))
         self._read(wait=True)
 
     def _read(self, wait: bool = False) -> None:
-        while self._coming:
-            batch, number = self._coming[0]
+        while self._pending:
+            batch, number = self._pending[0]
             value = number.get(wait)
             if value is None:
                 break
-            self._coming.popleft()
+            self._pending.popleft()
             if len(self.points) == 2 * MAX_POINTS:
                 del self.points[1::2]
                 self._every *= 2
@@ -211,7 +210,7 @@ class _Line:
 
 
 class _Drawing:
-    """The picture of one fit's losses."""
+    """The lines of one fit on its axes."""
 
     def __init__(self, lines: dict[str, _Line], ax: Axes | None) -> None:
         from matplotlib.ticker import MaxNLocator
@@ -244,6 +243,6 @@ class _Drawing:
             self._cell.show(self.figure)
 
     def remove(self) -> None:
-        """Take the lines off axes that are not ours."""
+        """Remove the lines from axes that are used again."""
         for line in self._lines.values():
             line.remove()

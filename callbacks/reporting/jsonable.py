@@ -10,9 +10,9 @@ from typing import Any
 from .._checks import is_number
 
 MAX_DEPTH = 20
-"""Lists in lists, and mappings, that a record holds; what is deeper, or circular, is text."""
+"""Levels of nested lists and mappings in a record; deeper ones, and reference cycles, are text."""
 MAX_ITEMS = 1000
-"""Numbers in one list or tensor that a record holds; of a larger one it says how large it is."""
+"""Numbers in one list or tensor of a record; a larger one is replaced by a text with its size."""
 
 
 def to_jsonable(
@@ -21,26 +21,26 @@ def to_jsonable(
     """`value` as JSON can hold it, with null for a float that is not finite.
 
     Args:
-        value: numbers, texts, tensors, arrays, lists and mappings of them; anything else
-            becomes its text, and what is too large a text that says so.
-        path: where it stands, such as "metrics.loss".
-        nonfinite: takes, by path, what a number that became null was.
-        depth: in how many lists and mappings it stands.
+        value: numbers, strings, tensors, arrays, lists and mappings of them. Anything else becomes
+            its `str`, and a value that is too large becomes a text with its size.
+        path: its key in the record, such as "metrics.loss".
+        nonfinite: gets, by path, the text of each number that became null.
+        depth: the number of lists and mappings around it.
 
     Example:
         >>> import torch
         >>> to_jsonable({"loss": float("nan"), "per_class": torch.tensor([1.0, 0.5])})
         {'loss': None, 'per_class': [1.0, 0.5]}
     """
-    if (tolist := getattr(value, "tolist", None)) is not None:  # a tensor, a number of numpy's
+    if (tolist := getattr(value, "tolist", None)) is not None:  # a tensor or a numpy number
         if math.prod(getattr(value, "shape", ())) > MAX_ITEMS:
             return f"{type(value).__name__} of {tuple(value.shape)}"
-        with suppress(Exception):  # a sparse tensor has none, nor one without data
+        with suppress(Exception):  # sparse tensors, and those without data, have none
             value = tolist()
     if isinstance(value, list | tuple | Mapping) and _is_large(value):
         return f"{type(value).__name__} of {len(value)}"
     if isinstance(value, Mapping) and depth < MAX_DEPTH:
-        items = {_text(key): item for key, item in value.items()}  # 1 and "1" are one in JSON
+        items = {_text(key): item for key, item in value.items()}  # in JSON, 1 is "1"
         return {
             key: to_jsonable(item, f"{path}.{key}", nonfinite, depth + 1)
             for key, item in items.items()
@@ -52,17 +52,17 @@ def to_jsonable(
             nonfinite[path] = str(value)
         return None
     if isinstance(value, int) and value.bit_length() > 10_000:
-        return hex(value)  # in Python, too, so many decimal digits are refused
+        return hex(value)  # Python refuses to print so many decimal digits
     return value if isinstance(value, str | int | float | None) else _text(value)
 
 
 def _is_large(value: Any) -> bool:
-    """Whether a list, or those in it, have more items than a record holds."""
+    """Whether a list, with the lists in it, has more items than a record may hold."""
     n, lists = 0, [value]
     while lists and n <= MAX_ITEMS:
         items = lists.pop()
         n += len(items)
-        if not isinstance(items, Mapping):  # the values of a mapping are judged one by one
+        if not isinstance(items, Mapping):  # each value of a mapping is checked by itself
             lists += [item for item in items[:MAX_ITEMS] if isinstance(item, list | tuple)]
     return n > MAX_ITEMS
 
@@ -70,16 +70,16 @@ def _is_large(value: Any) -> bool:
 def _text(value: Any) -> str:
     try:
         return str(value)
-    except Exception:  # a fault of its own, which is not to end the logging
+    except Exception:  # an error in the user's `__str__` must not end the logging
         return object.__repr__(value)
 
 
 def numbers(record: Mapping[str, Any], part: str = "") -> dict[str, float]:
-    """The numbers in a record, or in one part of it; those not finite as they were.
+    """The numbers in a record, or in one part of it, with the original non-finite values.
 
     Args:
-        record: as `RecordCB.write` gets it.
-        part: a key of the record that holds others, such as "metrics".
+        record: the record, as passed to `RecordCB.write`.
+        part: the key of a mapping in the record, such as "metrics".
 
     Example:
         >>> lost = {"metrics.loss": "nan"}
@@ -99,8 +99,8 @@ def numbers(record: Mapping[str, Any], part: str = "") -> dict[str, float]:
 
 
 def escape_surrogates(value: object) -> str:
-    """`value` as text that can be encoded: half of a surrogate pair would break a whole page, a
-    file, or a batch of an exporter.
+    """`value` as text that can be encoded: a lone surrogate would break a whole page, a file, or a
+    batch of an exporter.
 
     Example:
         >>> print(escape_surrogates(chr(0xDC80)))

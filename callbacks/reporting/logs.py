@@ -1,4 +1,4 @@
-"""One structured log line a fact, written beside the training."""
+"""One structured log line per fact, written while the training runs."""
 
 from __future__ import annotations
 
@@ -23,27 +23,26 @@ _LEVELS = {"completed": "info", "cancelled": "warning", "failed": "error"}
 class StructlogCB(RecordCB):
     """Logs the run through structlog: its start, every n-th batch, every epoch, its end.
 
-    It observes: lines are written on the host's event loop, in batches, and never hold up the
-    training. Each is a record as `docs/record.schema.json` has it, and has the context
-    variables bound where `fit` was called too, as structlog's own loggers have unless they are
-    configured not to. A number that is not finite is null, and its key stands under "nonfinite"
-    with what it was. What your own receivers log during the fit, in the training thread, has
-    its `run_id`.
+    It observes: lines are written on the host's event loop, several at a time, and never hold up
+    the training. Each is a record of `docs/record.schema.json`, together with the context
+    variables that are bound where `fit` is called, which structlog's own loggers add by default.
+    A number that is not finite is null, and "nonfinite" has its text by its key. Log lines of your
+    own receivers in the training thread have the `run_id` of the fit.
 
     Args:
-        every: a line for every n-th training batch of the fit; 0 for none.
-        every_seconds: and not before this many seconds after the last batch that had one.
+        every: write a line for every n-th training batch of the fit; 0 for none.
+        every_seconds: leave out batches within this many seconds of the last one with a line.
         format: "json" for machines, "console" for people; None leaves it to `logger`.
-        file: where "json" and "console" write to; standard error by default.
-        logger: the structlog logger to use, by default the host's own, as configured; its
-            methods may be async. Or a `logging.Logger`, or an adapter of one, which gets the
-            line as JSON, and the record as `extra`, under "eventrain". Control characters in
-            texts are escaped for all of these, as it is not known who will read them.
+        file: the file that "json" and "console" write to; standard error by default.
+        logger: the structlog logger to use, by default the host's own, as configured; its methods
+            may be async. Or a `logging.Logger`, or an adapter of one, which gets the line as JSON,
+            and the record in `extra`, under "eventrain". For all of these, control characters in
+            strings are escaped, because it is not known where they will be shown.
 
     Raises:
-        ValueError: `every` or `every_seconds` is negative, `format` is unknown, there are both
-            a format and a logger, or a file and no format.
-        TypeError: `logger` is none.
+        ValueError: `every` or `every_seconds` is negative; `format` is unknown; both a format and
+            a logger are given, or a file and no format.
+        TypeError: `logger` is not a logger.
 
     Example:
         >>> import sys, torch
@@ -58,7 +57,7 @@ class StructlogCB(RecordCB):
         {"event": "fit_ended", ..., "status": "completed", "seconds": ..., "level": "info"}
     """
 
-    order = -math.inf  # the context variable comes first, for whoever logs at the start
+    order = -math.inf  # the context variable is set before other receivers log
 
     def __init__(
         self,
@@ -71,7 +70,7 @@ class StructlogCB(RecordCB):
     ) -> None:
         super().__init__(every, every_seconds)
         if format is not None and logger is not None:
-            raise ValueError("give a logger, which has its own format, or a format; not both")
+            raise ValueError("give either a format or a logger, which has its own format; not both")
         if file is not None and format is None:
             raise ValueError("a file needs a format: 'json' or 'console'")
         self._escaped = format is None
@@ -79,7 +78,7 @@ class StructlogCB(RecordCB):
             self.logger = _logger(format, sys.stderr if file is None else file)
         elif isinstance(logger, logging.Logger | logging.LoggerAdapter):
             extra: Mapping[str, object] = {}
-            if isinstance(logger, logging.LoggerAdapter):  # it would put its own in place of ours
+            if isinstance(logger, logging.LoggerAdapter):  # it would replace our `extra` by its own
                 logger, extra = logger.logger, logger.extra or {}
             self.logger = _wrap(logger, [partial(_to_stdlib, extra=extra)])
         elif logger is None:
@@ -92,7 +91,7 @@ class StructlogCB(RecordCB):
             )
 
     def before_fit(self, event: BeforeFit) -> None:
-        # In the training thread's own copy of the context: nothing is left behind in the host's.
+        # In the training thread's own copy of the context: that of the host does not change.
         structlog.contextvars.bind_contextvars(run_id=event.run_id)
 
     def write(self, record: dict[str, Any]) -> Awaitable[Any] | None:
@@ -101,15 +100,18 @@ class StructlogCB(RecordCB):
             record = _escaped(record)
         log = getattr(self.logger, _LEVELS[record.get("status", "completed")])
         written: Awaitable[Any] | None = log(record.pop("event"), **record)
-        return written  # of a logger whose methods are async
+        return written  # awaitable if the methods of the logger are async
 
 
 def _logger(format: str, file: TextIO) -> Any:  # noqa: A002 - as above
-    """A structlog logger of our own, beside the host's configuration."""
+    """A structlog logger of our own, whatever the host has configured."""
     if format == "json":
         render: list[Processor] = [_to_json]
     elif format == "console":
-        render = [_harmless, structlog.dev.ConsoleRenderer(colors=file.isatty(), sort_keys=False)]
+        render = [
+            _for_console,
+            structlog.dev.ConsoleRenderer(colors=file.isatty(), sort_keys=False),
+        ]
     else:
         raise ValueError(f"format={format!r}: choose 'json' or 'console'")
     return _wrap(structlog.WriteLogger(file), [structlog.processors.add_log_level, *render])
@@ -126,15 +128,15 @@ def _wrap(logger: Any, processors: list[Processor]) -> Any:
 
 
 def _in_context(logger: Any, method: str, record: EventDict) -> EventDict:
-    """With the host's context variables, but for those that would pass for the record's own."""
+    """Add the host's context variables, except those with the name of a key of records."""
     first = {key: record.pop(key) for key in ("event", "schema_version", "timestamp", "run_id")}
-    own = {*first, *record, "who", "reason", "nonfinite"}  # the last not every record has
+    own = {*first, *record, "who", "reason", "nonfinite"}  # not every record has the last three
     context = structlog.contextvars.get_contextvars().items()
     return {**first, **{key: value for key, value in context if key not in own}, **record}
 
 
 def _to_json(logger: Any, method: str, record: EventDict) -> str:
-    # Made plain once more: the host's context variables are in it by now.
+    # The host's context variables, which are in it by now, may be anything.
     return json.dumps(to_jsonable(record), allow_nan=False)
 
 
@@ -145,16 +147,16 @@ def _to_stdlib(
     return (json.dumps(record, allow_nan=False),), {"extra": {**extra, "eventrain": record}}
 
 
-def _harmless(logger: Any, method: str, record: EventDict) -> EventDict:
-    """Control characters as escapes, so that no value can forge a line or steer a terminal."""
+def _for_console(logger: Any, method: str, record: EventDict) -> EventDict:
+    """Escape control characters, so that no value can forge a line or control a terminal."""
     return {
-        f"{key}_" if key in _RENDERED_APART else escape_control(key): _shown(value)
+        f"{key}_" if key in _RENDERED_SEPARATELY else escape_control(key): _shown(value)
         for key, value in record.items()
     }
 
 
-_RENDERED_APART = ("stack", "exception", "exc_info")
-"""The keys to which structlog's renderer gives lines of their own."""
+_RENDERED_SEPARATELY = ("stack", "exception", "exc_info")
+"""Keys that structlog's renderer prints on separate lines."""
 
 
 def _shown(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The run as OpenTelemetry spans and metrics, made beside the training."""
+"""The run as OpenTelemetry spans and metrics, made while the training runs."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ _FIT, _EPOCH, _BATCH = range(3)
 
 class OpenTelemetryCB(Callback):
     """Makes a span for the fit, for each epoch in it, and for every n-th training batch; and
-    counts, times and reports the numbers of the epochs as metrics.
+    reports counts, durations and the numbers of the epochs as metrics.
 
-    It observes: everything happens on the host's event loop, in batches, with the times that the
-    events carry. The fit's span is a child of the span that is current where `fit` is called. It
-    is never current itself, as the observers of others run on that loop too: a span made in a
-    receiver is its sibling, not its child.
+    It observes: everything happens on the host's event loop, several events at a time, with the
+    times of the events. The fit's span is a child of the span that is current where `fit` is
+    called. It never becomes the current span, because other observers run on that loop, too: a
+    span made in a receiver is its sibling, not its child.
 
     | span | attributes, each beginning with `eventrain.` |
     |---|---|
@@ -48,12 +48,12 @@ class OpenTelemetryCB(Callback):
     | train batch | run_id, epoch, phase, iter; n_samples, lr, loss |
     | all | status; who and reason unless completed |
 
-    What failed has the status ERROR, with the error as its description and its class as
-    `error.type`. Being cancelled is no error: it is an event `eventrain.cancelled`, with who and
-    why, and leaves the status unset, as completing does. A fit that was stopped before it began
-    has a span of no length. A span whose end was not heard of, as the event was dropped, ends
-    with the one around it, the fit's own when the next fit begins or by `close()`; its
-    `eventrain.status` is "unknown".
+    A failed scope has the status ERROR, with the error as its description and its class as
+    `error.type`. A cancel is not an error: it is an event `eventrain.cancelled`, with who and
+    reason, and the status is unset, as for a completed scope. A fit that was stopped before it
+    began has a span of zero length. A span whose end was not observed, because the event was
+    dropped, ends with the span around it; that of the fit when the next fit begins or by
+    `close()`. Its `eventrain.status` is "unknown".
 
     | instrument | unit | by `eventrain.` |
     |---|---|---|
@@ -62,26 +62,26 @@ class OpenTelemetryCB(Callback):
     | eventrain.samples | {sample} | phase |
     | eventrain.epoch.duration | s | phase, status |
     | eventrain.batch.duration, of the batches that have a span | s | phase, status |
-    | eventrain.metric, those of the last epoch | | metric.name, phase |
-    | eventrain.metrics.left_out of it: there are 50 other names already | {value} | phase |
-    | eventrain.nonfinite, numbers left out as they are not finite | {value} | phase |
+    | eventrain.metric, numbers of the last epoch | | metric.name, phase |
+    | eventrain.metrics.left_out, as there are 50 other names already | {value} | phase |
+    | eventrain.nonfinite, numbers left out because they are not finite | {value} | phase |
 
-    Numbers are scalars, as doubles. One that is not finite, over which exporters lose whole
-    batches of spans, is left out, and stands as text in `eventrain.nonfinite.NAME` of its span.
+    Numbers are scalars, as doubles. A number that is not finite makes exporters lose whole batches
+    of spans: it is left out, and its text is `eventrain.nonfinite.NAME` of the span.
 
-    Providers, exporters, flushing and shutdown are the host's. Export in the background
-    (`BatchSpanProcessor`): a `SimpleSpanProcessor` holds up the event loop. An instance watches
-    one fit at a time, from its beginning: give each of two learners its own.
+    Providers, exporters, flushing and shutdown are up to the host. Export in the background
+    (`BatchSpanProcessor`): a `SimpleSpanProcessor` blocks the event loop. An instance watches one
+    fit at a time, from its beginning: give each learner its own instance.
 
     Args:
-        every: a span for every n-th training batch of the fit; 0 for none.
-        tracer_provider: where spans go, by default the global one.
-        meter_provider: where metrics go, by default the global one.
-        every_seconds: and not before this many seconds after the last batch that has a span.
+        every: make a span for every n-th training batch of the fit; 0 for none.
+        tracer_provider: the provider for spans, by default the global one.
+        meter_provider: the provider for metrics, by default the global one.
+        every_seconds: leave out batches within this many seconds of the last one with a span.
 
     Raises:
         ImportError: opentelemetry-api is not installed.
-        ValueError: `every` or `every_seconds` is negative or no number.
+        ValueError: `every` or `every_seconds` is negative or not a number.
 
     Example:
         >>> import torch
@@ -116,7 +116,7 @@ class OpenTelemetryCB(Callback):
         CleanupEpoch,
         CleanupFit,
     )
-    buffer = 100_000  # what begins and ends is not to be lost, however long the host is busy
+    buffer = 100_000  # beginnings and ends must not be lost, however long the host is busy
 
     def __init__(
         self,
@@ -140,9 +140,9 @@ class OpenTelemetryCB(Callback):
     def watcher(self, event: Event) -> Watcher:
         """The object that makes the spans of one fit."""
         fit = _FitWatcher(self)
-        # An end alone is that of a fit which was stopped before it began, if it had no epoch.
-        alone = isinstance(event, CleanupFit) and not event.learner.history
-        if alone or isinstance(event, BeforeFit):
+        # A fit that was stopped before it began has no other event, and no epoch in its history.
+        not_begun = isinstance(event, CleanupFit) and not event.learner.history
+        if not_begun or isinstance(event, BeforeFit):
             self._fit = fit
         return fit
 
@@ -157,11 +157,11 @@ class OpenTelemetryCB(Callback):
 
 
 _Loss = tuple[tuple[int, int], PendingScalar]
-"""That of a batch, by epoch and iter, on its way to the host."""
+"""The loss of the batch (epoch, iter), which is being copied to the host."""
 
 
 class _FitWatcher:
-    """Makes the spans of one fit, unless it came late to it or another one has begun since.
+    """Makes the spans of one fit, if it was attached at its beginning and no other has begun since.
 
     `wants` runs in the training thread: it chooses the batches, and starts to copy their losses to
     the host. `observe` runs on the event loop.
@@ -171,9 +171,9 @@ class _FitWatcher:
         self._callback = callback
         self._spans, self._meters = callback._spans, callback._meters
         self._sampler = Sampler(callback.every, callback.every_seconds)
-        self.losses = deque[_Loss](maxlen=callback.buffer + 1)  # the one more is being observed
+        self.losses = deque[_Loss](maxlen=callback.buffer + 1)  # + the one being observed
         self._begun = False
-        self._has_span = False  # this batch
+        self._has_span = False  # whether this batch has one
 
     def wants(self, event: Event) -> bool:
         """All events but most of the batches, which are only counted."""
@@ -188,13 +188,13 @@ class _FitWatcher:
             return True
         chosen, self._has_span = self._has_span, False
         if chosen:
-            with suppress(RuntimeError):  # of a device that failed, say
+            with suppress(RuntimeError):  # such as that of a device that failed
                 if (loss := pending_loss(event)) is not None:
                     self.losses.append(((event.epoch, event.iter), loss))
         return chosen
 
     def observe(self, event: Event) -> None:
-        """Begin or end a span, and record what is known by then."""
+        """Begin or end a span, and record counts and numbers."""
         if self._callback._fit is not self:
             return
         try:
@@ -233,7 +233,7 @@ class _FitWatcher:
 
     def _loss_of(self, event: CleanupBatch) -> float | None:
         place = event.epoch, event.iter
-        while self.losses and self.losses[0][0] <= place:  # of those before, the event was dropped
+        while self.losses and self.losses[0][0] <= place:  # the events of earlier ones were dropped
             at, loss = self.losses.popleft()
             if at == place:
                 with suppress(RuntimeError):
@@ -242,7 +242,7 @@ class _FitWatcher:
 
 
 class _Spans:
-    """The open spans: of the fit, of an epoch in it, of a batch in that."""
+    """The open spans: of the fit, an epoch in it, and a batch in that."""
 
     def __init__(self, tracer: Tracer) -> None:
         self.open: dict[int, tuple[Span, float]] = {}
@@ -263,7 +263,7 @@ class _Spans:
     def end(
         self, depth: int, event: Event, end: ScopeEnd, attributes: dict[str, Any]
     ) -> float | None:
-        """End a span; return its seconds, None if its beginning was not heard of."""
+        """End a span; return its seconds, None if its beginning was not observed."""
         self._now = event.time
         self.leave(depth + 1)
         if depth not in self.open:
@@ -286,19 +286,19 @@ class _Spans:
 
     def close(self) -> None:
         while self.open:
-            with suppress(Exception):  # of each, what a processor of the host's may raise
+            with suppress(Exception):  # a processor of the host may raise for each of them
                 self.leave(_FIT)
 
     def leave(self, depth: int) -> None:
-        """End the spans from `depth` inwards: we did not hear how they ended."""
+        """End the spans from `depth` inwards, whose own ends were not observed."""
         while self.open and (inner := max(self.open)) >= depth:
             span, began = self.open.pop(inner)
             span.set_attribute("eventrain.status", "unknown")
             span.end(_nanoseconds(max(began, self._now)))
 
     def _context(self) -> Context | None:
-        """That of the innermost open span; for the first None, which is that of this task: the
-        task of an observer begins with the context variables of whoever called `fit`."""
+        """The context of the innermost open span. None, for the first span, is the context of this
+        task: the task of an observer starts with the context variables of the caller of `fit`."""
         if not self.open:
             return None
         from opentelemetry.trace import set_span_in_context

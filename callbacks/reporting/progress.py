@@ -1,4 +1,4 @@
-"""A live display of the run in the terminal or a notebook, drawn beside the training."""
+"""A live display of the run in the terminal or a notebook, drawn while the training runs."""
 
 from __future__ import annotations
 
@@ -30,26 +30,26 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 BATCH_INTERVAL = 0.1
-"""Seconds between two batches that are shown."""
+"""Seconds between two batches that are drawn."""
 EPOCH_INTERVAL = 0.02
-"""Seconds from one drawing to the next for a new epoch, which may be a short one."""
+"""Seconds between two new epochs that are drawn: epochs may be short."""
 
 
 class ProgressCB(Callback):
     """Shows epochs and batches, loss, speed and remaining time; at the end a table of metrics.
 
-    It observes: drawing happens on the host's event loop, about ten times a second, and never
-    holds up the training. Where the output is no terminal (and no notebook) nothing is
-    printed. While it draws on standard output, what is printed there appears above it; in a
-    notebook it is one output of the cell, updated in place, in which at last the table stands.
+    It observes: it draws on the host's event loop, about ten times per second, and never holds up
+    the training. Nothing is printed if the output is neither a terminal nor a notebook. While it
+    draws on standard output, other output appears above it. In a notebook it is one output of the
+    cell, updated in place and finally replaced by the table.
 
-    The table has a row for every epoch, counted from 1, of the numbers that callbacks such as
-    MetricsCB put into `learner.record`; below it stands how the fit ended, who ended it and why.
-    An instance shows one fit at a time.
+    The table has a row for every epoch, counted from 1, with the numbers that callbacks such as
+    MetricsCB put into `learner.record`; the line below it says how the fit ended, who ended it and
+    why. An instance shows one fit at a time.
 
     Args:
-        console: the `rich.console.Console` to draw on; rich's own by default, and for what a
-            notebook shows.
+        console: the `rich.console.Console` to draw on; by default, and for output in a notebook,
+            rich's global console.
 
     Raises:
         ImportError: rich is not installed.
@@ -79,7 +79,7 @@ class ProgressCB(Callback):
     """
 
     observes = (BeforeFit, BeforeEpoch, AfterBatch, CleanupEpoch, CleanupFit)
-    buffer = 100_000  # what begins and ends is not to be lost, however long the host is busy
+    buffer = 100_000  # beginnings and ends must not be lost, however long the host is busy
 
     def __init__(self, console: Console | None = None) -> None:
         with optional_import("ProgressCB", "rich", "progress"):
@@ -92,7 +92,7 @@ class ProgressCB(Callback):
         return _FitWatcher(self, event)
 
     def close(self) -> None:
-        """Take the display off the terminal, and give back cursor and standard output.
+        """Remove the display from the terminal, and restore cursor and standard output.
 
         This happens by itself when the fit ends, when the observer fails, when the next fit begins
         and when this object is collected. Closing again is harmless.
@@ -166,8 +166,8 @@ class _FitWatcher:
 
 
 class _Display:
-    """The lines and the table of one fit. It keeps no event: an event keeps the learner alive, and
-    so the watcher, with which the display is to go."""
+    """The lines and the table of one fit. It keeps no event, which would keep the learner alive and
+    so the watcher, at whose end the display is removed."""
 
     def __init__(self, console: Console, event: BeforeFit) -> None:
         from rich.live import Live
@@ -185,16 +185,16 @@ class _Display:
         self._speed = ""
         self._drawn = 0.0
         self._rows: dict[int, dict[str, float]] = {}
-        ours = console.file in (sys.stdout, sys.stderr)
+        redirect = console.file in (sys.stdout, sys.stderr)
         self._live = Live(
             console=console,
             get_renderable=self._render,
-            auto_refresh=False,  # it has no thread of its own: it is drawn when events come
+            auto_refresh=False,  # without a thread: it is drawn when events arrive
             transient=True,
-            redirect_stdout=ours,
-            redirect_stderr=ours,
+            redirect_stdout=redirect,
+            redirect_stderr=redirect,
         )
-        # In a notebook, where rich's Live needs widgets, and what is printed has its own place.
+        # For a notebook, in which rich's Live needs widgets, and printing makes other outputs.
         self._cell = CellOutput() if console.is_jupyter else None
 
     def start(self) -> None:

@@ -1,4 +1,4 @@
-"""The run as Prometheus metrics, for whoever scrapes this process."""
+"""The run as Prometheus metrics of this process."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
 
 MAX_METRICS = 50
-"""Names of metrics that one registry shows; each is a time series per phase and set of labels."""
+"""Metric names that one registry shows; each has a time series per phase and set of labels."""
 
 BUCKETS = (0.1, 0.5, 1, 5, 10, 30, 60, 300, 600, 1800, 3600, 10800, 36000)
-"""Upper bounds for the seconds of an epoch, from tests to ten hours."""
+"""Upper bounds of the buckets for the seconds of an epoch, up to ten hours."""
 
 _OURS = ("phase", "status", "metric", "le")
 _PHASES = ("train", "valid")
@@ -40,39 +40,39 @@ _STATUSES = ("completed", "cancelled", "failed")
 class PrometheusCB(RecordCB):
     """Counts fits, epochs and samples for Prometheus, and shows the last loss and metrics.
 
-    It makes the metrics; that they are scraped is the host's part (`start_http_server` or
-    `make_asgi_app` of prometheus_client, or the endpoint it has). All but the fits are counted
-    on the host's event loop, beside the training. `phase` is "train" or "valid":
+    It only creates the metrics; the host exposes them (`start_http_server` or `make_asgi_app` of
+    prometheus_client, or an endpoint of its own). All but the fits are counted on the host's event
+    loop, while the training runs. `phase` is "train" or "valid":
 
     | | |
     |---|---|
-    | `eventrain_fits_running` | fits that run now |
+    | `eventrain_fits_running` | fits that are running |
     | `eventrain_fits_total{status}` | fits that ended "completed", "cancelled" or "failed" |
     | `eventrain_epochs_total{phase,status}` | epochs that ended |
-    | `eventrain_samples_total{phase}` | samples seen, as of the last batch record or epoch |
-    | `eventrain_epoch_duration_seconds{phase}` | histogram, of completed epochs |
-    | `eventrain_loss{phase}` | of the last epoch that recorded one, as by `MetricsCB` |
-    | `eventrain_metric{phase,metric}` | every other number it recorded |
-    | `eventrain_metrics_left_out_total` | numbers not shown: there are 50 other names already |
-    | `eventrain_batch_loss{phase}` | of the last training batch that has a record |
+    | `eventrain_samples_total{phase}` | samples read, up to the last batch record or epoch |
+    | `eventrain_epoch_duration_seconds{phase}` | histogram of completed epochs |
+    | `eventrain_loss{phase}` | loss of the last epoch that recorded one, as `MetricsCB` does |
+    | `eventrain_metric{phase,metric}` | every other number that it recorded |
+    | `eventrain_metrics_left_out_total` | numbers not shown, as there are 50 other names already |
+    | `eventrain_batch_loss{phase}` | loss of the last training batch that has a record |
     | `eventrain_learning_rate{phase}` | its learning rate, of the first parameter group |
-    | `eventrain_samples_per_second{phase}` | the speed up to it, from the record before |
+    | `eventrain_samples_per_second{phase}` | speed between it and the record before |
 
-    Not measured: lists and texts among the metrics, steps, gradients, memory, and anything of
-    a single run, whose id would be one more time series each. The gauges stay as they were
-    when a fit ends. `validate()` and `lr_find()` are fits too. NaN and the infinities are shown.
+    Not measured: lists and strings among the metrics, steps, gradients, memory, and anything per
+    run, as each run id would add time series. The gauges keep their values when a fit ends.
+    `validate()` and `lr_find()` are fits, too. NaN and infinities are shown.
 
     Args:
         registry: the `CollectorRegistry` to use, prometheus_client's `REGISTRY` by default.
             Instances on one registry share its metrics.
-        labels: constant labels of this instance, such as {"model": "cnn"}; the same names,
-            of few values, for all instances on a registry.
-        every: look at every n-th training batch; 0 for none.
-        every_seconds: and not before this many seconds after the last one looked at.
+        labels: constant labels of this instance, such as {"model": "cnn"}. All instances on a
+            registry need the same names; use names that have few values.
+        every: report every n-th training batch; 0 for none.
+        every_seconds: leave out batches within this many seconds of the last one reported.
 
     Raises:
         ImportError: prometheus_client is not installed.
-        TypeError: `registry` is no registry, or `labels` no mapping of names to texts.
+        TypeError: `registry` is not a registry, or `labels` is not a mapping of str to str.
         ValueError: a label's name is not allowed or taken; other instances on this registry
             have other label names; the registry has metrics of these names from elsewhere;
             `every` or `every_seconds` is negative.
@@ -91,8 +91,8 @@ class PrometheusCB(RecordCB):
         >>> registry.get_sample_value("eventrain_samples_total", labels)
         24.0
 
-    Source: Prometheus, "Metric and label naming" and "Instrumentation", for names, units,
-    labels, and counters that are there, at 0, from the start.
+    Source: Prometheus, "Metric and label naming" and "Instrumentation", for names, units, labels,
+    and counters that exist, at 0, from the start.
     """
 
     order = -math.inf  # a fit counts as running before another receiver can cancel it
@@ -119,11 +119,11 @@ class PrometheusCB(RecordCB):
         self._of("running")
         self._of("left_out")
 
-    # Fits are counted in the training thread, in two calls that wait for nothing: there it is
-    # certain that the end is heard, also when the observer has failed or was cut short.
+    # Fits are counted in the training thread, in two calls that do not block: there, the end is
+    # always received, also when the observer has failed or was cancelled.
 
     def before_fit(self, event: BeforeFit) -> None:
-        if event.learner not in self._running:  # detached in the middle of its last fit, it is
+        if event.learner not in self._running:  # it is, if detached in the middle of its last fit
             self._running.add(event.learner)
             self._of("running").inc()
 
@@ -142,7 +142,7 @@ class PrometheusCB(RecordCB):
         self._of("samples", phase=phase).inc(n)
 
     def write(self, record: dict[str, Any]) -> None:
-        """Take over the numbers of a record."""
+        """Set the metrics from the numbers of a record."""
         if record["event"] == "batch":
             shown = {"loss": "batch_loss", "lr": "lr", "samples_per_second": "speed"}
             for key, value in numbers(record).items():
@@ -152,7 +152,7 @@ class PrometheusCB(RecordCB):
             which = {"phase": record["phase"]}
             self._of("epochs", **which, status=record["status"]).inc()
             if record["status"] == "completed":
-                seconds = max(0, record["seconds"])  # clocks are set back now and then
+                seconds = max(0, record["seconds"])  # the clock may have been set back
                 self._of("duration", **which).observe(seconds)
             for name, value in numbers(record, "metrics").items():
                 if name == "loss":
@@ -186,7 +186,7 @@ class _SampleCounter(CallbackRecords):
 
 
 class _Collectors:
-    """What one registry shows, whichever instances count it."""
+    """The metrics of one registry, for all instances on it."""
 
     def __init__(self, registry: CollectorRegistry, labelnames: tuple[str, ...]) -> None:
         from prometheus_client import Counter, Gauge, Histogram
@@ -195,8 +195,8 @@ class _Collectors:
             all_labels = (*labelnames, *labels)
             return kind(f"eventrain_{name}", text, all_labels, registry=None, **options)
 
-        # Where the host has several processes, they add up what runs; of a gauge the last
-        # one set is shown.
+        # If the host has several processes, the running fits are summed up, and other gauges show
+        # the value set last.
         now = {"multiprocess_mode": "livesum"}
         last = {"multiprocess_mode": "mostrecent"}
         duration = "epoch_duration_seconds"
@@ -225,7 +225,7 @@ class _Collectors:
             undo.pop_all()
 
     def admit(self, name: str) -> bool:
-        """Whether there is room for a metric of this name; it has it from then on."""
+        """Whether a metric of this name may be shown; a name stays admitted."""
         if len(self._admitted) < MAX_METRICS:
             self._admitted.add(name)
         return name in self._admitted
@@ -236,12 +236,12 @@ _lock = Lock()
 
 
 def _collectors_of(registry: Any, labelnames: tuple[str, ...]) -> _Collectors:
-    """Those of the registry: a second set of the same names would be refused by it."""
+    """The collectors of the registry, which refuses a second set of the same names."""
     with optional_import("PrometheusCB", "prometheus_client", "prometheus"):
         from prometheus_client import REGISTRY, CollectorRegistry
     registry = REGISTRY if registry is None else registry
     if not isinstance(registry, CollectorRegistry):
-        raise TypeError(f"registry={registry!r} is no CollectorRegistry of prometheus_client")
+        raise TypeError(f"registry={registry!r} is not a CollectorRegistry of prometheus_client")
     with _lock:
         collectors = _shared.get(registry)
         if collectors is None:
@@ -257,7 +257,7 @@ def _collectors_of(registry: Any, labelnames: tuple[str, ...]) -> _Collectors:
 
 def _checked(labels: Any) -> dict[str, str]:
     if not isinstance(labels, Mapping):
-        raise TypeError(f"labels={labels!r}: give a mapping of names to texts")
+        raise TypeError(f"labels={labels!r}: give a mapping of str to str")
     for name, value in labels.items():
         if not isinstance(name, str) or not re.fullmatch(r"(?!__)[a-zA-Z_]\w*", name, re.ASCII):
             raise ValueError(f"label {name!r}: a name is letters, digits and _, such as 'model'")
@@ -265,10 +265,10 @@ def _checked(labels: Any) -> dict[str, str]:
             raise ValueError(f"label {name!r} is taken: give it another name")
         if name == "run_id":
             raise ValueError(
-                "label 'run_id' would make new time series for every fit, without end; label"
-                " what has few values, such as the model"
+                "label 'run_id' would add new time series for every fit, without end; use labels"
+                " with few values, such as the model"
             )
         if not isinstance(value, str):
-            raise TypeError(f"label {name!r}: {value!r} is no text")
-        value.encode()  # raises UnicodeEncodeError, a ValueError, for what no page can show
+            raise TypeError(f"label {name!r}: {value!r} is not a str")
+        value.encode()  # raises UnicodeEncodeError, a ValueError, if it cannot be exposed
     return dict(labels)

@@ -93,7 +93,7 @@ class RecordWatcher(ABC):
         self._last_n_samples = 0
 
     def wants(self, event: Event) -> bool:
-        """Whether the event leads to a record, or begins something that has one."""
+        """Whether the event has a record, or starts something that has one."""
         if not isinstance(event, AfterBatch):
             return True
         if not event.training or not self._sampler.takes_next():

@@ -1,4 +1,4 @@
-"""The run as TensorBoard scalars, one folder a fit."""
+"""The run as TensorBoard scalars, one folder per fit."""
 
 from __future__ import annotations
 
@@ -25,38 +25,39 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 FLUSH_SECONDS = 5
-"""Seconds after which what was written can be seen; as often as TensorBoard looks."""
+"""Seconds between flushes of the files; TensorBoard reads them as often."""
 
 
 class TensorBoardCB(Callback):
     """Writes batches and epochs as scalars for TensorBoard.
 
-    It observes: what is written on the host's event loop goes into a queue (about 10 us a
-    number); a thread of the writer's own brings it to the disk. Files are made at the start
-    of a fit and closed at its end, however it ends, in a worker thread.
+    It observes: on the host's event loop, numbers are put into a queue (about 10 us per number),
+    and a thread of the writer writes them to the disk. Files are created at the start of a fit
+    and closed at its end, however it ends, in a worker thread.
 
     | tag | step |
     |---|---|
     | `batch/loss`, `batch/lr`, `batch/samples_per_second` | training batches of the fit, from 0 |
     | `loss/train`, `loss/valid`, `accuracy/valid`, ... | the epoch, from 0 |
 
-    Written for an epoch is each number that callbacks such as `MetricsCB` recorded in it; not
-    lists and texts, and no graphs, histograms or images. NaN and the infinities are kept, and
-    all numbers have single precision. Wall times are when the event was emitted.
+    For an epoch, each number that callbacks such as `MetricsCB` recorded is written; lists,
+    strings, graphs, histograms and images are not. NaN and infinities are kept, and all numbers
+    have single precision. Wall times are the times at which the events were emitted.
 
-    The step of a batch is `epoch * n_iter + iter`. Where a loader has no length, or a shorter
-    one than before, the batches are counted on.
+    The step of a batch is `epoch * n_iter + iter`. If a loader has no length, or a shorter one than
+    before, the count of batches is continued.
 
     Args:
-        log_dir: the folder for `tensorboard --logdir`. Each fit gets one in it, named by its
-            `run_id`. An id that makes no plain name (of letters, digits, "_", and "-" and "."
-            in between) gets "_" for the rest and a digest, and never leaves `log_dir`.
+        log_dir: the folder for `tensorboard --logdir`. Each fit has a folder in it, named by its
+            `run_id`. If that is not a plain name (letters, digits, "_", and "-" and "." in
+            between), other characters become "_" and a digest is added, so the folder is always
+            inside `log_dir`.
         every: write every n-th training batch; 0 for none.
-        every_seconds: and not before this many seconds after the last one written.
+        every_seconds: leave out batches within this many seconds of the last one written.
 
     Raises:
         ImportError: tensorboard is not installed.
-        TypeError: `log_dir` is no path.
+        TypeError: `log_dir` is not a path.
         ValueError: `log_dir` is empty or a file; `every` or `every_seconds` is negative.
 
     Example:
@@ -96,8 +97,8 @@ class TensorBoardCB(Callback):
     def close(self) -> None:
         """Flush and close all files, and end the threads of the writers.
 
-        Happens by itself at the end of a fit, and when the observer fails or is detached. Closing
-        again is harmless.
+        This happens by itself at the end of a fit, and when the observer fails or is detached.
+        Closing again is harmless.
         """
         for fit in list(self._fits):
             fit.close()
@@ -167,7 +168,7 @@ class _FitFiles(RecordWatcher):
 
 
 async def _in_thread(function: Callable[[], None]) -> None:
-    # With a limiter of its own: the host's may have no thread to spare for long.
+    # With a limiter of its own: all threads of the host's default limiter may be in use for long.
     await anyio.to_thread.run_sync(function, limiter=anyio.CapacityLimiter(1))
 
 
@@ -180,16 +181,16 @@ def _summary_writer() -> type[SummaryWriter]:
 def _checked(log_dir: Any) -> str:
     path = os.fspath(log_dir)
     if not isinstance(path, str):
-        raise TypeError(f"log_dir={log_dir!r}: give a path as text")
+        raise TypeError(f"log_dir={log_dir!r}: give a path as str")
     if not path:
-        raise ValueError("log_dir='': give the folder that TensorBoard is to show")
+        raise ValueError("log_dir='': give the folder for `tensorboard --logdir`")
     if os.path.exists(path) and not os.path.isdir(path):
-        raise ValueError(f"log_dir={path!r} is no folder")
+        raise ValueError(f"log_dir={path!r} is not a folder")
     return path
 
 
 def _folder(run_id: str) -> str:
-    """A folder's name for any text: never hidden, a parent, or shared by two."""
+    """A folder name for any text: never hidden, never a parent, and unique to the text."""
     if re.fullmatch(r"\w([\w.-]{0,98}\w)?", run_id, re.ASCII):
         return run_id
     digest = sha256(run_id.encode(errors="surrogatepass")).hexdigest()[:8]

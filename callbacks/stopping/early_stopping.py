@@ -1,4 +1,4 @@
-"""Ends a fit whose numbers have stopped improving."""
+"""Ends a fit when a number of its epochs no longer improves."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from .._monitor import check_monitor, is_training, monitored
 
 
 class EarlyStoppingCB(Callback):
-    """Ends the fit when a number of its epochs has not improved for so many of them.
+    """Ends the fit when a number has not improved for `patience` epochs.
 
-    It looks at the numbers that callbacks such as MetricsCB put into `learner.record`: those of
-    every completed validating epoch, or of every training epoch where the fit does not validate.
-    NaN is no improvement. Every fit begins anew; a resumed one goes on where it was, and ends
-    again if it had ended. `validate()` and the learning-rate finder are left alone.
+    It uses the numbers that callbacks such as MetricsCB put into `learner.record`: those of every
+    completed validating epoch, or of every training epoch if the fit does not validate. NaN is not
+    an improvement. Every fit starts anew; a resumed one continues where it was, and ends again if
+    it had ended. `validate()` and the learning-rate finder are not affected.
 
     Args:
         monitor: the name of the number.
-        mode: "min" where less is better, "max" where more is.
-        patience: epochs in a row without improvement that end the fit.
-        min_delta: only what is better by more than this is an improvement.
+        mode: "min" if lower is better, "max" if higher is better.
+        patience: the number of epochs in a row without improvement that ends the fit.
+        min_delta: a number has to be better by more than this to be an improvement.
 
     Attributes:
         best: the best number of this fit so far, or of the last one; None before the first.
         best_epoch: the epoch it was in, from 0.
 
     Raises:
-        ValueError: a bad argument; in the fit, no number of that name.
-        TypeError: in the fit, what has that name is no number.
+        ValueError: an argument is not allowed; in the fit, there is no number of that name.
+        TypeError: in the fit, the value of that name is not a number.
 
     Example:
         >>> import torch
@@ -74,7 +74,7 @@ class EarlyStoppingCB(Callback):
 
     def before_epoch(self, event: BeforeEpoch) -> None:
         if is_training(event.learner):
-            self._end_if_due()  # it was due when the state was saved that this fit is resumed with
+            self._end_if_due()  # due if the fit had ended when the checkpoint was saved
 
     def cleanup_epoch(self, event: CleanupEpoch) -> None:
         value = monitored(event, self.monitor)
@@ -106,11 +106,11 @@ class EarlyStoppingCB(Callback):
         raise CancelFitException(f"{self.monitor} has not improved{by} for {epochs}: {best}")
 
     def state_dict(self) -> dict[str, Any]:
-        """The best so far, and for how long there was no better."""
+        """The best number so far, and the number of epochs since."""
         return {"best": self.best, "best_epoch": self.best_epoch, "waited": self._waited}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go back to what `state_dict` returned."""
+        """Restore what `state_dict` returned."""
         self.best = state["best"]
         self.best_epoch = state["best_epoch"]
         self._waited = state["waited"]

@@ -1,4 +1,4 @@
-"""Run only the first part of a fit, to see whether everything works."""
+"""Callbacks that end a fit after its first batch or epoch, to see whether everything works."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class SingleBatchCB(Callback):
 
 
 class SingleEpochCB(Callback):
-    """Ends the fit after its first epoch: training and, where asked for, validation.
+    """Ends the fit after its first epoch: training and, if the fit validates, validation.
 
     Source: the post's `SingleEpochCB`, which never ends a fit without validation.
     """

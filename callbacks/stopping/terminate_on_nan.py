@@ -22,10 +22,10 @@ class TerminateOnNaNCB(Callback):
     The host waits for the device twice per batch that is checked.
 
     Args:
-        every: look at every n-th training batch, and at the gradients of the next step.
+        every: check every n-th training batch, and the gradients of the next step.
 
     Raises:
-        ValueError: `every` is no positive integer.
+        ValueError: `every` is not a positive integer.
 
     Example:
         >>> import torch
@@ -38,10 +38,10 @@ class TerminateOnNaNCB(Callback):
         >>> learner.run(1, valid=False).reason
         'the loss is inf in batch 2 of epoch 0'
 
-    Source: Keras's `TerminateOnNaN`, which looks at the loss, after the step.
+    Source: Keras's `TerminateOnNaN`, which checks only the loss, after the step.
     """
 
-    order = 65  # after unscaling (60), before clipping (70), which would spread what it finds
+    order = 65  # after unscaling (60), before clipping (70), which spreads NaN to all gradients
 
     def __init__(self, every: int = 1) -> None:
         self.every = check_int("every", every, "a number of batches, 1 or more")
@@ -72,31 +72,31 @@ class TerminateOnNaNCB(Callback):
         learner = event.learner
         scaled = any(getattr(cb, "scales_gradients", False) for cb in learner.cbs)
         if not scaled and (found := _not_finite(learner.model)):
-            learner.opt.zero_grad()  # not ZeroGrad, which may keep some of them for the next fit
+            learner.opt.zero_grad()  # not ZeroGrad, which may keep gradients for the next fit
             raise CancelFitException(f"{found}, in batch {event.iter} of epoch {event.epoch}")
 
     def state_dict(self) -> dict[str, Any]:
-        """How many batches there were, and whether the gradients of the next step are due."""
+        """The number of batches, and whether the gradients of the next step are to be checked."""
         return {"batches": self._batches, "due": self._due}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go back to what `state_dict` returned."""
+        """Restore what `state_dict` returned."""
         self._batches = state["batches"]
         self._due = state["due"]
 
 
 def _not_finite(model: torch.nn.Module) -> str | None:
-    """Which gradients are not finite, in words."""
+    """Which gradients are not finite, as text; None if all are."""
     named = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
     values = [_values(grad) for _, grad in named]
-    # The largest absolute value: of finite ones it is finite, where their 2-norm may overflow.
+    # The largest absolute value: if all are finite it is finite; their 2-norm could overflow.
     largest = torch.nn.utils.get_total_norm([v for v in values if v.numel()], math.inf)
     if largest.isfinite():  # the host waits for the device here
         return None
-    counts = [int((~v.isfinite()).sum()) for v in values]  # and here, once a parameter
+    counts = [int((~v.isfinite()).sum()) for v in values]  # and here, once per parameter
     bad = [(name, grad, n) for (name, grad), n in zip(named, counts, strict=True) if n]
     if not bad:
-        return None  # of a complex number, the absolute value may overflow
+        return None  # the absolute value of a finite complex number may overflow
     (name, grad, n), *others = bad
     plural = "s" if len(others) > 1 else ""
     more = f" (nor that of {len(others)} other parameter{plural})" if others else ""

@@ -1,4 +1,4 @@
-"""Ends a fit that has had its time."""
+"""Ends a fit after a time limit."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from ...events import AfterBatch, BeforeFit, Callback, CleanupBatch
 
 
 class TimeLimitCB(Callback):
-    """Ends a fit that trains with the batch, training or validating, in which its time is over.
+    """Ends a training fit after the batch, training or validating, in which the time limit expires.
 
-    That batch ends whole, so that `CheckpointCB` can save there. The time is wall time, and
-    counts from BeforeFit; a resumed fit has all of it again.
+    That batch is completed, so that `CheckpointCB` can save after it. The time is wall time from
+    BeforeFit; for a resumed fit it starts again.
 
     Args:
         limit: seconds, or a `datetime.timedelta`.
@@ -22,8 +22,8 @@ class TimeLimitCB(Callback):
         limit: in seconds; may be changed while the fit runs.
 
     Raises:
-        TypeError: the limit is neither.
-        ValueError: it is not above 0, or not finite.
+        TypeError: `limit` is neither of the two.
+        ValueError: it is not positive or not finite.
 
     Example:
         >>> import torch
@@ -50,7 +50,7 @@ class TimeLimitCB(Callback):
         self._began = math.inf
 
     def before_fit(self, event: BeforeFit) -> None:
-        # What validate() and get_preds() return is all of it or nothing.
+        # validate() and get_preds() return complete results only.
         self._began = time.monotonic() if event.learner.trains else math.inf
 
     def after_batch(self, event: AfterBatch) -> None:
@@ -62,6 +62,6 @@ class TimeLimitCB(Callback):
 
     def _stop_if_over(self, event: AfterBatch | CleanupBatch) -> None:
         if time.monotonic() - self._began >= self.limit:
-            self._began = math.inf  # asked for once
+            self._began = math.inf  # stop only once
             reason = f"the time limit of {self.limit:g} s is over"
             event.learner.stop("fit", reason, graceful=True, who="TimeLimitCB")

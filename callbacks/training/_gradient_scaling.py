@@ -9,7 +9,7 @@ class GradientScaling:
     """Keeps track of whether the gradients of one fit are scaled.
 
     They are scaled from the beginning of the fit to its end, except inside a step. Gradients that
-    were kept, for momentum say, are scaled too, because the next backward pass adds scaled ones.
+    are kept, such as those of momentum, are scaled, too: the next backward pass adds scaled ones.
 
     Args:
         scaler: the scaler of the fit.

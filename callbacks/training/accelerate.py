@@ -29,14 +29,14 @@ from .train import TrainCB
 class AccelerateCB(TrainCB):
     """Trains through an `accelerate.Accelerator`.
 
-    Model, optimizer and loaders are prepared by it for the length of the fit, and are the
-    learner's own again afterwards. It performs Backward and Step; the other actions only on a
-    learner that has no method for them, as a plain `Learner` does not. A step skipped for
-    overflow cancels the step scope, as with `MixedTrainingCB`.
+    The accelerator prepares model, optimizer and loaders for the duration of the fit; afterwards
+    the learner has its own again. The callback performs Backward and Step, and the other actions
+    only for a learner that has no methods for them, such as a plain `Learner`. A step skipped
+    because of overflow cancels the step scope, as with `MixedTrainingCB`.
 
     Args:
-        mixed_precision: "no", "fp16" or "bf16"; by default fp16 where there is CUDA, as in the
-            post, and "no" elsewhere.
+        mixed_precision: "no", "fp16" or "bf16"; by default "fp16" where CUDA is available, as in
+            the post, and "no" elsewhere.
         kwargs: further arguments of `Accelerator`.
 
     Attributes:
@@ -48,7 +48,7 @@ class AccelerateCB(TrainCB):
     Source: the post's `AccelerateCB`.
     """
 
-    order = 60  # where MixedTrainingCB is: one of the two scales, never both
+    order = 60  # as MixedTrainingCB: only one of the two scales
 
     def __init__(self, mixed_precision: str | None = None, **kwargs: Any) -> None:
         with optional_import("AccelerateCB", "accelerate", "accelerate"):
@@ -66,7 +66,7 @@ class AccelerateCB(TrainCB):
         return self.accelerator.scaler is not None
 
     def receivers(self, learner: Any) -> Iterator[tuple[type[Event], Callable[[Any], Any]]]:
-        """As any callback; of the actions, only those it must perform."""
+        """As for any callback, but only those actions that it has to perform."""
         for event_type, method in super().receivers(learner):
             own = issubclass(event_type, ActionEvent) and hasattr(learner, event_type.hook)
             if not own or event_type in (Backward, Step):
@@ -91,8 +91,8 @@ class AccelerateCB(TrainCB):
 
     def before_epoch(self, event: BeforeEpoch) -> None:
         if hasattr(event.learner.dl, "iteration"):
-            # Its loaders seed their samplers by how often they were read to the end: in a resumed
-            # fit, or after an epoch that was left, not by the epoch.
+            # Accelerate's loaders seed their samplers with the number of times that they were read
+            # to the end. In a resumed fit, or after a cancelled epoch, that is not the epoch.
             event.learner.dl.iteration = event.epoch
 
     def backward(self, event: Backward) -> None:
@@ -122,7 +122,7 @@ class AccelerateCB(TrainCB):
         if self._scaling is not None:
             self._scaling.end_fit(learner.model)
         self.accelerator.unwrap_model(learner.model, keep_fp32_wrapper=False)
-        self.accelerator.free_memory()  # it holds on to all that it prepared
+        self.accelerator.free_memory()  # it keeps references to all that it has prepared
         learner.model, learner.opt, learner.dls = self._own
         self._own = None
         for key in _MARKS:
@@ -135,10 +135,10 @@ class AccelerateCB(TrainCB):
         return {} if scaler is None else {"scaler": scaler.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go back to what `state_dict` returned."""
+        """Restore what `state_dict` returned."""
         if self.accelerator.scaler is not None and "scaler" in state:
             self.accelerator.scaler.load_state_dict(state["scaler"])
 
 
 _MARKS = ("forward", "_original_forward", "_is_accelerate_prepared")
-"""What `prepare` leaves in a model; with the last, the next one would not prepare it again."""
+"""Attributes that `prepare` leaves in a model. With the last one, it is not prepared again."""

@@ -1,4 +1,4 @@
-"""Gradient accumulation: one optimizer step for several batches."""
+"""Gradient accumulation: one optimizer step per several batches."""
 
 from __future__ import annotations
 
@@ -21,33 +21,34 @@ from .._checks import check_int
 class GradientAccumulationCB(Callback):
     """Takes an optimizer step every `n` training batches, on the mean of their gradients.
 
-    Each batch counts 1/n in the backward pass; `learner.loss` and what metrics see stay the
-    true loss. The batches left at the end of an epoch make a step of their own, each counting
-    1/(their number). Where the loader has no length, that number is known only afterwards, and
-    the gradients are corrected then (with `MomentumLearner`, what it carries over too).
+    Each batch has the weight 1/n in the backward pass; `learner.loss`, and the loss that metrics
+    see, stay the true one. The batches that remain at the end of an epoch have a step of their
+    own, each with the weight 1/(their number). If the loader has no length, that number is known
+    only afterwards, and the gradients are corrected then (with `MomentumLearner`, those carried
+    over, too).
 
-    A batch that takes no step cancels its step scope: `CleanupStep.end` says so, no `AfterStep`
-    is emitted, and `AfterBatch` is.
+    For a batch without a step, the step scope is cancelled: `CleanupStep.end` reports it, no
+    `AfterStep` is emitted, but `AfterBatch` is.
 
     Args:
-        n: batches a step.
+        n: batches per step.
 
     Raises:
-        ValueError: `n` is no positive integer.
+        ValueError: `n` is not a positive integer.
 
     Source: the post's `GradientAccumulationCB`, which cancels the batch instead, so that
     metrics miss it.
     """
 
-    order = 50  # late on the loss; before anything that touches gradients to be stepped with
+    order = 50  # after those that change the loss, before those that use or change the gradients
 
     def __init__(self, n: int) -> None:
         self.n = check_int("n", n, "the number of batches per step, 1 or more")
         self._forget()
 
     def _forget(self) -> None:
-        self._waiting = 0  # batches whose gradients have not been stepped with
-        self._weight = 0.0  # and what they count together, 1 for a full group
+        self._waiting = 0  # batches since the last step
+        self._weight = 0.0  # the sum of their weights, 1 for a full group
         self._group = self.n
         self._flushing = False
 
@@ -57,8 +58,8 @@ class GradientAccumulationCB(Callback):
         if self._waiting == 0 and event.n_iter is not None:
             self._group = max(1, min(self.n, event.n_iter - event.iter))
         if (group := self._group) > 1:
-            # On the gradient, not on the loss: whoever performs Backward, and whoever reads
-            # the loss, need not know.
+            # The gradient is scaled, not the loss: neither the performer of Backward nor readers of
+            # the loss are affected.
             check_loss(event.learner.loss).register_hook(lambda gradient: gradient / group)
 
     def after_backward(self, event: AfterBackward) -> None:
@@ -75,21 +76,21 @@ class GradientAccumulationCB(Callback):
         self._forget()
 
     def after_epoch(self, event: AfterEpoch) -> None:
-        if self._waiting:  # a tail that nobody could foresee
+        if self._waiting:  # the last group of a loader without a length
             self._flushing = True
             event.learner.one_step()
 
     def cleanup_epoch(self, event: CleanupEpoch) -> None:
-        if self._waiting:  # the epoch was left in the middle of a group
+        if self._waiting:  # the epoch was cancelled within a group
             event.learner.opt.zero_grad()
         self._forget()
 
     def state_dict(self) -> dict[str, Any]:
-        """How far the current group is."""
+        """The progress of the current group."""
         return {"waiting": self._waiting, "weight": self._weight, "group": self._group}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go back to what `state_dict` returned."""
+        """Restore what `state_dict` returned."""
         self._waiting = state["waiting"]
         self._weight = state["weight"]
         self._group = state["group"]

@@ -9,10 +9,10 @@ from ...events import BeforeBatch, BeforeFit, Callback
 
 
 class ChannelLastCB(Callback):
-    """Keeps model and batches in channels-last memory format.
+    """Keeps the model and the batches in the channels-last memory format.
 
-    Tensors of shape (N, C, H, W) are converted, in whatever container the batch is; others are
-    left as they are.
+    Tensors of shape (N, C, H, W) are converted, in any container that the batch may be; others
+    stay as they are.
 
     Source: the post's `ChannelLastCB`, which fails on a tuple and on other shapes.
     """

@@ -10,12 +10,12 @@ from ...events import BeforeStep, Callback
 class GradientClippingCB(Callback):
     """Scales the gradients down to a norm of at most `max_norm` before each optimizer step.
 
-    It sees what the step will use: accumulated over all micro-batches, and unscaled in mixed
-    precision.
+    It sees the gradients that the step uses: accumulated over all batches of the step, and
+    unscaled in mixed precision.
 
     Args:
-        max_norm: the largest norm allowed.
-        norm_type: the p of the p-norm; `inf` for the largest absolute value.
+        max_norm: the largest norm that is allowed.
+        norm_type: the p of the p-norm; `inf` is for the largest absolute value.
 
     Attributes:
         total_norm: the norm before clipping, on the device; None before the first step.

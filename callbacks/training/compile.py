@@ -1,4 +1,4 @@
-"""torch.compile, for the length of a fit."""
+"""torch.compile, for the duration of a fit."""
 
 from __future__ import annotations
 
@@ -17,39 +17,40 @@ from ...events import BeforeFit, Callback, CleanupFit
 
 
 class CompileCB(Callback):
-    """Compiles the model in place for the length of a fit, and gives it back as it was.
+    """Compiles the model in place for the duration of a fit, and restores it afterwards.
 
-    Whoever calls `learner.model(...)` meanwhile runs compiled code, and need not know: it is the
-    same object, with the same names in its `state_dict`, so that a checkpoint of a compiled run
-    is resumed by one that is not, and the other way round. Methods of the model called by hand,
-    `forward` too, are not compiled.
+    During the fit, `learner.model(...)` runs compiled code. The model is the same object, with the
+    same names in its `state_dict`, so a run without CompileCB can resume from a checkpoint of a
+    run with it, and the other way round. Methods of the model that are called directly, such as
+    `forward`, are not compiled.
 
-    What is met is compiled when it is met: training and validation make a graph each, and another
-    shape, such as that of a last smaller batch, makes one for any size. The batch that meets it
-    waits for that, seconds to minutes, and so does a `stop` or a cancellation. A further fit, of
-    this model or of one that is like it, uses what is there; but AccelerateCB in mixed precision
-    wraps the model anew in every fit, which is compiled anew. TorchScript runs as it is.
+    Compilation is lazy: training and validation compile one graph each, and the first other shape,
+    such as that of a smaller last batch, compiles one for any size. The batch that needs a graph
+    waits for it, seconds to minutes, and so does a `stop` or a cancellation. A further fit of this
+    model, or of one like it, reuses the graphs; but AccelerateCB in mixed precision wraps the model
+    in every fit, which is then compiled again. TorchScript modules run as they are.
 
     Compiled code rounds differently, and its dropout draws other random numbers: a fit is close to
-    one without it, and the same to the bit only with `backend="eager"`, which traces the model and
-    runs it as it is. It need not be faster, so measure: on two CPU cores the post's CNN is slower.
+    one without it, and bit-identical only with `backend="eager"`, which traces the model and runs
+    it unchanged. It is not always faster, so measure: on two CPU cores the post's CNN is slower.
 
     Args:
         backend: one of `torch.compiler.list_backends(exclude_tags=())`, or a function of a graph
-            and example inputs. "inductor" needs a C++ compiler on the CPU, and triton and a C
-            compiler on CUDA, and the headers of Python on both (g++ and python3-dev, say).
-            "aot_eager" needs nothing, and is no faster: it tells whether a model can be compiled.
-        mode: one of inductor's, such as "reduce-overhead" or "max-autotune". These two use CUDA
-            graphs, which write the predictions of every batch to the same memory: clone what
-            you keep.
-        fullgraph: whether a model that makes several graphs is an error.
-        dynamic: whether to make graphs for any size from the first batch on; False for never.
-        options: of the backend, instead of a mode.
+            and example inputs. "inductor" needs a C++ compiler on the CPU, triton and a C compiler
+            on CUDA, and the headers of Python on both (for example, g++ and python3-dev).
+            "aot_eager" needs none of these and is not faster: use it to find out whether a model
+            can be compiled.
+        mode: a mode of inductor, such as "reduce-overhead" or "max-autotune". These two use CUDA
+            graphs, which write the predictions of every batch to the same memory: clone those
+            that you keep.
+        fullgraph: whether a model that needs several graphs is an error.
+        dynamic: True compiles graphs for any size from the first batch on, False never does.
+        options: options of the backend, instead of a mode.
 
     Raises:
-        ValueError: from the fit, where it has two of them.
-        RuntimeError: of torch. Before the first batch where there is no such backend, mode or
-            option; from the first batch where it lacks a compiler, or a graph cannot be made.
+        ValueError: in the fit, if it has two CompileCBs.
+        RuntimeError: raised by torch: before the first batch if the backend, mode or option is
+            unknown; in the first batch if a compiler is missing or a graph cannot be compiled.
 
     Example:
         >>> import torch
@@ -63,7 +64,7 @@ class CompileCB(Callback):
     Source: `torch.compile` and `nn.Module.compile`.
     """
 
-    order = 65  # after DeviceCB (-20) and AccelerateCB (60): compiled is what they have made
+    order = 65  # after DeviceCB (-20) and AccelerateCB (60), which move and wrap the model
 
     def __init__(
         self,
@@ -79,7 +80,7 @@ class CompileCB(Callback):
         self.fullgraph = fullgraph
         self.dynamic = dynamic
         self.options = options
-        self._give_back: Callable[[], None] | None = None
+        self._restore: Callable[[], None] | None = None
 
     def before_fit(self, event: BeforeFit) -> None:
         if sum(isinstance(cb, CompileCB) for cb in event.learner.cbs) > 1:
@@ -88,34 +89,34 @@ class CompileCB(Callback):
             )
         model = event.learner.model
         if isinstance(model, DistributedDataParallel):
-            model = model.module  # torch knows that it runs inside the other
+            model = model.module  # torch detects that it runs inside the wrapper
         settings: dict[str, Any] = {
             "backend": self.backend,
             "mode": self.mode,
             "fullgraph": self.fullgraph,
             "dynamic": self.dynamic,
-            "options": None if self.options is None else dict(self.options),  # it takes some out
+            "options": None if self.options is None else dict(self.options),  # torch removes some
         }
         call = torch.compile(_caller_of(model, settings), **settings)
-        self._give_back = partial(setattr, model, _CALL, getattr(model, _CALL))
+        self._restore = partial(setattr, model, _CALL, getattr(model, _CALL))
         setattr(model, _CALL, call)
 
     def cleanup_fit(self, event: CleanupFit) -> None:
-        if self._give_back is not None:
-            self._give_back()
-            self._give_back = None
+        if self._restore is not None:
+            self._restore()
+            self._restore = None
 
 
 _CALL = "_compiled_call_impl"
-"""Where `nn.Module.compile` puts what `model(...)` runs; copies and pickles go without it."""
+"""Where `nn.Module.compile` puts what `model(...)` runs; copies and pickles leave it out."""
 
 
 def _caller_of(model: nn.Module, settings: dict[str, Any]) -> Callable[..., Any]:
     """A function that calls the model, with a code object for models of its kind.
 
-    torch keeps what it has compiled with the code object: eight graphs, and then it goes on
-    without compiling; and a size that has varied is variable from then on. With `model.compile()`
-    all models of a process have the same one, and the fourth kind is not compiled any more.
+    torch keeps its graphs per code object: after eight of them it runs without compiling, and a
+    size that has varied once is variable from then on. With `model.compile()`, all models of a
+    process share one code object, and the fourth kind of model is no longer compiled.
     """
     call: Callable[..., Any] = model._call_impl
 
@@ -123,8 +124,8 @@ def _caller_of(model: nn.Module, settings: dict[str, Any]) -> Callable[..., Any]
         return call(*args, **kwargs)
 
     parameters = [(p.shape, p.dtype, p.requires_grad) for p in model.parameters() if not is_lazy(p)]
-    # What stands in place of the class's `forward`, as accelerate's wrapper does, is new in each
-    # fit: no graph of the last one is right for it, and each counts.
+    # A `forward` of the instance, such as accelerate's wrapper, is new in each fit: no graph of
+    # the fit before is valid for it, and each would count.
     once = next(_numbers) if "forward" in vars(model) else None
     kind = (repr(settings), repr(model), *map(type, model.modules()), *parameters, once)
     call_model.__code__ = _code_of(call_model.__code__, kind)
@@ -136,5 +137,5 @@ _numbers = count()
 
 @lru_cache
 def _code_of(code: CodeType, kind: tuple[Any, ...]) -> CodeType:
-    """With a name of its own: by that torch knows which sizes have varied."""
+    """A copy of `code` with a name of its own: torch stores by name which sizes have varied."""
     return code.replace(co_name=f"{code.co_name}_{next(_numbers)}")

@@ -19,9 +19,9 @@ def to_device(x: Any, device: str | torch.device = def_device, non_blocking: boo
     """Move every tensor in `x`, and everything else that has a `.to()`, to a device.
 
     Args:
-        x: tensors and such, alone or nested in containers.
-        device: where to.
-        non_blocking: do not wait for the copy; worth it from pinned memory.
+        x: tensors and other objects with `.to()`, alone or nested in containers.
+        device: the device to move them to.
+        non_blocking: whether not to wait for the copy; useful from pinned memory.
 
     Source: the post's `to_device`.
     """
@@ -29,7 +29,7 @@ def to_device(x: Any, device: str | torch.device = def_device, non_blocking: boo
     def move(x: Any) -> Any:
         if isinstance(x, torch.Tensor):
             return x.to(device, non_blocking=non_blocking)
-        return x.to(device)  # a packed sequence, a tokenizer's encoding
+        return x.to(device)  # such as a packed sequence or a tokenizer's encoding
 
     return map_tensors(x, move, leaf=has_to)
 
@@ -46,8 +46,8 @@ class DeviceCB(Callback):
     """Moves the model before the fit, and each batch before it is used.
 
     Args:
-        device: where to; by default what `def_device` found.
-        non_blocking: whether the copy of a batch may run beside the host.
+        device: the device to move them to; by default `def_device`.
+        non_blocking: whether a batch may be copied asynchronously.
 
     Source: the post's `DeviceCB`.
     """

@@ -29,26 +29,26 @@ _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class MixedTrainingCB(Callback):
-    """Runs prediction and loss under autocast; with float16 it scales the loss, too.
+    """Runs prediction and loss under autocast; with float16 it also scales the loss.
 
-    With float16 it performs Backward and Step: the loss is scaled, and gradients are unscaled
-    before the step, so that clipping and logging (`before_step`) and momentum see true ones.
-    A step with infinite or NaN gradients is skipped: it cancels the step scope, so that
-    `CleanupStep.end` tells of it, with the scale, and no `AfterStep` is emitted. With bfloat16
-    no scaler is needed, and who performs Backward and Step stays who it was.
+    With float16 it performs Backward and Step: the loss is scaled, and the gradients are unscaled
+    before the step, so that clipping, logging (`before_step`) and momentum see the true values.
+    A step with infinite or NaN gradients is skipped: its step scope is cancelled, so
+    `CleanupStep.end` reports it, with the scale, and no `AfterStep` is emitted. With bfloat16 no
+    scaler is needed, and this callback does not perform Backward and Step.
 
     Args:
-        dtype: "fp16" or "bf16", or torch's dtypes; by default fp16 where there is CUDA, as in
-            the post, and bf16 elsewhere.
-        init_scale: the scaler's first factor; it is halved by every skipped step, and doubled
-            after 2,000 in a row without.
+        dtype: "fp16" or "bf16", or torch's dtypes; by default "fp16" where CUDA is available, as in
+            the post, and "bf16" elsewhere.
+        init_scale: the initial factor of the scaler. It is halved by every skipped step, and
+            doubled after 2,000 steps in a row without a skipped one.
 
     Attributes:
-        scaler: the `torch.amp.GradScaler` of this fit; None without one.
-        skipped_steps: how many steps of this fit were skipped.
+        scaler: the `torch.amp.GradScaler` of this fit; None with bfloat16.
+        skipped_steps: the number of skipped steps of this fit.
 
     Raises:
-        ValueError: another dtype.
+        ValueError: `dtype` is another one.
 
     Source: the post's `MixedTrainingCB`; torch's recipe for automatic mixed precision.
     """
@@ -74,7 +74,7 @@ class MixedTrainingCB(Callback):
         return self.scaler is not None
 
     def receivers(self, learner: Any) -> Iterator[tuple[type[Event], Callable[[Any], Any]]]:
-        """As any callback; but the actions are only taken over for a scaler."""
+        """As for any callback, but it performs the actions only where there is a scaler."""
         for event_type, method in super().receivers(learner):
             if self.dtype == torch.float16 or event_type not in (Backward, Step):
                 yield event_type, method
@@ -95,7 +95,7 @@ class MixedTrainingCB(Callback):
         self._close()
 
     def cleanup_batch(self, event: CleanupBatch) -> None:
-        self._close()  # if the batch was left before its loss
+        self._close()  # if the batch was cancelled before its loss
 
     def _close(self) -> None:
         if self._autocast is not None:
@@ -120,9 +120,9 @@ class MixedTrainingCB(Callback):
         self.scaler.update()
         self._scaling.updated = True
         after = self.scaler.get_scale()
-        if after < before or after == 0:  # no scale is left, and all is NaN
+        if after < before or after == 0:  # at a scale of 0, everything is NaN
             self.skipped_steps += 1
-            event.learner.opt.zero_grad()  # not ZeroGrad, which may keep some of what overflowed
+            event.learner.opt.zero_grad()  # not ZeroGrad, which may keep gradients that overflowed
             raise CancelStepException(
                 f"gradients overflowed: step skipped, scale {before:g} -> {after:g}"
             )
@@ -136,12 +136,12 @@ class MixedTrainingCB(Callback):
             self._scaling.end_fit(event.learner.model)
 
     def state_dict(self) -> dict[str, Any]:
-        """The count of skipped steps and, if there is one, the scaler's state."""
+        """The number of skipped steps and, if there is a scaler, its state."""
         scaler = {} if self.scaler is None else {"scaler": self.scaler.state_dict()}
         return {"skipped_steps": self.skipped_steps, **scaler}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go back to what `state_dict` returned."""
+        """Restore what `state_dict` returned."""
         self.skipped_steps = state.get("skipped_steps", 0)
         if self.scaler is not None and "scaler" in state:
             self.scaler.load_state_dict(state["scaler"])

@@ -1,4 +1,4 @@
-"""A learning-rate scheduler of torch, stepped where it belongs."""
+"""A learning-rate scheduler of torch, stepped after optimizer steps or epochs."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from .._monitor import check_monitor, is_training, monitored
 
 
 class SchedulerCB(Callback):
-    """Steps a learning-rate scheduler after every optimizer step, or every epoch that trained.
+    """Steps a learning-rate scheduler after every optimizer step, or after every training epoch.
 
-    Every fit makes its own, for its own optimizer; one that is kept (`opt_func=None`) has its
-    learning rate and other options back afterwards. Steps that accumulation leaves out, or that
-    overflowed, do not count, nor do epochs without a step. `validate()` and the learning-rate
-    finder are left alone.
+    Every fit creates its own scheduler, for its own optimizer. An optimizer that is kept over fits
+    (`opt_func=None`) has its learning rate and other options restored afterwards. Steps that
+    accumulation leaves out, or that overflowed, do not count, nor do epochs without a step.
+    `validate()` and the learning-rate finder do not use it.
 
     Args:
         make: called as `make(opt)`, returns a scheduler of `torch.optim.lr_scheduler`, or
             anything with `step`, `state_dict` and `load_state_dict`.
         every: "step" or "epoch".
-        monitor: for `ReduceLROnPlateau`: the name of the number that it is stepped with, of
-            every validating epoch, or of every training epoch where the fit does not validate.
+        monitor: for `ReduceLROnPlateau`: the name of the number that it is stepped with, from
+            every validating epoch, or from every training epoch if the fit does not validate.
 
     Attributes:
-        scheduler: that of this fit, or of the last one; None before the first.
+        scheduler: the scheduler of this fit, or of the last one; None before the first.
 
     Raises:
-        TypeError: `make` is no function; in the fit, what it returns is no scheduler.
-        ValueError: another `every`, or a `monitor` missing or out of place; in the fit, no number
-            of that name.
+        TypeError: `make` is not a function; in the fit, it does not return a scheduler.
+        ValueError: `every` is neither of the two, or `monitor` is missing or not applicable; in
+            the fit, there is no number of that name.
 
     Example:
         >>> import torch
@@ -65,19 +65,19 @@ class SchedulerCB(Callback):
         if not callable(make):
             raise TypeError(
                 f"make={make!r}: give a function of the optimizer, such as"
-                " lambda opt: StepLR(opt, 10): every fit has an optimizer of its own"
+                " lambda opt: StepLR(opt, 10), because every fit has an optimizer of its own"
             )
         if every not in ("step", "epoch"):
             raise ValueError(f"every={every!r}: choose 'step' or 'epoch'")
         if monitor is not None and check_monitor(monitor) and every == "step":
-            raise ValueError(f"monitor={monitor!r}: it is known once an epoch: add every='epoch'")
+            raise ValueError(f"monitor={monitor!r}: it is known once per epoch: add every='epoch'")
         self.make = make
         self.every = every
         self.monitor = monitor
         self.scheduler: Any = None
         self._runs = False
-        self._stepped = False  # the optimizer, since the last epoch that counted
-        self._left = False  # an epoch that counts if the fit goes on
+        self._stepped = False  # whether the optimizer was, since the last epoch that counted
+        self._left = False  # whether a cancelled epoch is to be counted if the fit goes on
         self._kept: list[dict[str, Any]] | None = None
 
     def before_fit(self, event: BeforeFit) -> None:
@@ -104,8 +104,8 @@ class SchedulerCB(Callback):
                 )
         if getattr(scheduler, "optimizer", opt) is not opt:
             raise ValueError(
-                f"make={self.make!r} returned the scheduler of another optimizer: make one for"
-                " the optimizer that it is given"
+                f"make={self.make!r} returned the scheduler of another optimizer: create it for"
+                " the optimizer that is passed"
             )
         name = type(scheduler).__qualname__
         if isinstance(scheduler, ReduceLROnPlateau):
@@ -134,7 +134,7 @@ class SchedulerCB(Callback):
             if number is not None:
                 self.scheduler.step(number)
         elif event.training and self._stepped:  # torch warns where the optimizer never stepped
-            # One that was left may be taken up again, if the fit ends with it and is resumed.
+            # A cancelled epoch may be continued, if the fit ends with it and is resumed.
             self._left = event.end.status != "completed"
             if not self._left:
                 self._end_epoch()
@@ -158,13 +158,13 @@ class SchedulerCB(Callback):
         return copy.deepcopy({"scheduler": scheduler, "stepped": self._stepped, "left": self._left})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go back to what `state_dict` returned."""
+        """Restore what `state_dict` returned."""
         self._stepped, self._left = state["stepped"], state["left"]
         if self.scheduler is None or state["scheduler"] is None:
             return
         self.scheduler.load_state_dict(copy.deepcopy(state["scheduler"]))
         if self._stepped and isinstance(self.scheduler, LRScheduler):
-            # Torch warns of a scheduler stepped first, and cannot know of the steps before.
+            # Torch warns if the scheduler is stepped first, and does not know of earlier steps.
             opt: Any = self.scheduler.optimizer
             opt._opt_called = True
 

@@ -11,10 +11,9 @@ _METHODS: Any = TrainLearner  # Any, because they work on every learner
 
 
 class TrainCB(Callback):
-    """Performs what `TrainLearner` has as methods.
+    """Performs the actions as the methods of `TrainLearner` do.
 
-    It is the last in order: any other callback that performs one of the actions takes that one
-    over.
+    It is the last in order: any other callback that performs an action takes precedence.
 
     Example:
         >>> import torch

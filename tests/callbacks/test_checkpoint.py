@@ -393,10 +393,10 @@ def test_a_number_that_is_not_there_is_named(
             for value in ("loss", ("loss",), ("loss", "min", 1), {"loss": "min"}, 3)
         ),
         ({"keep_best": ("loss", "best")}, r"^keep_best=\('loss', 'best'\): .* 'min' or 'max'$"),
-        ({"keep_best": (1, "min")}, r"^keep_best=\(1, 'min'\): the first is the name"),
+        ({"keep_best": (1, "min")}, r"^keep_best=\(1, 'min'\): the first must be the name"),
         (
             {"keep_best": ("loss", "min"), "every_batches": 3},
-            "^keep_best is of those saved with every_epochs: give that, too$",
+            "^keep_best needs checkpoints of whole epochs: add every_epochs$",
         ),
     ],
 )

@@ -231,13 +231,13 @@ def test_without_any_numbers_the_error_says_where_they_come_from(
     dls: DataLoaders, make_model: MakeModel
 ) -> None:
     learner = TrainLearner(make_model(), dls, cbs=EarlyStoppingCB())
-    with pytest.raises(ValueError, match=r"but nothing\. Callbacks such as MetricsCB"):
+    with pytest.raises(ValueError, match=r"but none\. Callbacks such as MetricsCB"):
         learner.run(1)
 
 
 @pytest.mark.parametrize("value", [[0.5, 0.5], "0.5", None, True, torch.ones(2), 1j])
 def test_a_value_that_is_not_a_number_is_refused(value: Any) -> None:
-    with pytest.raises(TypeError, match=r"monitor='score': .* is no number"):
+    with pytest.raises(TypeError, match=r"monitor='score': .* is not a number"):
         play([value], EarlyStoppingCB("score"))
 
 

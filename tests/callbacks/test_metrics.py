@@ -194,9 +194,9 @@ def test_a_name_used_twice_is_refused(
     "thing", [MulticlassAccuracy, functional.multiclass_accuracy, "accuracy", None, nn.Linear(1, 1)]
 )
 def test_an_object_that_is_not_a_metric_is_refused(thing: Any) -> None:
-    with pytest.raises(TypeError, match=r"^accuracy=.* is no torcheval metric"):
+    with pytest.raises(TypeError, match=r"^accuracy=.* is not a torcheval metric"):
         MetricsCB(accuracy=thing)
-    with pytest.raises(TypeError, match="is no torcheval metric"):
+    with pytest.raises(TypeError, match="is not a torcheval metric"):
         MetricsCB(thing)
 
 

@@ -532,7 +532,7 @@ def test_in_a_host_of_several_processes_no_process_has_time_series_of_its_own(
         ({"model\n": "a"}, ValueError, "model"),
         ({"": "a"}, ValueError, "label ''"),
         ({1: "a"}, ValueError, "label 1"),
-        ({"model": 1}, TypeError, "1 is no text"),
+        ({"model": 1}, TypeError, "1 is not a str"),
         ({"model": "\ud800"}, ValueError, "surrogates"),
         ("model", TypeError, "labels='model'"),
         ([("model", "a")], TypeError, "mapping"),
@@ -547,7 +547,7 @@ def test_invalid_labels_are_refused(
 
 
 def test_other_bad_arguments_are_refused(registry: CollectorRegistry) -> None:
-    with pytest.raises(TypeError, match="'default' is no CollectorRegistry"):
+    with pytest.raises(TypeError, match="'default' is not a CollectorRegistry"):
         PrometheusCB("default")
     with pytest.raises(ValueError, match="every=-1"):
         PrometheusCB(registry, every=-1)

@@ -403,7 +403,7 @@ def test_an_event_that_only_one_run_had_is_named(tmp_path: Path) -> None:
     assert difference.fields == ("event", "status", "who", "reason")
     assert difference.equal == ()
     assert str(difference) == (
-        f"at line {difference.line} stands BeforeBatch of training epoch 0, batch 2 in the first"
+        f"line {difference.line} is BeforeBatch of training epoch 0, batch 2 in the first"
         " run, CleanupBatch of training epoch 0, batch 2 (cancelled by Do.before_batch: a bad"
         " batch) in the second"
     )
@@ -441,8 +441,7 @@ def test_a_journal_that_ends_earlier_differs_where_it_ends(tmp_path: Path) -> No
     assert place(difference) == ("AfterLoss", 0, "train", 0)
     assert place(difference) == place(compare_runs(cut, whole))  # type: ignore[arg-type]
     assert str(difference) == (
-        "at line 5 stands AfterLoss of training epoch 0, batch 0 in the first run, nothing any"
-        " more in the second"
+        "line 5 is AfterLoss of training epoch 0, batch 0 in the first run, missing in the second"
     )
 
 
@@ -832,7 +831,7 @@ def test_a_callback_that_ends_the_fit_in_after_batch_is_in_the_journal(tmp_path:
 def test_a_folder_that_is_missing_is_told_before_any_batch(tmp_path: Path) -> None:
     path = tmp_path / "runs" / "journal"
     learn = learner(JournalCB(path))
-    with pytest.raises(FileNotFoundError, match=f"journal {path}.*make the folder") as info:
+    with pytest.raises(FileNotFoundError, match=f"journal {path}.*create the folder") as info:
         learn.run(1)
     assert not any("then" in note for note in info.value.__notes__)  # once
     path.parent.mkdir()

@@ -501,7 +501,7 @@ def test_a_scheduler_where_a_function_is_asked_for_is_refused() -> None:
         ({"every": 1}, "every=1: choose 'step' or 'epoch'"),
         ({"every": "epoch", "monitor": ""}, "monitor=''"),
         ({"every": "epoch", "monitor": 1}, "monitor=1"),
-        ({"monitor": "loss"}, "monitor='loss': .*once an epoch: .*every='epoch'"),
+        ({"monitor": "loss"}, "monitor='loss': .*once per epoch: .*every='epoch'"),
         ({"every": "step", "monitor": "loss"}, "every='epoch'"),
     ],
 )

@@ -459,9 +459,9 @@ async def test_files_are_made_and_closed_beside_the_event_loop(
     ("log_dir", "options", "error", "said"),
     [
         (None, {}, TypeError, "NoneType"),
-        (b"logs", {}, TypeError, "path as text"),
+        (b"logs", {}, TypeError, "path as str"),
         ("", {}, ValueError, "log_dir=''"),
-        (__file__, {}, ValueError, "is no folder"),
+        (__file__, {}, ValueError, "is not a folder"),
         ("logs", {"every": -1}, ValueError, "every=-1"),
         ("logs", {"every_seconds": -1}, ValueError, "every_seconds=-1"),
     ],

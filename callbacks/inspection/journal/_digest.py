@@ -1,4 +1,4 @@
-"""A digest of values that says whether they are the same, wherever they are."""
+"""A digest of values, to find out whether they are the same, on whatever device they are."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import torch
 def digest(value: Any) -> str:
     """16 hexadecimal digits of the SHA-256 of `value`, whose tensors are copied to the host.
 
-    Of what is no tensor, number, text, container or object of them, only the type counts. What
-    has equal values is equal: as a tuple or a list, on any device, of Python or of numpy.
+    Equal values have equal digests: in a tuple or a list, on any device, of Python or of numpy. Of
+    anything but tensors, numbers, strings, containers and objects of these, only the type counts.
 
     Example:
         >>> digest([1, 2.0]) == digest((1, 2.0)), digest(0.1) == digest(0.2)
@@ -32,7 +32,7 @@ def _feed(update: Callable[[Any], None], value: Any, seen: dict[int, Any]) -> No
             update(f"{value.dtype} {tuple(value.shape)}:".encode())
             dense = value.detach() if value.layout is torch.strided else value.detach().to_dense()
             host = dense.resolve_conj().resolve_neg().cpu().contiguous()
-            flat = host.as_strided((host.numel(),), (1,))  # a single number may have any stride
+            flat = host.as_strided((host.numel(),), (1,))  # one number may have any stride
             update(flat.view(torch.uint8).numpy())  # bytes: numpy has no bfloat16
             return
         value = value.unbind()
@@ -49,7 +49,7 @@ def _feed(update: Callable[[Any], None], value: Any, seen: dict[int, Any]) -> No
     else:
         text = type(value).__qualname__
         if not callable(value) and id(value) not in seen:
-            seen[id(value)] = value  # which lives on, so that no other gets its id
+            seen[id(value)] = value  # kept alive, so that no other object gets its id
             items = (value.__getstate__(),)
     update(f"{text} {len(items)}:".encode())
     for item in items:

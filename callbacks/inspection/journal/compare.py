@@ -1,4 +1,4 @@
-"""Two journals of `JournalCB`, and where they part."""
+"""The comparison of two journals of `JournalCB`."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ class Difference:
     """The first difference of two journals; `str()` of it is a sentence.
 
     Attributes:
-        line: its number, from 1.
-        event, epoch, phase, iter: the event of that line in the first journal, or in the
-            second, where the first has ended; None for what it does not have.
-        fields: the keys that differ. "event", "epoch", "phase" or "iter" are among them if the
-            runs took different ways; otherwise the same happened, with other values.
+        line: the number of the line, from 1.
+        event, epoch, phase, iter: the event of that line in the first journal or, if that has
+            ended, in the second; None for what the event does not have.
+        fields: the keys that differ. They include "event", "epoch", "phase" or "iter" if different
+            events happened; otherwise the events are the same, with different values.
         a, b: the values of these keys in the first and in the second journal, or None.
-        equal: which digests of this line are equal.
+        equal: the digests of this line that are equal.
     """
 
     line: int
@@ -40,7 +40,7 @@ class Difference:
         place = {key: getattr(self, key) for key in PLACE}
         if not set(PLACE).isdisjoint(self.fields):
             one, two = _sentence(place | self.a), _sentence(place | self.b)
-            return f"at line {self.line} stands {one} in the first run, {two} in the second"
+            return f"line {self.line} is {one} in the first run, {two} in the second"
         values = [f"{DIGESTS.get(k, k)} ({self.a[k]} and {self.b[k]})" for k in self.fields]
         text = f"at line {self.line}, {_sentence(place)}, these differ: {', '.join(values)}"
         equal = ", ".join(DIGESTS[key] for key in self.equal)
@@ -48,7 +48,7 @@ class Difference:
 
 
 def _sentence(line: dict[str, Any]) -> str:
-    text: str = line["event"] or "nothing any more"
+    text: str = line["event"] or "missing"
     if line["epoch"] is not None:
         text += f" of {'training' if line['phase'] == 'train' else 'validating'}"
         text += f" epoch {line['epoch']}"
@@ -62,11 +62,11 @@ def _sentence(line: dict[str, Any]) -> str:
 def compare_runs(a: str | os.PathLike[str], b: str | os.PathLike[str]) -> Difference | None:
     """Find the first difference of two journals that `JournalCB` wrote; None if they are equal.
 
-    They are read line by line, and never held as a whole. Digests that differ say that something
-    has happened since those before them; with `every=1`, in this very batch.
+    They are read line by line, and never held as a whole. If digests differ, the runs have diverged
+    since the digests before them; with `every=1`, in this very batch.
 
     Raises:
-        ValueError: a line is damaged; perhaps the run was killed while it wrote it.
+        ValueError: a line is damaged; perhaps the run was killed while it was written.
         OSError: a journal cannot be read.
     """
     nothing: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""A run's journal: what happened, line by line, so that two runs can be compared."""
+"""A journal of a run: one line per event, so that two runs can be compared."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ from ..._checks import check_int
 from ..._monitor import is_training
 from ._digest import digest
 
-# The keys of a line, for those who read it.
+# The keys of a line, which `compare_runs` also uses.
 PLACE = ("event", "epoch", "phase", "iter")
 END = ("status", "who", "reason")
-DIGESTS = {  # in the order in which a difference spreads
+DIGESTS = {  # in the order in which a difference propagates
     "random": "the random states",
     "batch": "the batch",
     "loss": "the loss",
@@ -43,28 +43,28 @@ DIGESTS = {  # in the order in which a difference spreads
 class JournalCB(Callback):
     """Writes a line of JSON for every event of a training; `compare_runs` compares such files.
 
-    A line says which event it is and where (epochs and batches count from 0), how a scope
-    ended, and the metrics of an epoch to the last bit. Digests of the random states (Python,
-    numpy, torch, devices in use, generators of the loaders), the weights and the optimizer's
-    state are in those of BeforeFit and AfterEpoch, and, with digests of the batch and the loss,
-    in every n-th AfterBatch, training and validating batches counted together. An event that
-    another callback cancelled has no line; the end of what it left says so.
+    A line has the event and its place (epochs and batches count from 0), how a scope ended, and
+    the exact metrics of an epoch. The lines of BeforeFit and AfterEpoch also have digests of the
+    random states (Python, numpy, torch, devices in use, generators of the loaders), the weights
+    and the optimizer's state. So does every n-th AfterBatch, training and validating batches
+    counted together, with digests of the batch and the loss. An event that another callback
+    cancelled has no line; the line for the end of the cancelled scope says so.
 
-    There is no time in it and no run id: two runs of the same thing have the same journal, to
-    the byte. A fit begins the file anew; one that is resumed from a checkpoint goes on in it
-    from where that was saved, so that it becomes the journal of a run that was never disturbed.
-    `validate`, `get_preds` and `lr_find` leave it alone. An instance serves one fit at a time.
+    It holds no times and no run id: identical runs have identical journals, to the byte. A fit
+    overwrites the file. A fit that resumes from a checkpoint continues it from the place at which
+    that was saved, so that the result is the journal of an uninterrupted run. `validate`,
+    `get_preds` and `lr_find` do not write. An instance serves one fit at a time.
 
-    It runs after all other callbacks, and changes nothing. Digests make the host wait for the
-    device, and take about 2 ms and a second for every gigabyte of weights, optimizer and batch.
-    The rest costs about 10 us an event, and 650 bytes a training batch.
+    It runs after all other callbacks, and changes nothing. For digests the host waits for the
+    device; they take about 2 ms, and a second per gigabyte of weights, optimizer state and batch.
+    The rest costs about 10 us per event, and 650 bytes per training batch.
 
     Args:
-        path: the file, in a folder that is there.
-        every: digest after every n-th batch; 1 finds the very batch where two runs part.
+        path: the file, in a folder that exists.
+        every: digest after every n-th batch; 1 finds the exact batch in which two runs diverge.
 
     Raises:
-        ValueError: `every` is no positive integer.
+        ValueError: `every` is not a positive integer.
 
     Example:
         >>> import tempfile, torch
@@ -86,18 +86,18 @@ class JournalCB(Callback):
         the random states, the weights
     """
 
-    order = math.inf  # what the others change is in the line
+    order = math.inf  # a line has what the other callbacks have changed
 
     def __init__(self, path: str | os.PathLike[str], every: int = 100) -> None:
         self.path = Path(path)
         self.every = check_int("every", every, "a number of batches, 1 for all of them")
-        self._learner: Any = None  # whose fit is heard
+        self._learner: Any = None  # the one whose fit is written
         self._file: BinaryIO | None = None
         self._size: int | None = None  # of the file, in bytes; None where nothing is written
         self._batches = 0
 
     def event(self, event: Event) -> None:
-        if isinstance(event, BeforeFit) or self._learner is None:  # that may never have come here
+        if isinstance(event, BeforeFit) or self._learner is None:  # there may be no BeforeFit
             self._begin(event.learner)
         if event.learner is not self._learner:
             return
@@ -111,12 +111,12 @@ class JournalCB(Callback):
     def _begin(self, learner: Any) -> None:
         if self._learner is not None and self._learner is not learner and self._learner.fitting:
             raise RuntimeError(
-                f"the journal {self.path} is that of another learner's fit, which is running:"
+                f"the journal {self.path} belongs to another learner's fit, which is running:"
                 " give each learner a JournalCB of its own"
             )
         self._end()
         self._learner = learner
-        # What a resumed fit tells until its state is loaded stands in the file already.
+        # The file already has the events of a resumed fit up to the loading of its state.
         resumed = learner.resumed_from is not None
         if is_training(learner) and not resumed:
             self._size = self._batches = 0
@@ -127,10 +127,10 @@ class JournalCB(Callback):
             file.close()
 
     def _open(self) -> BinaryIO:
-        size, self._size = self._size, None  # as long as it has failed
+        size, self._size = self._size, None  # for the case that it fails
         if not self.path.parent.is_dir():
             raise FileNotFoundError(
-                f"the journal {self.path} cannot be written: make the folder {self.path.parent}"
+                f"the journal {self.path} cannot be written: create the folder {self.path.parent}"
             )
         self._file = file = open(self.path, "r+b" if size else "wb")  # noqa: SIM115  # by _end
         file.truncate(size)
@@ -172,14 +172,14 @@ class JournalCB(Callback):
         return {key: digest(parts[key]) for key in DIGESTS if key in parts}
 
     def state_dict(self) -> dict[str, Any]:
-        """How far the journal is."""
+        """The length of the journal."""
         if self._file is not None:
             self._file.flush()
-            os.fsync(self._file.fileno())  # a checkpoint outlives a power cut, so this must too
+            os.fsync(self._file.fileno())  # a checkpoint survives a power failure, so this must too
         return {"size": self._size, "batches": self._batches}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go back to what `state_dict` returned; in a resumed fit the file is cut off there.
+        """Restore what `state_dict` returned; in a resumed fit, truncate the file to that length.
 
         Raises:
             ValueError: the file is missing, or shorter than it was.
@@ -191,20 +191,20 @@ class JournalCB(Callback):
                 has = f"has {there} bytes" if there else "is missing or empty (0 bytes)"
                 raise ValueError(
                     f"the journal {self.path} {has}, and had {size} when the checkpoint was"
-                    " saved: bring back the file that this run wrote"
+                    " saved: restore the file that this run wrote"
                 )
         self._size, self._batches = size, state["batches"]
 
 
 def _exact(value: Any) -> Any:
-    """As JSON that differs where any bit does."""
+    """As JSON that differs if any bit differs."""
     if isinstance(value, Mapping):
         return {str(key): _exact(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_exact(item) for item in value]
-    if hasattr(value, "tolist"):  # a tensor, a number of numpy's; the host waits for it here
+    if hasattr(value, "tolist"):  # a tensor or a numpy number; the host waits for the device here
         return _exact(value.tolist())
     if value is None or isinstance(value, int) or (isinstance(value, float) and value - value == 0):
         return value
-    # Text: NaN, too. Where an object lies in memory is no part of the run.
+    # Text, also for NaN. The address of an object in memory is not a part of the run.
     return re.sub(r" at 0x[0-9a-fA-F]+", "", str(value))
