@@ -75,50 +75,44 @@ class LossCurveCB(Callback):
         with optional_import("LossCurveCB", "matplotlib", "plot"):
             # Imported now: it is slow, and would block the host's event loop later.
             from ...engine.run import notebook_figure  # noqa: F401
-        self._given = ax
-        self._fit: _FitCurve | None = None  # the one that is shown
-        self._drawing: _Drawing | None = None
+        self._canvas = _Canvas(ax)
+        self._fit = _FitCurve(self._canvas)  # the one that is shown
 
     @property
     def train(self) -> list[tuple[int, float]]:
-        return [] if self._fit is None else self._fit.train.points
+        return self._fit.train.points
 
     @property
     def valid(self) -> list[tuple[int, float]]:
-        return [] if self._fit is None else self._fit.valid.points
+        return self._fit.valid.points
 
     @property
     def figure(self) -> FigureBase | None:
-        return None if self._drawing is None else self._drawing.figure
+        return None if self._canvas.drawing is None else self._canvas.drawing.figure
 
     def watcher(self, event: Event) -> Watcher:
         """The object that collects and draws the losses of one fit."""
-        fit = _FitCurve(self)
+        fit = _FitCurve(self._canvas)
         if isinstance(event, BeforeFit) and event.learner.trains:
+            self._fit.shown, fit.shown = False, True
             self._fit = fit
         return fit
-
-    def shows(self, fit: _FitCurve) -> bool:
-        """Whether it is this fit that is shown: one that trains and was observed from its start,
-        until the next one begins."""
-        return self._fit is fit
-
-    def begin_drawing(self, fit: _FitCurve) -> _Drawing:
-        """Make the drawing of a fit, in place of the one before where the axes are given."""
-        if self._given is not None and self._drawing is not None:
-            self._drawing.remove()
-        self._drawing = _Drawing({"train": fit.train, "valid": fit.valid}, self._given)
-        return self._drawing
 
 
 class _FitCurve:
     """The losses of one fit. `wants` collects them in the training thread, which waits for the
-    device only at the end of the fit; `observe` draws them on the host's event loop."""
+    device only at the end of the fit; `observe` draws them on the host's event loop.
 
-    def __init__(self, callback: LossCurveCB) -> None:
+    Attributes:
+        shown: whether it is the fit that is shown: one that trains and was observed from its
+            start, until the next one begins.
+    """
+
+    def __init__(self, canvas: _Canvas) -> None:
+        self.shown = False
         self.train = _Line()
         self.valid = _Line()
-        self._callback = callback
+        self._canvas = canvas
         self._drawing: _Drawing | None = None
         self._due = 0.0
         self._batch = 0
@@ -126,7 +120,7 @@ class _FitCurve:
 
     def wants(self, event: Event) -> bool:
         """Collect the losses; draw if it is time to, and no drawing is pending."""
-        if not self._callback.shows(self):
+        if not self.shown:
             return False
         match event:
             case BeforeFit():
@@ -146,10 +140,10 @@ class _FitCurve:
 
     def observe(self, event: Event) -> None:
         """Draw."""
-        if not self._callback.shows(self):
+        if not self.shown:
             return
         if self._drawing is None:
-            self._drawing = self._callback.begin_drawing(self)
+            self._drawing = self._canvas.begin({"train": self.train, "valid": self.valid})
         self._drawing.draw()
         self._due = monotonic() + REDRAW_INTERVAL
 
@@ -207,6 +201,21 @@ class _Line:
                 del self.points[1::2]
                 self._every *= 2
             self.points.append((batch, value))
+
+
+class _Canvas:
+    """The axes on which the fits are drawn, one after the other."""
+
+    def __init__(self, ax: Axes | None) -> None:
+        self._given = ax
+        self.drawing: _Drawing | None = None
+
+    def begin(self, lines: dict[str, _Line]) -> _Drawing:
+        """Start the drawing of a fit, in place of the one before if the axes are given."""
+        if self._given is not None and self.drawing is not None:
+            self.drawing.remove()
+        self.drawing = _Drawing(lines, self._given)
+        return self.drawing
 
 
 class _Drawing:

@@ -97,8 +97,9 @@ class ProgressCB(Callback):
         This happens by itself when the fit ends, when the observer fails, when the next fit begins
         and when this object is collected. Closing again is harmless.
         """
-        if self._fit is not None:
-            self._fit.close()
+        fit, self._fit = self._fit, None  # which refer to each other
+        if fit is not None:
+            fit.close()
 
     def show(self, fit: _FitWatcher) -> None:
         """Show this fit from now on, in place of the one before."""
@@ -137,7 +138,7 @@ class _FitWatcher:
                 self._show(event, self._display)
         except BaseException:
             with suppress(Exception):  # the first error is the one to raise
-                self.close()
+                self._callback.close()
             raise
 
     def close(self) -> None:
@@ -161,7 +162,7 @@ class _FitWatcher:
             case CleanupEpoch():
                 display.end_epoch(event)
             case CleanupFit():
-                self.close()
+                self._callback.close()
                 display.report(event)  # where the bars were
 
 
