@@ -71,7 +71,7 @@ class Event:
 
     @staticmethod
     def _position(learner: Any) -> tuple[Any, ...]:
-        """The values of the fields that tell where the learner is, in order."""
+        """The values of the fields for the learner's current position, in their order."""
         return learner, learner.run_id, time()
 
 

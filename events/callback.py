@@ -129,7 +129,7 @@ _PREFIXES = ("before_", "after_", "cleanup_")
 
 
 def _event_class(cls: type[Callback], name: str, method: Callable[..., Any]) -> type[Event]:
-    """The event class that a method receives: the one of its name or, of several, the annotated.
+    """The event class that a method receives: that of its name; of several, the annotated one.
 
     Raises:
         TypeError: several classes are possible; or the name is that of ActionEvent.

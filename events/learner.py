@@ -37,7 +37,7 @@ class LearnerLike(Protocol):
         run_id: identifies the fit.
         record: the values recorded in the current epoch, to which receivers may add.
         history: the records of the epochs of this fit so far.
-        done: what is completed in the current phase.
+        done: the progress in the current phase.
         outer_continues: for Cleanup* receivers: whether this scope was completed, or left by its
             own cancel, so that the scope around it continues.
         graceful_stop_due: for Cleanup* receivers: whether a graceful `stop` takes effect when they

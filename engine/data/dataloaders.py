@@ -109,8 +109,8 @@ def loader_of(dls: Any, training: bool) -> Any:
     loader = getattr(dls, phase, None)
     if loader is None:
         raise ValueError(
-            f"fit was asked for {phase}=True, but there is no data for it: dls.{phase} is"
-            f" missing. Give DataLoaders a {phase} loader, or call fit({phase}=False)"
+            f"{phase}=True needs data, but dls.{phase} is missing. Give DataLoaders a {phase}"
+            f" loader, or call fit({phase}=False)"
         )
     if not isinstance(loader, Iterable) and not hasattr(loader, "__getitem__"):
         raise TypeError(f"dls.{phase} cannot be iterated: {loader!r}; use a DataLoader")

@@ -100,8 +100,11 @@ class CallbackObserver(Observer[Event]):
 
 
 class _CurrentWatcher:
-    """The watcher of the current fit. An object of its own, because an observer that referred to
-    its own methods would be freed only by the garbage collector."""
+    """The watcher of the current fit.
+
+    It is a separate object, because an observer that holds its own bound methods would be in a
+    reference cycle, which only the garbage collector frees.
+    """
 
     def __init__(self, callback: Callback) -> None:
         self._make = callback.watcher
@@ -113,5 +116,5 @@ class _CurrentWatcher:
         return self.watcher.wants(event)
 
     def observe(self, event: Event) -> Awaitable[Any] | None:
-        assert self.watcher is not None  # it has wanted the event
+        assert self.watcher is not None  # `wants` made it
         return self.watcher.observe(event)

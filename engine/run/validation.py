@@ -26,8 +26,8 @@ def validating_on(learner: Fittable, dl: Any) -> Iterator[None]:
         learner.dls = DataLoaders(valid=dl)
     elif getattr(dls, "valid", None) is None:
         raise ValueError(
-            "there is no data for this: dls.valid is missing. Give DataLoaders a valid loader,"
-            " or pass one here: dl=..."
+            "this needs a loader, but dls.valid is missing. Give DataLoaders a valid loader, or"
+            " pass one here: dl=..."
         )
     try:
         yield

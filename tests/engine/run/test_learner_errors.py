@@ -206,7 +206,7 @@ def test_a_batch_without_targets_is_reported(
     assert f"a batch of (inputs, targets) is needed here, but this one is {what}" in str(
         raised.value
     )
-    assert "perform Predict and GetLoss your own way" in str(raised.value)
+    assert "perform Predict and GetLoss yourself" in str(raised.value)
     assert "on GetLoss, epoch 0, iter 0" in notes_of(raised)
     assert recorded.names[-3:] == CUT_IN_THE_FIRST_BATCH
 
