@@ -22,8 +22,7 @@ Overflow = Literal["drop_oldest", "latest", "block"]
 class Watcher(Protocol):
     """The type that `Callback.watcher` returns: it receives the observed events of one fit.
 
-    It may also have a method `close()`, which is called on the event loop when no more events of
-    this fit will come.
+    The engine drops it at the end of the fit.
     """
 
     def wants(self, event: Any) -> bool:
