@@ -16,7 +16,7 @@ from ..engine import Learner
 from ..engine.checkpoint.background import BackgroundWriter
 from ..engine.checkpoint.folder import CheckpointFolder
 from ..engine.checkpoint.loader_position import resume_strategy
-from ..engine.checkpoint.resume import ResumableReader
+from ..engine.checkpoint.resume import ResumableBatchReader
 from ..engine.checkpoint.snapshot import Snapshot
 from ..engine.checkpoint.state import state_of, stateless
 from ..engine.loop.state import Position
@@ -232,5 +232,5 @@ def _learner_of(event: Event) -> Learner:
     return cast(Learner, event.learner)
 
 
-def _reader_of(learner: Learner) -> ResumableReader:
-    return cast(ResumableReader, learner.reader)
+def _reader_of(learner: Learner) -> ResumableBatchReader:
+    return cast(ResumableBatchReader, learner.reader)

@@ -12,7 +12,7 @@ import torch
 
 from ...events import Callback
 from ..data.prefetch import Prefetcher
-from ..loop.reading import Reader, read_batches
+from ..loop.reading import BatchReader, read_batches
 from ..loop.state import LoopState
 from .compatibility import CheckpointMismatchError, check_state
 from .loader_position import resume_strategy, skip_to
@@ -51,7 +51,7 @@ def last_checkpoint(cbs: tuple[Callback, ...]) -> Checkpoint | None:
     return Checkpoint.load(folders[0])
 
 
-class ResumableReader(Reader):
+class ResumableBatchReader(BatchReader):
     """Reads a fit from its beginning, and records what a checkpoint needs to resume it.
 
     Attributes:
@@ -79,7 +79,7 @@ class ResumableReader(Reader):
         }
 
 
-class ResumedReader(ResumableReader):
+class ResumedBatchReader(ResumableBatchReader):
     """Reads the part of a fit that comes after a checkpoint, and loads the checkpoint.
 
     If it was saved between two epochs, its state is loaded after BeforeFit. If it was saved in the

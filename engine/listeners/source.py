@@ -7,7 +7,7 @@ from typing import Any, Literal, TextIO, TypeVar
 
 from ...events import Bus, Callback, Event, Subscription
 from ...events.callback import Overflow
-from ..loop.state import BatchReader, LoopState
+from ..loop.state import AnyBatchReader, LoopState
 from .attachments import Attachments
 from .explain import explain
 from .observers import CallbackObserver, Observer
@@ -25,7 +25,7 @@ class EventSource(LoopState):
     loop, concurrently with the training.
     """
 
-    def __init__(self, bus: Bus | None, reader: BatchReader) -> None:
+    def __init__(self, bus: Bus | None, reader: AnyBatchReader) -> None:
         super().__init__(bus, reader)
         self.streams: list[EventStream[Any]] = []
         """The open streams and observers."""

@@ -44,7 +44,7 @@ from ...events import (
 from ...events.errors import annotate_error
 from ..data.dataloaders import length_of
 from .actions import nobody_performs
-from .reading import Reader
+from .reading import BatchReader
 from .requests import CANCELS, Request, scope_for
 from .scope import scope, scope_within
 from .state import LoopState
@@ -101,7 +101,7 @@ class Loop(LoopState):
     __slots__ = ()
 
     def __init__(self, bus: Bus | None) -> None:
-        super().__init__(bus, Reader())
+        super().__init__(bus, BatchReader())
 
     def scope(
         self, cancel: type[CancelException], cleanup: type[Event]

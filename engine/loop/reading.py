@@ -9,7 +9,7 @@ from ..data.dataloaders import why_empty
 from .state import LoopState
 
 
-class Reader:
+class BatchReader:
     """Reads every epoch of a fit from its first batch."""
 
     def begin(self, loop: LoopState) -> None:

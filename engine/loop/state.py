@@ -56,8 +56,8 @@ class Progress:
     steps: int = 0
 
 
-class BatchReader(Protocol):
-    """Reads the batches of one fit; see `reading.Reader`."""
+class AnyBatchReader(Protocol):
+    """Reads the batches of one fit; see `reading.BatchReader`."""
 
     def begin(self, loop: LoopState) -> None: ...
 
@@ -127,7 +127,7 @@ class LoopState:
     trains: bool
     validates: bool
     purpose: Purpose
-    reader: BatchReader
+    reader: AnyBatchReader
     history: list[dict[str, Any]]
     progress: dict[bool, Progress]
     """What is completed in training (True) and in validation (False)."""
@@ -161,7 +161,7 @@ class LoopState:
     async_wrapper: AsyncWrapper | None
     """Lets the training thread wait for an async receiver; None while no fit is running."""
 
-    def __init__(self, bus: Bus | None, reader: BatchReader) -> None:
+    def __init__(self, bus: Bus | None, reader: AnyBatchReader) -> None:
         self.bus = Bus() if bus is None else bus
         self.signals = self.bus.signals
         self.without_receivers = self.bus.without_receivers
@@ -183,7 +183,7 @@ class LoopState:
 
     def begin(
         self,
-        reader: BatchReader,
+        reader: AnyBatchReader,
         *,
         n_epochs: int = 0,
         trains: bool = True,

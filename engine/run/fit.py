@@ -14,7 +14,7 @@ import structlog
 
 from ...events import Callback, ScopeEnd
 from ..checkpoint.reader import Checkpoint
-from ..checkpoint.resume import ResumableReader, ResumedReader, last_checkpoint
+from ..checkpoint.resume import ResumableBatchReader, ResumedBatchReader, last_checkpoint
 from ..data.dataloaders import loader_of
 from ..loop.actions import check_performers
 from ..loop.state import COMPLETED
@@ -42,7 +42,7 @@ class Fit:
         self._learner = learner
         self._plan = plan
         self._graceful = None if plan.graceful is False else GracefulStop(learner, plan.graceful)
-        self._resumed: ResumedReader | None = None
+        self._resumed: ResumedBatchReader | None = None
 
     async def run(self) -> FitResult:
         """Run the fit; return or raise only when its thread has ended."""
@@ -74,7 +74,7 @@ class Fit:
             )
         purposes = [plan.purpose, *(cb.fit_purpose for cb in learner.cbs)]
         learner.begin(
-            ResumableReader(),
+            ResumableBatchReader(),
             n_epochs=plan.n_epochs,
             trains=plan.train,
             validates=plan.valid,
@@ -119,7 +119,7 @@ class Fit:
         checkpoint = last_checkpoint(learner.cbs) if last else Checkpoint.load(resume)
         if checkpoint is None:
             return
-        learner.reader = self._resumed = ResumedReader(checkpoint)
+        learner.reader = self._resumed = ResumedBatchReader(checkpoint)
         learner.epochs = range(checkpoint.position.epoch, learner.n_epochs)
         learner.run_id = self._plan.run_id or checkpoint.manifest["run_id"]
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.resume import ResumableReader
+from ..checkpoint.resume import ResumableBatchReader
 from ..listeners.source import EventSource
 from ..loop.loop import Loop
 from .result import FitResult
@@ -35,4 +35,4 @@ class Fittable(Loop, EventSource):
     def resumed_from(self) -> Path | None:
         """The checkpoint from which the current fit, or the last one, was resumed."""
         reader = self.reader
-        return reader.resumed_from if isinstance(reader, ResumableReader) else None
+        return reader.resumed_from if isinstance(reader, ResumableBatchReader) else None
