@@ -369,7 +369,7 @@ BATCHES = 2 * (TRAIN + VALID)
 EPOCHS_END = (TRAIN, TRAIN + VALID, 2 * TRAIN + VALID, BATCHES)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(k=st.integers(1, BATCHES), every=st.integers(1, 7), change=st.sampled_from(sorted(CHANGES)))
 def test_what_happens_at_a_batch_is_named_at_the_first_digest_after_it(
     k: int, every: int, change: str
@@ -902,7 +902,7 @@ def resumed(path: Path, state: dict[str, Any], begin: list[Event], every: int = 
     return journal
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data(), every=st.integers(1, 7), rest=st.binary(max_size=20))
 def test_the_journal_of_a_run_killed_and_resumed_is_that_of_an_undisturbed_one(
     events: list[Event], data: Any, every: int, rest: bytes

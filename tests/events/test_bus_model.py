@@ -326,6 +326,5 @@ TestBusAgainstList = BusAgainstList.TestCase
 TestBusAgainstList.settings = settings(
     max_examples=150,
     stateful_step_count=25,
-    deadline=None,
     suppress_health_check=[HealthCheck.too_slow],
 )
