@@ -10,6 +10,7 @@ import pytest
 import structlog
 import torch
 from eventrain.engine import DataLoaders, TrainLearner
+from hypothesis import HealthCheck, settings
 from sklearn.datasets import load_digits
 from torch import nn
 
@@ -18,6 +19,10 @@ from torch import nn
 if "OMP_NUM_THREADS" not in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
+
+# How long an example takes depends on the machine, and on what else it does.
+settings.register_profile("any_speed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any_speed")
 
 BACKENDS = [
     pytest.param(("asyncio", {}), id="asyncio"),

@@ -116,7 +116,7 @@ def expected_end(values: list[float], mode: str, patience: int, delta: float) ->
     return None
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     values=st.lists(st.sampled_from([0.0, 0.5, 1.0, 1.5, 2.0, NAN]), min_size=1, max_size=8),
     mode=st.sampled_from(["min", "max"]),

@@ -539,7 +539,7 @@ anything = st.recursive(
 keys = st.text() | st.integers() | st.sampled_from(["event", "run_id", "seconds", "nonfinite"])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.dictionaries(keys, anything, max_size=4))
 def test_a_record_is_strict_json_by_the_schema_whatever_was_measured(metrics: Any) -> None:
     """G16: any names and values; they change no key of the record itself."""

@@ -142,7 +142,7 @@ OWN = ["event", "level", "run_id", "seconds", "who", "reason", "nonfinite"]
 names = st.text() | st.sampled_from([*OWN, "exc_info", "self"])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.dictionaries(names, values, max_size=4),
     st.dictionaries(names, values, max_size=4),
@@ -662,7 +662,7 @@ def test_a_logger_of_the_host_gets_no_control_characters(host: Host, text: str) 
     assert (learn.result.run_id, learn.result.reason) == (text, text)  # the run has its own
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.text(st.characters()), st.text(st.characters()))
 def test_any_text_at_all_stays_on_its_console_line(name: str, text: str) -> None:
     learn = learner(1)

@@ -104,7 +104,7 @@ def test_the_cnn_of_the_post_is_counted_as_by_hand(
     )
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(
     batch=st.integers(1, 5),
     widths=st.lists(st.integers(1, 9), min_size=2, max_size=5),

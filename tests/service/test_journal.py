@@ -84,7 +84,7 @@ async def test_messages_from_a_thread_are_numbered_in_their_order() -> None:
         assert await read(journal) == list(range(1, 11))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     size=st.integers(1, 8),
     steps=st.lists(st.sampled_from(["append", "turn", "read"]), max_size=200),

@@ -485,7 +485,7 @@ states = st.recursive(
 )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(state=states)
 def test_any_plain_state_comes_back(tmp_path_factory: Any, state: Any) -> None:
     back = round_trip(tmp_path_factory.mktemp("any"), state)

@@ -34,7 +34,7 @@ def assert_same(a: list[list[torch.Tensor]], b: list[list[torch.Tensor]]) -> Non
         assert all(map(torch.equal, one, other))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     n=st.integers(1, 30),
     batch_size=st.integers(1, 12),

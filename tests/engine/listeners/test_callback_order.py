@@ -313,7 +313,7 @@ def test_callbacks_that_only_perform_or_observe_do_not_affect_the_others() -> No
 ORDERS = st.lists(st.integers(-9, 9), min_size=2, max_size=6, unique=True)
 
 
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 @given(st.data())
 def test_any_list_of_callbacks_runs_in_one_order_that_keeps_all_constraints(
     data: st.DataObject,
@@ -353,7 +353,7 @@ def test_any_list_of_callbacks_runs_in_one_order_that_keeps_all_constraints(
         assert list(heard) == [f"C{i}" for i in sorted(range(n), key=orders.__getitem__)]
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(
     st.lists(st.integers(-3, 3), min_size=3, max_size=5, unique=True),
     st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), max_size=3),

@@ -967,7 +967,7 @@ async def test_a_stream_that_nobody_reads_is_counted_in_the_result(
     buffer=st.integers(1, 4),
     actions=st.lists(st.sampled_from(["emit", "read", "read all"]), max_size=30),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_a_stream_is_a_queue_that_forgets_its_oldest(
     policy: str, buffer: int, actions: list[str]
 ) -> None:

@@ -418,7 +418,7 @@ INJECTIONS = st.dictionaries(
 )
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(INJECTIONS, st.sampled_from(["subscriber", "callback"]))
 def test_any_number_of_receivers_raising_follow_the_same_rules(
     injections: Injections, carrier: str

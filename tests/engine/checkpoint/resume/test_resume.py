@@ -72,7 +72,7 @@ def test_whatever_the_data_a_resumed_fit_equals_the_uninterrupted_one(name: str)
         assert_same(in_pieces(make, [(place, "graceful")]), expected)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(
     kind=st.sampled_from(sorted(KINDS)),
     data=st.sampled_from(sorted(LOADERS)),
