@@ -20,9 +20,9 @@ if "OMP_NUM_THREADS" not in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
 
-# How long an example takes says how busy the machine is.
-settings.register_profile("eventrain", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("eventrain")
+# How long an example takes depends on the machine, and on what else it does.
+settings.register_profile("any_speed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any_speed")
 
 BACKENDS = [
     pytest.param(("asyncio", {}), id="asyncio"),

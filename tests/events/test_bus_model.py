@@ -31,7 +31,7 @@ from eventrain.events import (
     Subscription,
 )
 from eventrain.events.base import HOOKS
-from hypothesis import HealthCheck, settings
+from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
@@ -326,5 +326,4 @@ TestBusAgainstList = BusAgainstList.TestCase
 TestBusAgainstList.settings = settings(
     max_examples=150,
     stateful_step_count=25,
-    suppress_health_check=[HealthCheck.too_slow],
 )
