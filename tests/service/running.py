@@ -43,7 +43,7 @@ class Service:
 
     def wait(self, run_id: str) -> dict[str, Any]:
         """The state of a run when it has ended."""
-        wait_until(lambda: self.state(run_id)["status"] != "running", seconds=240)
+        wait_until(lambda: self.state(run_id)["status"] != "running", 240, every=0.05)
         return self.state(run_id)
 
     def connect(self) -> socket.socket:
@@ -72,7 +72,7 @@ class Service:
 
     def wait_for_log(self, event: str, times: int = 1) -> None:
         """Wait until it has logged an event that often."""
-        wait_until(lambda: self.log.read_text().count(f'"{event}"') >= times)
+        wait_until(lambda: self.log.read_text().count(f'"{event}"') >= times, every=0.05)
 
     def lines(self) -> list[dict[str, Any]]:
         """What it logged."""

@@ -178,7 +178,7 @@ def test_clients_are_counted_bounded_and_forgotten_when_they_go(slow: Service) -
 
 
 def wait_for_clients(service: Service, run_id: str, n: int) -> None:
-    wait_until(lambda: service.state(run_id)["clients"] == n)
+    wait_until(lambda: service.state(run_id)["clients"] == n, every=0.05)
 
 
 def test_a_client_that_does_not_read_slows_down_nobody(serve: Serve) -> None:

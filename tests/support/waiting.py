@@ -15,12 +15,14 @@ GUARD = 60
 """Seconds after which something hangs, also on a busy machine."""
 
 
-def wait_until(condition: Callable[[], object], seconds: float = GUARD) -> None:
-    """Block this thread until the condition holds."""
+def wait_until(
+    condition: Callable[[], object], seconds: float = GUARD, every: float = 0.002
+) -> None:
+    """Block this thread until the condition holds; it is checked every so many seconds."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
-        time.sleep(0.002)
+        time.sleep(every)
 
 
 async def until(condition: Callable[[], object]) -> None:
