@@ -6,8 +6,13 @@ The directions of the imports are a contract of import-linter, in pyproject.toml
 from __future__ import annotations
 
 import ast
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+
+import eventrain.callbacks
+import eventrain.engine
+import eventrain.events
 
 ROOT = Path(__file__).parent.parent
 FILES = [path for room in ("engine", "events", "callbacks") for path in (ROOT / room).rglob("*.py")]
@@ -79,3 +84,9 @@ def test_no_private_attribute_of_another_room_is_used() -> None:
         if not own and attr not in of_room[path.parent] | OF_OTHERS
     ]
     assert wrong == []
+
+
+def test_each_public_name_has_one_home() -> None:
+    packages = (eventrain.events, eventrain.engine, eventrain.callbacks)
+    homes = Counter(name for package in packages for name in package.__all__)
+    assert {name for name, n in homes.items() if n > 1} == set()
