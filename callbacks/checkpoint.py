@@ -233,4 +233,4 @@ def _learner_of(event: Event) -> Learner:
 
 
 def _reader_of(learner: Learner) -> ResumableBatchReader:
-    return cast(ResumableBatchReader, learner.reader)
+    return cast(ResumableBatchReader, learner.batch_reader)

@@ -192,7 +192,8 @@ class Learner(Fittable):
         Raises:
             RuntimeError, ValueError, TypeError: as `fit`.
         """
-        plan = FitPlan(train=False, cbs=RecordMeanLoss(), purpose="validate")
+        cbs = () if any(cb.records_loss for cb in self.cbs) else RecordMeanLoss()
+        plan = FitPlan(train=False, cbs=cbs, purpose="validate")
         with validating_on(self, dl):
             result = await self._fit(plan)
         return numbers_of(result.history[-1]) if result.history else {}

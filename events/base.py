@@ -48,6 +48,9 @@ class Event:
     deliver_to_all: ClassVar[bool] = False
     """Whether the remaining receivers are still called after one has raised."""
 
+    _is_ours: ClassVar[bool] = True
+    """Whether this library defines the class, whose `__init__` then only sets the fields."""
+
     learner: LearnerLike = field(repr=False)
     run_id: str
     time: float
@@ -56,6 +59,7 @@ class Event:
         # `slots=True` makes a second class, which replaces the first. It has no qualified name
         # yet when this runs, so a class is identified by its plain name.
         cls.hook = hook_name(cls.__name__)
+        cls._is_ours = cls.__module__.startswith(f"{__package__}.")
         if not cls.__name__.startswith("_"):
             _register(cls)
 
@@ -180,13 +184,10 @@ class _InBatch(_InEpoch):
     @classmethod
     def of(cls, learner: Any, *extra: Any) -> Self:
         position = _InBatch._position(learner)
-        if extra or hasattr(cls, "__post_init__"):
+        if extra or not cls._is_ours:
             return cls(*position, *extra)
         draft: Any = _Draft(position)
-        try:
-            draft.__class__ = cls
-        except TypeError:  # a subclass with a `__dict__`, or with slots of its own
-            return cls(*position)
+        draft.__class__ = cls
         return draft  # type: ignore[no-any-return]
 
 

@@ -11,7 +11,8 @@ import difflib
 import inspect
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import suppress
-from typing import Any, ClassVar, Literal, Protocol
+from functools import partial
+from typing import Any, ClassVar, Literal, Protocol, get_args
 
 from .base import HOOKS, ActionEvent, Event
 from .learner import Purpose
@@ -22,7 +23,8 @@ Overflow = Literal["drop_oldest", "latest", "block"]
 class Watcher(Protocol):
     """The type that `Callback.watcher` returns: it receives the observed events of one fit.
 
-    The engine drops it at the end of the fit.
+    It may have an `async def close()`, which is awaited on the event loop when it gets no more
+    events: at the end of the fit, or when the callback has been detached or has raised.
     """
 
     def wants(self, event: Any) -> bool:
@@ -48,6 +50,8 @@ class Callback:
         buffer, overflow: the buffer for observed events; see `Learner.observe`.
         fit_purpose: the purpose of a fit while this callback is attached: "lr_find" in LRFinderCB.
             A fit whose purpose is not "fit" is not saved, scheduled or stopped early.
+        records_loss: whether it records the loss of each epoch, as MetricsCB does. If no callback
+            does, `Learner.validate` records it itself.
 
     Raises:
         TypeError: when a subclass is defined, if a method looks like a misspelt event name, or
@@ -78,6 +82,7 @@ class Callback:
     buffer: int = 1024
     overflow: Overflow = "drop_oldest"
     fit_purpose: ClassVar[Purpose] = "fit"
+    records_loss: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -91,6 +96,7 @@ class Callback:
             elif callable(method):
                 _check_name(cls, name, method)
         observed = callable(getattr(cls, "observe", None)) or cls.watcher is not Callback.watcher
+        _check_observers(cls)
         if cls.observes and not observed:
             raise TypeError(
                 f"{cls.__qualname__} has `observes`, but no method `observe`: define"
@@ -157,23 +163,39 @@ def _annotation(method: Callable[..., Any]) -> type[Event] | None:
         parameters = inspect.signature(method).parameters.values()
     except (TypeError, ValueError):  # some builtins have no signature
         return None
-    function = inspect.unwrap(getattr(method, "__func__", method))
+    function = getattr(method, "__func__", method)
+    while isinstance(function, partial):
+        function = function.func
+    namespace = getattr(inspect.unwrap(function), "__globals__", {})
     for parameter in parameters:
         annotation = parameter.annotation
         if isinstance(annotation, str):
             # A name that only a type checker or the enclosing function knows cannot be evaluated.
             with suppress(Exception):
-                annotation = eval(annotation, getattr(function, "__globals__", {}))
-        if isinstance(annotation, type) and issubclass(annotation, Event):
-            return annotation
+                annotation = eval(annotation, namespace)
+        for choice in get_args(annotation) or (annotation,):  # `AfterSave | None`, for one
+            if isinstance(choice, type) and issubclass(choice, Event):
+                return choice
     return None
+
+
+def _check_observers(cls: type[Callback]) -> None:
+    """Refuse an override that is never called, because the watcher of a base class observes."""
+    bypassed = {"wants", "observe"} & vars(cls).keys()
+    if bypassed and "watcher" not in vars(cls) and cls.watcher is not Callback.watcher:
+        name = min(bypassed)
+        owner = next(base for base in cls.__mro__ if "watcher" in vars(base))
+        raise TypeError(
+            f"{cls.__qualname__}.{name} would never be called: {owner.__qualname__} observes each"
+            f" fit with an object of its own. Override watcher(event), which returns it"
+        )
 
 
 def _check_name(cls: type[Callback], name: str, method: Callable[..., Any]) -> None:
     """Raise a TypeError for a method whose name is most likely a misspelt event name."""
     near = difflib.get_close_matches(name, HOOKS, n=1, cutoff=0.85)
     prefixed = name.startswith(_PREFIXES)
-    if not prefixed and not (near and _takes_an_event(near[0], method)):
+    if not prefixed and not (near and _takes_an_event(name, near[0], method)):
         return  # another method of the user, such as `steps`
     hint = f"did you mean {near[0]!r}?" if near else f"the events are {', '.join(HOOKS)}."
     raise TypeError(
@@ -182,14 +204,14 @@ def _check_name(cls: type[Callback], name: str, method: Callable[..., Any]) -> N
     )
 
 
-def _takes_an_event(near: str, method: Callable[..., Any]) -> bool:
+def _takes_an_event(method_name: str, near: str, method: Callable[..., Any]) -> bool:
     """Whether a method with a name like that of the event `near` is meant to receive it.
 
-    Names such as `befor_batch` have no other meaning. The short event names are close to names
-    that users choose (`steps`, `events`): for those, the method has to take one argument that is
-    named `event` or annotated with an event class.
+    Names such as `befor_batch` or `preditc` have no other meaning. One that contains the name of
+    an event, such as `steps`, may be meant for something else: that method has to take one argument
+    that is named `event` or annotated with an event class.
     """
-    if near.startswith(_PREFIXES):
+    if near.startswith(_PREFIXES) or near not in method_name:
         return True
     try:
         parameters = list(inspect.signature(method).parameters.values())

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from torch import nn
@@ -73,6 +74,24 @@ class LearnerLike(Protocol):
 
     @property
     def done(self) -> ProgressLike: ...
+
+    @property
+    def progress(self) -> Mapping[bool, ProgressLike]: ...
+
+    @property
+    def epochs(self) -> range: ...
+
+    @property
+    def result(self) -> Any: ...
+
+    @property
+    def resumed_from(self) -> Path | None: ...
+
+    @property
+    def cleanup_timeout(self) -> float: ...
+
+    @property
+    def drain_timeout(self) -> float: ...
 
     @property
     def cbs(self) -> tuple[Any, ...]: ...

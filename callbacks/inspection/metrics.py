@@ -63,6 +63,8 @@ class MetricsCB(Callback):
     Source: the post's `MetricsCB`, which copies every batch's predictions to the host.
     """
 
+    records_loss = True
+
     def __init__(self, *metrics: Metric[Any], **named: Metric[Any]) -> None:
         self.metrics: dict[str, Metric[Any]] = {}
         for name, metric in [*((type(m).__name__, m) for m in metrics), *named.items()]:
@@ -85,25 +87,25 @@ class MetricsCB(Callback):
         self._placed = False
 
     def after_batch(self, event: AfterBatch) -> None:
-        self._loss.add(event)
+        loss = self._loss.add(event)
         if not self.metrics:
             return
         learner = event.learner
         if not self._placed:
             for metric in self.metrics.values():
-                metric.to(learner.loss.device)
+                metric.to(loss.device)
             self._placed = True
         preds, targets = learner.preds.detach(), targets_of(learner.batch)
         for metric in self.metrics.values():
             metric.update(preds, targets)
 
     def after_epoch(self, event: AfterEpoch) -> None:
-        loss = self._loss.mean()
+        loss = self._loss.item()
         if loss is None:  # no batch was completed
             return
         # The host waits for the device here, once per epoch.
         numbers = {name: _number(metric.compute()) for name, metric in self.metrics.items()}
-        numbers["loss"] = loss.item()
+        numbers["loss"] = loss
         event.learner.record.update(numbers)
         phase = "train" if event.training else "eval"
         self.history.append({"epoch": event.epoch, "train": phase, **numbers})

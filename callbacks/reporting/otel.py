@@ -203,6 +203,10 @@ class _FitWatcher:
             self._callback.close()
             raise
 
+    async def close(self) -> None:
+        if self._callback._fit is self:
+            self._callback._fit = None
+
     def _record(self, event: Any) -> None:
         spans, meters = self._spans, self._meters
         if not self._begun:  # also where its BeforeFit was not emitted, or dropped

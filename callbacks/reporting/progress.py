@@ -94,12 +94,16 @@ class ProgressCB(Callback):
     def close(self) -> None:
         """Remove the display from the terminal, and restore cursor and standard output.
 
-        This happens by itself when the fit ends, when the observer fails, when the next fit begins
-        and when this object is collected. Closing again is harmless.
+        This happens by itself when the fit ends, when the observer fails or is detached, and when
+        this object is collected. Closing again is harmless.
         """
         fit, self._fit = self._fit, None  # which refer to each other
         if fit is not None:
-            fit.close()
+            fit.take_down()
+
+    def shows(self, fit: _FitWatcher) -> bool:
+        """Whether this is the fit that is shown."""
+        return self._fit is fit
 
     def show(self, fit: _FitWatcher) -> None:
         """Show this fit from now on, in place of the one before."""
@@ -141,7 +145,11 @@ class _FitWatcher:
                 self._callback.close()
             raise
 
-    def close(self) -> None:
+    async def close(self) -> None:
+        if self._callback.shows(self):
+            self._callback.close()
+
+    def take_down(self) -> None:
         self._display = None
         if self._take_down is not None:
             self._take_down()

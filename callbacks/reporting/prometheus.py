@@ -109,6 +109,8 @@ class PrometheusCB(RecordCB):
         self.labels = _checked({} if labels is None else labels)
         self._collectors = _collectors_of(registry, tuple(sorted(self.labels)))
         self._running: WeakSet[Any] = WeakSet()  # the learners that fit
+        # The samples of their epochs that are counted, also if it is detached and attached again.
+        self.counted: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
         for name in _PHASES:
             self._of("samples", phase=name)
             self._of("duration", phase=name)
@@ -174,15 +176,16 @@ class _SampleCounter(CallbackRecords):
     def __init__(self, callback: PrometheusCB) -> None:
         super().__init__(callback)
         self._count_samples = callback.count_samples
-        self._n_samples = 0  # of this epoch, as counted so far
+        self._counted = callback.counted
 
     def observe(self, event: Event) -> None:
         super().observe(event)
         if isinstance(event, BeforeEpoch):
-            self._n_samples = 0
+            self._counted[event.learner] = 0
         elif isinstance(event, AfterBatch | CleanupEpoch):
-            self._count_samples(event.phase, max(0, event.n_samples - self._n_samples))
-            self._n_samples = event.n_samples
+            new = event.n_samples - self._counted.get(event.learner, 0)
+            self._count_samples(event.phase, max(0, new))
+            self._counted[event.learner] = event.n_samples
 
 
 class _Collectors:

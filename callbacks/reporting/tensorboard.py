@@ -6,7 +6,6 @@ import os
 import re
 import weakref
 from collections.abc import Callable
-from contextlib import suppress
 from datetime import datetime
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
@@ -15,7 +14,7 @@ from weakref import WeakSet
 import anyio
 import anyio.to_thread
 
-from ...events import AfterBatch, Callback, CleanupFit, Event, Watcher
+from ...events import AfterBatch, Callback, Event, Watcher
 from .._checks import optional_import
 from ._sampling import check_sampling
 from .jsonable import numbers
@@ -101,7 +100,7 @@ class TensorBoardCB(Callback):
         Closing again is harmless.
         """
         for fit in list(self._fits):
-            fit.close()
+            fit.close_files()
 
 
 class _FitFiles(RecordWatcher):
@@ -126,25 +125,21 @@ class _FitFiles(RecordWatcher):
         return super().wants(event)
 
     async def observe(self, event: Event) -> None:
-        try:
-            if self._writer is None:
-                await _in_thread(self._open)
-            if isinstance(event, AfterBatch):
-                self._step = self._first_steps[event.epoch] + event.iter
-            super().observe(event)
-            if isinstance(event, CleanupFit):
-                await _in_thread(self.close)
-        except BaseException:
-            with suppress(Exception):  # the first error is the one to raise
-                self.close()
-            raise
+        if self._writer is None:
+            await _in_thread(self._open)
+        if isinstance(event, AfterBatch):
+            self._step = self._first_steps[event.epoch] + event.iter
+        super().observe(event)
+
+    async def close(self) -> None:
+        await _in_thread(self.close_files)
 
     def _open(self) -> None:
         # The queue has no bound: a full one would block the host's event loop.
         self._writer = _summary_writer()(self._folder, max_queue=0, flush_secs=FLUSH_SECONDS)
         self._close = weakref.finalize(self, self._writer.close)
 
-    def close(self) -> None:
+    def close_files(self) -> None:
         self._writer = None
         if self._close is not None:
             self._close()

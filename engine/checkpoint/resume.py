@@ -150,6 +150,10 @@ class ResumedBatchReader(ResumableBatchReader):
             generator.set_state(state_there)
         return read_batches(loop, batches, position.batches)
 
+    def drop_checkpoint(self) -> None:
+        """Release the checkpoint; it holds as much memory as the model and the optimizer."""
+        self._checkpoint = None
+
     def never_loaded(self) -> RuntimeError:
         """The error for a fit in which the epoch of the checkpoint was not begun again."""
         return RuntimeError(
@@ -167,7 +171,7 @@ class ResumedBatchReader(ResumableBatchReader):
                 set_state(learner, before)
             raise
         self.loaded = True
-        self._checkpoint = None  # it holds as much memory as the model and the optimizer
+        self.drop_checkpoint()
 
     def _log_caveats(self, loop: LoopState, checkpoint: Checkpoint) -> None:
         loaders = [getattr(loop.dls, "train", None), *[loop.dls.valid] * bool(loop.validates)]

@@ -78,6 +78,9 @@ class CallbackObserver(Observer[Event]):
     """Passes the events that a callback `observes` to its watcher, of which each fit has one."""
 
     def __init__(self, owner: StreamOwner, callback: Callback) -> None:
+        if type(callback).watcher is Callback.watcher:
+            check_receiver(callback.observe, callback.observes[0])  # type: ignore[attr-defined]
+        self._callback = callback
         self._current = current = _CurrentWatcher(callback)
         super().__init__(
             owner,
@@ -93,6 +96,19 @@ class CallbackObserver(Observer[Event]):
     def begin(self) -> None:
         super().begin()
         self._current.watcher = None
+
+    async def run(
+        self, scope: anyio.CancelScope, report: Callable[[BaseException], object]
+    ) -> None:
+        await super().run(scope, report)
+        watcher: object = self._current.watcher
+        close = getattr(watcher, "close", None)
+        if watcher is self._callback or not inspect.iscoroutinefunction(close):
+            return
+        try:
+            await close()
+        except Exception as exc:
+            self.fail(exc)
 
     def finish(self) -> None:
         super().finish()

@@ -38,7 +38,7 @@ class StreamOwner(Protocol):
 
     run_id: str
     training_thread: int | None
-    requests: Requests
+    pending_requests: Requests
     streams: list[EventStream[Any]]
     fit_streams: list[EventStream[Any]]
 
@@ -112,7 +112,9 @@ class EventStream(Generic[E]):
         if self.overflow == "block" and threading.get_ident() == self._owner.training_thread:
             # Only the training thread waits: an async receiver that emits would wait for itself.
             # A fit that is about to end does not wait: the buffer grows by its last few events.
-            while len(self._items) >= self.buffer and not (self._ended or self._owner.requests):
+            while len(self._items) >= self.buffer and not (
+                self._ended or self._owner.pending_requests
+            ):
                 self._has_room.clear()
                 self.wake()
                 self._has_room.wait(0.05)

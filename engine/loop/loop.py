@@ -56,7 +56,7 @@ class Loop(LoopState):
     @scope(CancelFitException, CleanupFit)
     def one_fit(self) -> None:
         self.emit(BeforeFit)
-        self.reader.begin(self)
+        self.batch_reader.begin(self)
         for self.epoch in self.epochs:
             if self.trains and self._start_epoch(training=True):
                 self.one_epoch()
@@ -68,7 +68,7 @@ class Loop(LoopState):
     @scope(CancelEpochException, CleanupEpoch)
     def one_epoch(self) -> None:
         self.emit(BeforeEpoch)
-        for self.iter in self.reader.read(self):  # into self.batch
+        for self.iter in self.batch_reader.read(self):  # into self.batch
             self.one_batch()
         self.emit(AfterEpoch)
         self.done.epochs += 1
@@ -114,8 +114,8 @@ class Loop(LoopState):
 
         Callbacks may emit events of their own classes; `extra` are the fields that those add.
         """
-        if self.requests and not self.cleaning_up:
-            self.requests.raise_due(self.innermost_scope)
+        if self.pending_requests and not self.cleaning_up:
+            self.pending_requests.raise_due(self.innermost_scope)
         if event_type in self.without_receivers:
             return
         signal = self.signals[event_type]
@@ -155,7 +155,7 @@ class Loop(LoopState):
 
         Returns False for an epoch that was completed before the checkpoint was saved.
         """
-        if not self.reader.includes(self.epoch, training):
+        if not self.batch_reader.includes(self.epoch, training):
             return False
         self.training = training
         self.done = self.progress[training]
@@ -201,9 +201,9 @@ class Loop(LoopState):
             raise ValueError("stop('batch', graceful=True): a batch that may end is not stopped")
         cancel = CANCELS[scope](reason or "stop() was called")
         cancel.who = who
-        return self.request(cancel, graceful)
+        return self.request_error(cancel, graceful)
 
-    def request(self, error: BaseException, graceful: bool = False) -> bool:
+    def request_error(self, error: BaseException, graceful: bool = False) -> bool:
         """Have the training thread raise `error` at its next event. May be called anywhere.
 
         Returns whether a fit is running; without one, nothing is requested.
@@ -212,10 +212,10 @@ class Loop(LoopState):
             return False
         is_cancel = isinstance(error, CancelException)
         target = scope_for(type(error), self.innermost_scope) if is_cancel else None
-        self.requests.append(Request(error, target, graceful))
+        self.pending_requests.append(Request(error, target, graceful))
         return True
 
     @property
     def stopping(self) -> bool:
         """Whether a request to stop the running fit has not taken effect yet."""
-        return bool(self.requests)
+        return bool(self.pending_requests)

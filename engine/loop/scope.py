@@ -42,7 +42,7 @@ def scope(
                 if not _leave(loop, entered, cleanup, exc):
                     raise
             else:
-                if loop.requests or cleanup not in loop.without_receivers:
+                if loop.pending_requests or cleanup not in loop.without_receivers:
                     _leave(loop, entered, cleanup, None)
                 else:
                     loop.innermost_scope = entered[1]
@@ -83,7 +83,7 @@ def _leave(
     error = None if exc is None else _refuse_stray_cancel(exc, entered)
     loop.scope_end = _end_of(error)
     loop.outer_continues = error is None or isinstance(error, cancel)
-    loop.graceful_stop_due = bool(loop.requests) and _is_between_batches(loop, entered)
+    loop.graceful_stop_due = bool(loop.pending_requests) and _is_between_batches(loop, entered)
     signal = loop.signals[cleanup]
     if signal.receivers:
         before, loop.cleaning_up = loop.cleaning_up, True
@@ -102,7 +102,7 @@ def _leave(
     try:
         if error is None or isinstance(error, cancel):
             if loop.graceful_stop_due:
-                loop.requests.raise_due(outer, between_batches=True)
+                loop.pending_requests.raise_due(outer, between_batches=True)
             return True
         if error is exc:
             return False  # the caller re-raises it, with its traceback
@@ -115,7 +115,7 @@ def _is_between_batches(loop: LoopState, entered: OpenScope) -> bool:
     """Whether a graceful stop takes effect once this scope has been left."""
     cancel, outer = entered
     at_boundary = cancel in (CancelBatchException, CancelEpochException)
-    return loop.outer_continues and at_boundary and loop.requests.graceful_for(outer)
+    return loop.outer_continues and at_boundary and loop.pending_requests.graceful_for(outer)
 
 
 def _refuse_stray_cancel(exc: BaseException, entered: OpenScope) -> BaseException:

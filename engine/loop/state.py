@@ -76,6 +76,7 @@ class LoopState:
     __slots__ = (
         "async_wrapper",
         "batch",
+        "batch_reader",
         "bus",
         "cleaning_up",
         "dl",
@@ -95,12 +96,11 @@ class LoopState:
         "n_samples",
         "opt",
         "outer_continues",
+        "pending_requests",
         "preds",
         "progress",
         "purpose",
-        "reader",
         "record",
-        "requests",
         "run_id",
         "scope_end",
         "signals",
@@ -127,7 +127,7 @@ class LoopState:
     trains: bool
     validates: bool
     purpose: Purpose
-    reader: AnyBatchReader
+    batch_reader: AnyBatchReader
     history: list[dict[str, Any]]
     progress: dict[bool, Progress]
     """What is completed in training (True) and in validation (False)."""
@@ -155,7 +155,7 @@ class LoopState:
     run_id: str
     fitting: bool
     """Whether a fit is running."""
-    requests: Requests
+    pending_requests: Requests
     training_thread: int | None
     """The identifier of the thread that runs the current fit, or ran the last one."""
     async_wrapper: AsyncWrapper | None
@@ -165,7 +165,7 @@ class LoopState:
         self.bus = Bus() if bus is None else bus
         self.signals = self.bus.signals
         self.without_receivers = self.bus.without_receivers
-        self.requests = Requests()
+        self.pending_requests = Requests()
         self.run_id = ""
         self.fitting = False
         self.training_thread = None
@@ -179,9 +179,9 @@ class LoopState:
         self.cleaning_up = False
         self.outer_continues = True
         self.graceful_stop_due = False
-        self.begin(reader)
+        self.begin_fit(reader)
 
-    def begin(
+    def begin_fit(
         self,
         reader: AnyBatchReader,
         *,
@@ -191,7 +191,7 @@ class LoopState:
         purpose: Purpose = "fit",
     ) -> None:
         """Set the state to the beginning of a new fit."""
-        self.reader = reader
+        self.batch_reader = reader
         self.trains, self.validates = trains, validates
         self.purpose = purpose
         self.n_epochs = n_epochs
@@ -201,4 +201,4 @@ class LoopState:
         self.progress = {True: Progress(), False: Progress()}
         self.done = self.progress[trains]
         self.scope_end = ScopeEnd("failed", None, "the training could not begin")
-        self.requests.clear()
+        self.pending_requests.clear()

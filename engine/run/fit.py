@@ -57,7 +57,9 @@ class Fit:
                 return await self._run_thread()
         finally:
             learner.remove_cbs(cb for cb in temporary if any(cb is other for other in learner.cbs))
-            learner.requests.clear()
+            learner.pending_requests.clear()
+            if self._resumed is not None:
+                self._resumed.drop_checkpoint()
             learner.fitting = False
 
     def _prepare(self) -> None:
@@ -73,7 +75,7 @@ class Fit:
                 "opt_func is None, which keeps learner.opt, but that is not set: set one of them"
             )
         purposes = [plan.purpose, *(cb.fit_purpose for cb in learner.cbs)]
-        learner.begin(
+        learner.begin_fit(
             ResumableBatchReader(),
             n_epochs=plan.n_epochs,
             trains=plan.train,
@@ -119,7 +121,7 @@ class Fit:
         checkpoint = last_checkpoint(learner.cbs) if last else Checkpoint.load(resume)
         if checkpoint is None:
             return
-        learner.reader = self._resumed = ResumedBatchReader(checkpoint)
+        learner.batch_reader = self._resumed = ResumedBatchReader(checkpoint)
         learner.epochs = range(checkpoint.position.epoch, learner.n_epochs)
         learner.run_id = self._plan.run_id or checkpoint.manifest["run_id"]
 

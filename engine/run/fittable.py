@@ -34,5 +34,5 @@ class Fittable(Loop, EventSource):
     @property
     def resumed_from(self) -> Path | None:
         """The checkpoint from which the current fit, or the last one, was resumed."""
-        reader = self.reader
+        reader = self.batch_reader
         return reader.resumed_from if isinstance(reader, ResumableBatchReader) else None

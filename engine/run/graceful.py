@@ -113,7 +113,9 @@ class GracefulStop:
         self._due = math.inf
         learner, name = self._learner, self._received
         hint = "the batch is completed, but the cleanup is not"
-        if not learner.graceful_stop_due and any(r.graceful for r in tuple(learner.requests)):
+        if not learner.graceful_stop_due and any(
+            r.graceful for r in tuple(learner.pending_requests)
+        ):
             learner.stop("fit", f"received {name}", who=name)
             hint = (
                 "the batch is not completed: the fit ends at its next event, without a checkpoint"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -20,8 +19,8 @@ class MeanLoss:
         self._n_samples = 0
         self._placed = False
 
-    def add(self, event: AfterBatch) -> None:
-        """Add the loss of a batch, weighted by the size of the batch.
+    def add(self, event: AfterBatch) -> torch.Tensor:
+        """Add the loss of a batch, weighted by the size of the batch; return the loss.
 
         Raises:
             TypeError, ValueError: the loss is not a scalar tensor.
@@ -35,6 +34,7 @@ class MeanLoss:
         n = batch_size(event.learner.batch) or 1  # the size of a batch without tensors is unknown
         self._n_samples += n
         self._sum.add_(loss, alpha=n)
+        return loss
 
     def _place(self, device: torch.device) -> None:
         """Accumulate on the device of the losses, from zero or from a loaded state."""
@@ -44,6 +44,10 @@ class MeanLoss:
             self._sum = torch.zeros((), dtype=dtype, device=device)
         self._sum = self._sum.to(device)
         self._placed = True
+
+    def item(self) -> float | None:
+        """The mean so far; None before the first loss. The host waits for the device here."""
+        return None if self._sum is None else self._sum.item() / self._n_samples
 
     def mean(self) -> torch.Tensor | None:
         """The mean so far, a scalar on the device; None before the first loss."""
@@ -64,9 +68,7 @@ def _copy(total: torch.Tensor | None) -> torch.Tensor | None:
 
 
 class RecordMeanLoss(Callback):
-    """Records the mean loss of every epoch as "loss", unless another callback has recorded one."""
-
-    order = math.inf
+    """Records the mean loss of every epoch as "loss"."""
 
     def before_epoch(self, event: BeforeEpoch) -> None:
         self._loss = MeanLoss()
@@ -75,7 +77,6 @@ class RecordMeanLoss(Callback):
         self._loss.add(event)
 
     def after_epoch(self, event: AfterEpoch) -> None:
-        loss = self._loss.mean()
+        loss = self._loss.item()  # the host waits for the device here, once per epoch
         if loss is not None:
-            # The host waits for the device here, once per epoch.
-            event.learner.record.setdefault("loss", loss.item())
+            event.learner.record["loss"] = loss

@@ -152,7 +152,7 @@ class TrainingThread:
         if not self._interrupted:
             self._interrupted = True
             self._log_at = time.monotonic() + CANCEL_PATIENCE
-            self._learner.request(InterruptedFit())
+            self._learner.request_error(InterruptedFit())
         scope = self._receiver_scope
         if scope is not None and scope.shield:  # a Cleanup* receiver gets `cleanup_timeout`
             scope.deadline = min(scope.deadline, self._cleanup_deadline())
@@ -290,7 +290,7 @@ class TrainingThread:
         """Let an observer's error end the fit, or be its outcome if the training is over."""
         if self._reported is None:
             self._reported = error
-            self._learner.request(error)
+            self._learner.request_error(error)
 
     def _finish_observers(self) -> None:
         """Let the observers drain their buffers, until a deadline."""

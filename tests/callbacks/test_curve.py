@@ -272,7 +272,7 @@ def test_it_draws_every_half_second_and_once_for_a_host_that_was_busy(
 ) -> None:
     clock, cb = Clock(), LossCurveCB()
     monkeypatch.setattr(curve, "monotonic", clock)
-    learner.train = True
+    learner.trains = True
     learner.batch = None
     fit = {"learner": learner, "run_id": "r1", "time": 0.0, "n_epochs": 1}
     epoch = {"epoch": 0, "training": True, "n_iter": 60}

@@ -524,50 +524,42 @@ def test_a_terminal_that_breaks_takes_nothing_with_it(
     assert console._render_hooks == []
 
 
-def leave_open(dls: DataLoaders, backend: Backend, cb: ProgressCB, tape: Tape) -> None:
-    """A fit whose end is not heard of: the callback is detached in its middle."""
+def detach_in_the_middle(dls: DataLoaders, backend: Backend, cb: ProgressCB, tape: Tape) -> None:
+    """A fit from which the callback is detached before it ends."""
     learner = TrainLearner(nn.Linear(3, 1), dls, cbs=cb)
     wait_until_drawn(learner, tape)
 
     @learner.on(AfterEpoch, once=True)
     async def detach(event: AfterEpoch) -> None:
+        shown = Screen(tape.getvalue())
+        assert not shown.cursor
+        assert len(shown.lines) == 2
         learner.remove_cbs(cb)
 
     learner.run(1, **backend)
-    shown = Screen(tape.getvalue())
-    assert not shown.cursor
-    assert len(shown.lines) == 2
 
 
-def test_a_display_left_open_goes_when_the_callback_does(
+def test_the_display_is_removed_when_the_callback_is_detached(
     dls: DataLoaders, backend: Backend
 ) -> None:
     tape = Tape()
     console = terminal(tape)
-    leave_open(dls, backend, ProgressCB(console), tape)
-    gc.collect()
+    cb = ProgressCB(console)
+    detach_in_the_middle(dls, backend, cb, tape)
     shown = Screen(tape.getvalue())
     assert shown.lines == []
     assert shown.cursor
     assert console._live_stack == []
-
-
-def test_a_display_left_open_goes_when_asked_to(dls: DataLoaders, backend: Backend) -> None:
-    tape = Tape()
-    cb = ProgressCB(terminal(tape))
-    leave_open(dls, backend, cb, tape)
-    cb.close()
     cb.close()
     assert Screen(tape.getvalue()).lines == []
-    assert Screen(tape.getvalue()).cursor
 
 
-def test_a_display_left_open_goes_when_the_next_fit_begins(
+def test_a_callback_that_was_detached_shows_the_next_fit(
     dls: DataLoaders, backend: Backend
 ) -> None:
     tape = Tape()
     cb = ProgressCB(terminal(tape))
-    leave_open(dls, backend, cb, tape)
+    detach_in_the_middle(dls, backend, cb, tape)
     TrainLearner(nn.Linear(3, 1), dls, cbs=[cb, Score()]).run(2, **backend)
     assert Screen(tape.getvalue()).lines == [*TABLE, "completed 2 epochs"]
     assert Screen(tape.getvalue()).cursor

@@ -8,7 +8,7 @@ from functools import partialmethod
 from typing import Any
 
 import pytest
-from eventrain.callbacks import MetricsCB
+from eventrain.callbacks import LossCurveCB, MetricsCB, ProgressCB, RecordCB, TensorBoardCB
 from eventrain.engine import DataLoaders, TrainLearner
 from eventrain.events import (
     AfterBatch,
@@ -27,8 +27,10 @@ from eventrain.events import (
     GetLoss,
     Predict,
     StepEvent,
+    Watcher,
     record_events,
 )
+from structlog.testing import capture_logs
 
 
 def make_callback(name: str, value: Any = None) -> type[Callback]:
@@ -279,6 +281,12 @@ def test_a_misspelt_hook_of_a_subclass_is_refused() -> None:
             def befor_epoch(self, event: BeforeEpoch) -> None: ...
 
 
+@pytest.mark.parametrize("name", ["preditc", "backwrd", "get_los", "zero_grd"])
+def test_a_misspelt_action_is_refused_whatever_its_parameter_is_called(name: str) -> None:
+    with pytest.raises(TypeError, match="did you mean"):
+        make_callback(name, lambda self, x: None)
+
+
 @pytest.mark.parametrize("name", ["steps", "events", "backwards", "predicts", "step_events"])
 def test_a_method_may_have_a_name_close_to_a_short_hook(name: str) -> None:
     make_callback(name, lambda self: None)
@@ -329,6 +337,22 @@ def test_the_annotation_tells_which_of_two_event_classes_a_method_receives(
     assert [type(event) for event in heard] == [second]
 
 
+def test_an_optional_annotation_and_a_partial_method_tell_it_as_well(
+    learner: TrainLearner,
+) -> None:
+    first, second = map(package_with_after_save, ("first", "second"))
+
+    def after_save(self: Any, n: int, event: Event | None) -> None:
+        heard.append(event)
+
+    after_save.__annotations__["event"] = second | None
+    heard: list[Event | None] = []
+    learner.add_cbs(make_callback("after_save", partialmethod(after_save, 1))())
+    learner.emit(first)
+    learner.emit(second)
+    assert [type(event) for event in heard] == [second]
+
+
 def test_a_second_event_class_that_comes_later_is_noticed_when_the_callback_is_attached(
     learner: TrainLearner,
 ) -> None:
@@ -347,6 +371,92 @@ def test_the_callbacks_of_the_library_receive_its_own_events_whatever_others_def
     dataclass(frozen=True, slots=True, eq=False)(type("AfterBatch", (BatchEvent,), namespace))
     learner.add_cbs(MetricsCB())
     assert learner.run(1, valid=False).history[0]["loss"] > 0
+
+
+# ---------------------------------------------------------------------------------- watchers
+
+
+@pytest.mark.parametrize("name", ["wants", "observe"])
+@pytest.mark.parametrize("base", [RecordCB, TensorBoardCB, ProgressCB, LossCurveCB])
+def test_an_override_that_a_watcher_bypasses_is_refused(base: type[Callback], name: str) -> None:
+    with pytest.raises(TypeError, match=rf"Mine\.{name} would never be called: .*watcher\(event\)"):
+        type("Mine", (base,), {name: lambda self, event: True})
+
+
+def test_an_override_is_accepted_where_the_class_has_a_watcher_of_its_own() -> None:
+    class Mine(RecordCB):
+        def watcher(self, event: Event) -> Watcher:
+            return self  # type: ignore[return-value]
+
+        def observe(self, event: Event) -> None: ...
+
+        def write(self, record: dict[str, Any]) -> None: ...
+
+
+def generator(self: Callback, event: Event) -> Any:
+    yield event
+
+
+@pytest.mark.parametrize("observe", [generator, lambda self: None], ids=["generator", "no event"])
+def test_an_observe_that_cannot_receive_events_is_refused_when_attached(
+    learner: TrainLearner, observe: Any
+) -> None:
+    callback = type("Mine", (Callback,), {"observes": (AfterBatch,), "observe": observe})()
+    with pytest.raises(TypeError, match=r"generator|cannot receive AfterBatch"):
+        learner.add_cbs(callback)
+    assert learner.cbs == ()
+
+
+def test_the_watcher_of_a_fit_is_closed_after_its_last_event(learner: TrainLearner) -> None:
+    said: list[str] = []
+
+    class OneFit:
+        def wants(self, event: Event) -> bool:
+            return True
+
+        def observe(self, event: Event) -> None:
+            said.append(type(event).__name__)
+
+        async def close(self) -> None:
+            said.append("close")
+
+    class Mine(Callback):
+        observes = (BeforeFit, CleanupFit)
+
+        def watcher(self, event: Event) -> Watcher:
+            said.append("made")
+            return OneFit()
+
+    learner.add_cbs(Mine())
+    for _ in range(2):
+        learner.run(1, valid=False)
+    assert said == ["made", "BeforeFit", "CleanupFit", "close"] * 2
+
+
+def test_a_watcher_that_cannot_be_closed_is_logged_and_does_not_end_the_fit(
+    learner: TrainLearner,
+) -> None:
+    class OneFit:
+        def wants(self, event: Event) -> bool:
+            return True
+
+        def observe(self, event: Event) -> None: ...
+
+        async def close(self) -> None:
+            raise OSError("disk full")
+
+    class Mine(Callback):
+        observes = (BeforeFit,)
+
+        def watcher(self, event: Event) -> Watcher:
+            return OneFit()
+
+    with capture_logs() as logs:
+        result = learner.run(1, valid=False, cbs=Mine())
+    assert result.status == "completed"
+    assert [(line["event"], line["observer"]) for line in logs] == [
+        ("observer_failed", f"{Mine.__qualname__}.observe")
+    ]
 
 
 def test_a_hook_of_all_actions_is_refused_as_no_receiver_can_have_it() -> None:

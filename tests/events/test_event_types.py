@@ -7,7 +7,7 @@ import math
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import FrozenInstanceError, dataclass, fields, is_dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import anyio
 import anyio.lowlevel
@@ -418,6 +418,27 @@ class WithPostInit(BatchEvent):
     def __post_init__(self) -> None:
         if self.n_samples > 4:
             raise ValueError("more than one batch")
+
+
+class WithInit(BatchEvent):
+    """Has a constructor of its own."""
+
+    __slots__ = ()
+    made: ClassVar[list[int]] = []
+
+    def __init__(self, *values: Any) -> None:
+        super().__init__(*values)
+        self.made.append(self.iter)
+
+
+def test_the_constructor_of_a_batch_event_of_ones_own_is_called(
+    dls: DataLoaders, make_model: Any
+) -> None:
+    learner = TrainLearner(make_model(), dls)
+    learner.on(BeforeStep)(lambda event: event.learner.emit(WithInit))
+    learner.on(WithInit)(lambda event: None)
+    learner.run(1, valid=False)
+    assert WithInit.made == [0, 1, 2]
 
 
 @pytest.mark.parametrize("event_type", [WithDict, WithDefault])

@@ -374,9 +374,9 @@ async def test_a_cancel_of_the_host_does_not_wait_for_it(learner: TrainLearner, 
             token = anyio.lowlevel.current_token()
 
             def cancel() -> None:
-                waiting = len(learner.requests)
+                waiting = len(learner.pending_requests)
                 anyio.from_thread.run_sync(scope.cancel, token=token)
-                wait_until(lambda: len(learner.requests) > waiting)
+                wait_until(lambda: len(learner.pending_requests) > waiting)
 
             steps = [lambda: stop(learner), cancel]
             both = steps if first == "graceful" else steps[::-1]
@@ -402,7 +402,7 @@ async def test_a_cancel_of_the_host_in_the_cleanup_that_precedes_it_is_not_swall
             def cancel(event: CleanupBatch) -> None:
                 assert learner.graceful_stop_due
                 anyio.from_thread.run_sync(scope.cancel, token=token)
-                wait_until(lambda: len(learner.requests) == 2)
+                wait_until(lambda: len(learner.pending_requests) == 2)
 
             await learner.fit(2, cbs=At(2, lambda: stop(learner)))
     assert scope.cancelled_caught

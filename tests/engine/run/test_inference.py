@@ -20,6 +20,8 @@ from eventrain.callbacks import (
 )
 from eventrain.engine import DataLoaders, Learner, TrainLearner
 from eventrain.events import (
+    AfterBatch,
+    AfterEpoch,
     AfterPredict,
     BeforeBatch,
     BeforeFit,
@@ -123,6 +125,20 @@ async def test_validate_uses_the_metrics_that_are_attached(learner: TrainLearner
     assert numbers == {k: pytest.approx(v, rel=1e-6) for k, v in expected.items()}
     assert metrics.history[-1] == {"epoch": 0, "train": "eval", **numbers}
     assert len(metrics.history) == 3
+
+
+async def test_validate_adds_no_loss_to_what_a_metrics_callback_of_ones_own_records(
+    learner: TrainLearner,
+) -> None:
+    class OnlyTheSize(MetricsCB):
+        def after_batch(self, event: AfterBatch) -> None: ...
+
+        def after_epoch(self, event: AfterEpoch) -> None:
+            event.learner.record["samples"] = event.learner.n_samples
+
+    learner.add_cbs(OnlyTheSize())
+    samples = sum(len(x) for x, _ in learner.dls.valid)
+    assert await learner.validate() == {"samples": samples}
 
 
 async def test_validate_on_another_loader(learner: TrainLearner, digits: Digits) -> None:

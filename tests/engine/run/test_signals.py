@@ -221,7 +221,7 @@ def test_a_second_ctrl_c_is_a_keyboard_interrupt(
         send(signal.SIGINT)
         wait_until(lambda: learner.stopping)
         send(signal.SIGINT)
-        wait_until(lambda: len(learner.requests) == 2)
+        wait_until(lambda: len(learner.pending_requests) == 2)
 
     own = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:

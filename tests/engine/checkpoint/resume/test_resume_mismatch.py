@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from eventrain.callbacks import (
     MetricsCB,
 )
 from eventrain.engine import (
+    Checkpoint,
     CheckpointMismatchError,
     TrainLearner,
 )
@@ -148,6 +151,25 @@ def test_in_the_middle_of_an_epoch_other_data_is_refused(in_the_middle: Path) ->
     with pytest.raises(CheckpointMismatchError, match=told):
         learner.run(EPOCHS, resume=in_the_middle)
     assert_same(traces(learner), before)
+
+
+def test_a_refused_checkpoint_is_not_kept_in_memory(
+    in_the_middle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = []
+    load = Checkpoint.load
+
+    def spy(path: Path) -> Checkpoint:
+        checkpoint = load(path)
+        loaded.append(weakref.ref(checkpoint.state["model"]["0.weight"]))
+        return checkpoint
+
+    monkeypatch.setattr(Checkpoint, "load", spy)
+    learner = make_learner(dls=make_dls([(torch.ones(4, 64), torch.zeros(4).long())] * 6))
+    with pytest.raises(CheckpointMismatchError):
+        learner.run(EPOCHS, resume=in_the_middle)
+    gc.collect()  # the traceback of the error has referred to it
+    assert [reference() for reference in loaded] == [None]
 
 
 def test_between_two_epochs_other_data_is_taken(done: Path) -> None:
