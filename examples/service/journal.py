@@ -52,7 +52,7 @@ class Journal:
         self._notify()
 
     def end(self) -> None:
-        """Accept no more records: followers end when they have read those that are held."""
+        """Mark it as complete: followers end when they have read the messages that are held."""
         self.ended = True
         self._notify()
 

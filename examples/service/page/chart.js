@@ -4,7 +4,7 @@ import { $, fill, say } from "./dom.js";
 
 const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 
-const DASH = [6, 4].map((length) => length * devicePixelRatio); // uPlot does not scale it
+const DASH = [6, 4].map((length) => length * devicePixelRatio); // uPlot scales everything else
 
 const LINES = {
   batch: { stroke: () => colour("--batch"), width: 1, points: { show: false } },
