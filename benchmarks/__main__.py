@@ -1,7 +1,7 @@
 """Run a benchmark: python -m benchmarks NAME [--json FILE].
 
-Prints a markdown table; figures are ratios or differences measured in turn in one run, because
-absolute times mean little on a shared machine.
+Prints markdown tables. Figures are ratios or differences of contenders that took turns in one run,
+because absolute times mean little on a shared machine.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ BENCHMARKS = {
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure what was asked for, and tell it."""
+    """Run the chosen benchmark, and print its report."""
     parser = argparse.ArgumentParser(prog="benchmarks", description=__doc__)
     which = parser.add_subparsers(dest="name", required=True, metavar="NAME")
     for name, module in BENCHMARKS.items():
         about = (module.__doc__ or "").partition("\n")[0]
         sub = which.add_parser(name, help=about, description=module.__doc__)
-        sub.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
+        sub.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
         module.add_arguments(sub)
     args = parser.parse_args(argv)
     report = BENCHMARKS[args.name].run(args)

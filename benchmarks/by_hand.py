@@ -1,4 +1,4 @@
-"""What is trained, and the loops written by hand that the others are compared with."""
+"""The tasks, and the loops written by hand that the contenders are compared with."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ CALLS = 8
 
 @dataclass
 class Task:
-    """What to train, and on what.
+    """A model to train, its batches, and its loss.
 
     Attributes:
-        classes: how many, where targets are labels and the metric is the accuracy; 0 where they
-            are numbers and it is the mean squared error.
+        classes: how many there are, if the targets are labels and the metric is the accuracy; 0
+            if the targets are numbers and the metric is the mean squared error.
         opt: plain SGD.
     """
 
@@ -40,7 +40,7 @@ class Task:
 
 
 class Outcome(NamedTuple):
-    """How long the loop took, and the "loss" and "metric" that were measured in it."""
+    """How long the loop took, and the "loss" and "metric" measured in it."""
 
     seconds: float
     numbers: Mapping[str, Any] = {}
@@ -104,7 +104,7 @@ def by_hand_with_mean(task: Task) -> Outcome:
 
 
 def by_hand_with_metric(task: Task) -> Outcome:
-    """Plain PyTorch that updates this and a metric of the predictions."""
+    """Plain PyTorch that updates the same Mean, and a metric of the predictions, every batch."""
     model, opt, loss_func = task.model, task.opt, task.loss_func
     mean, metric = torcheval(task)
     start = time.perf_counter()
@@ -122,12 +122,12 @@ def by_hand_with_metric(task: Task) -> Outcome:
 
 
 def empty_function() -> Callable[[object], None]:
-    """A new one every time."""
+    """Return a new function on each call."""
     return lambda event: None
 
 
 def torcheval(task: Task) -> tuple[Any, Any]:
-    """Torcheval's mean of the loss, and its metric."""
+    """Return torcheval's mean of the loss, and its metric."""
     device = task.batches[0][0].device
     metric = MulticlassAccuracy if task.classes else MeanSquaredError
     return Mean(device=device), metric(device=device)

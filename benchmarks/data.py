@@ -1,12 +1,13 @@
-"""How many images a second the loaders hand out, alone and with the post's CNN training beside.
+"""Images per second that the loaders yield, alone and while the post's CNN trains on them.
 
-One pass over Fashion-MNIST in shuffled batches of 64: the post's own DataLoader, which makes an
-image at a time, against loaders that take whole batches. Those said to hand out the same batches
-"to the bit" are held against the post's DataLoader before anything is timed, through the whole
-pass, in order; those that train must end with its weights. Loaders are made before the clock
-starts. Where there is a GPU all is measured once more with the batches copied, or kept, there.
+One pass over Fashion-MNIST in shuffled batches of 64: the post's own DataLoader, which makes one
+image at a time, against loaders that make whole batches. Before anything is timed, the batches of
+loaders listed with the same batches "to the bit" are compared with those of the post's DataLoader,
+in order, through the whole pass; trainings with them must end with its weights. Loaders are created
+before the clock starts. If there is a GPU, everything is measured again with the batches copied to
+it, or kept there.
 
-Where other work keeps the cores busy, threads that share one operation wait for each other, for
+If other work keeps the cores busy, threads that share one operation wait for each other, for
 milliseconds in operations of microseconds. OMP_NUM_THREADS=1 in the environment avoids that.
 """
 
@@ -41,7 +42,7 @@ Loader = Iterable[Any]
 
 
 class Copied:
-    """A loader whose batches are copied as the post's DeviceCB does it."""
+    """A loader whose batches are copied to a device as by the post's DeviceCB."""
 
     def __init__(self, loader: Loader, device: str) -> None:
         self.loader, self.device = loader, device
@@ -52,7 +53,7 @@ class Copied:
 
 
 class ByHand:
-    """The least there is to do: whole tensors, ready for the model, by the indices of a batch."""
+    """The least possible work: index whole tensors, ready for the model, for each batch."""
 
     def __init__(self, data: FashionMNIST, device: str) -> None:
         self.images = data.data[:, None].float().div(255).sub(0.5).div(0.5).to(device)
@@ -64,33 +65,33 @@ class ByHand:
 
 
 def of_the_post(data: FashionMNIST, device: str, num_workers: int = 0) -> Loader:
-    """The post's DataLoader."""
+    """Return the post's DataLoader."""
     loader = DataLoader(data, batch_size=BATCH_SIZE, shuffle=True, num_workers=num_workers)
     return loader if device == "cpu" else Copied(loader, device)
 
 
 def ahead(data: FashionMNIST, device: str) -> Loader:
-    """The same, read ahead in a thread, which copies, too."""
+    """Return the same, read ahead in a thread, which also copies the batches."""
     return Prefetcher(of_the_post(data, "cpu"), None if device == "cpu" else device)
 
 
 def from_dataset(data: FashionMNIST, device: str) -> Loader:
-    """What the engine makes of the post's dataset."""
-    with capture_logs():  # of the way that it took
+    """Return the engine's loader for the post's dataset."""
+    with capture_logs():  # about the way that it chose
         loader = DataLoaders.from_dataset(data, None, BATCH_SIZE, device=device).train
     assert loader is not None
     return loader
 
 
 def tensors(data: FashionMNIST, device: str) -> Loader:
-    """Bytes in memory, and a transform of whole batches."""
+    """Return a TensorLoader of bytes in memory, with a transform of whole batches."""
     both = data.data[:, None], data.targets
     made = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize((0.5,), (0.5,))])
     return TensorLoader(*both, batch_size=BATCH_SIZE, shuffle=True, transform=made, device=device)
 
 
 POST, FROM_DATASET = "the post's DataLoader", "DataLoaders.from_dataset"
-# The second is in how far the batches are those of the post's DataLoader.
+# The second value says how far the batches equal those of the post's DataLoader.
 CONTENDERS: dict[str, tuple[Callable[[FashionMNIST, str], Loader], str]] = {
     POST: (of_the_post, BITS),
     f"{POST}, again": (of_the_post, BITS),
@@ -104,22 +105,22 @@ TRAINED = [name for name, (_, same) in CONTENDERS.items() if same == BITS]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Its options."""
+    """Add the options."""
     add_data_arguments(parser)
     parser.add_argument("--repeats", type=int, default=5, metavar="N")
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
-    """Those that choose the images."""
-    parser.add_argument("--data", type=Path, default=Path("data"), help="folder of Fashion-MNIST")
-    parser.add_argument("--images", type=int, metavar="N", help="no more than these of a part")
+    """Add the options that select the images."""
+    parser.add_argument("--data", type=Path, default=Path("data"), help="folder with Fashion-MNIST")
+    parser.add_argument("--images", type=int, metavar="N", help="use at most N images of each part")
 
 
 def fashion_mnist(args: argparse.Namespace, train: bool) -> FashionMNIST:
-    """The post's dataset: the part to train on, or the other.
+    """Return the post's dataset: its part for training, or the other one.
 
     Raises:
-        SystemExit: it is not there.
+        SystemExit: if it is not there.
     """
     transform = T.Compose([T.ToTensor(), T.Normalize((0.5,), (0.5,))])
     try:
@@ -135,12 +136,12 @@ def fashion_mnist(args: argparse.Namespace, train: bool) -> FashionMNIST:
 
 
 def run(args: argparse.Namespace) -> Report:
-    """Hold the batches against each other; then time the loaders, on every device."""
+    """Compare the batches, then time the loaders, on every device."""
     data, report = fashion_mnist(args, train=True), Report("data")
     about = f"{len(data)} images in batches of {BATCH_SIZE}, {args.repeats} repeats in turn"
     for device in ("cpu", "cuda"):
         if device == "cuda" and not torch.cuda.is_available():
-            report.notes.append("Left out: batches copied to a GPU or kept there; there is none.")
+            report.notes.append("Left out: batches copied to a GPU or kept there, for lack of one.")
             continue
         loaders = {name: make(data, device) for name, (make, _) in CONTENDERS.items()}
         torch.manual_seed(SEED)
@@ -163,20 +164,20 @@ def run(args: argparse.Namespace) -> Report:
 
 
 def _check(name: str, loader: Loader, right: list[Any]) -> None:
-    """See that it hands out what it is said to, from the same random state."""
+    """Check that a loader yields the batches that it should, from the same random state."""
     same = CONTENDERS[name][1]
     if same == REORDERED:
         return
     atol = 0 if same == BITS else 1e-6
     torch.manual_seed(SEED)
     for i, (batch, expected) in enumerate(zip(loader, right, strict=True)):
-        message = f"{name}: batch {i} is not {same} that of {POST}"
+        message = f"{name}: batch {i} does not match that of {POST} {same}"
         torch.testing.assert_close([*batch], [*expected], rtol=0, atol=atol, msg=message)
 
 
 def _rate(work: Callable[[], None], n: int) -> float:
-    """Images a second; every turn draws the same order."""
-    gc.collect()  # what the one before has left
+    """Return images per second; every turn draws the same order."""
+    gc.collect()  # garbage of the previous turn
     torch.manual_seed(SEED)
     start = time.perf_counter()
     work()
@@ -191,7 +192,7 @@ def _read(loader: Loader) -> None:
 
 
 def _train(name: str, loader: Any, device: str, weights: dict[str, torch.Tensor]) -> None:
-    """The first one's weights are kept, and the others must end with them."""
+    """Train, and keep the weights of the first contender, which the others must end with."""
     model = get_model().to(device)
     with torch.backends.cudnn.flags(enabled=True, deterministic=True):
         by_hand(Task(model, loader, F.cross_entropy, classes=10))

@@ -1,12 +1,12 @@
-"""How long the post's whole training takes, by hand and by eventrain, and what makes it shorter.
+"""The duration of the post's whole training, by hand and with eventrain, and ways to shorten it.
 
 Epochs of the post's CNN on Fashion-MNIST, training and validation, with SGD, the post's momentum,
-the accuracy and the mean loss; by hand they are measured as the post does it. The clock takes in
-the making of the loaders. The first table has what must come to the same: weights to the bit,
-accuracies exactly, losses within 1e-4. The second has what may change the numbers. All have
-trained once before: that first fit, which compiles what is to be compiled, has its own column.
+the accuracy and the mean loss; by hand they are measured as in the post. The time includes the
+creation of the loaders. The contenders of the first table must have the same results: weights to
+the bit, accuracies exactly, losses within 1e-4. Those of the second may change the results. All
+have trained once before: that first fit, which includes any compilation, has its own column.
 
-What `benchmarks.overhead` says of glibc, and `benchmarks.data` of busy cores, holds here, too.
+The remarks in `benchmarks.overhead` on glibc, and in `benchmarks.data` on busy cores, apply here.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ Contender = tuple[Load, Train]
 
 
 class Fit(NamedTuple):
-    """How long it took, what was measured in it, and the weights that it ended with."""
+    """The duration of a fit, its metrics, and its final weights."""
 
     seconds: float
     numbers: Numbers
@@ -60,19 +60,19 @@ class Fit(NamedTuple):
 
 
 def of_the_post(train: FashionMNIST, valid: FashionMNIST, device: str) -> DataLoaders:
-    """The post's own loaders."""
+    """Return the post's own loaders."""
     shuffled = DataLoader(train, BATCH_SIZE, shuffle=True)
     return DataLoaders(shuffled, DataLoader(valid, BATCH_SIZE))
 
 
 def from_dataset(train: FashionMNIST, valid: FashionMNIST, device: str) -> DataLoaders:
-    """What the engine makes of the same datasets."""
-    with capture_logs():  # of the way that it took
+    """Return the engine's loaders for the same datasets."""
+    with capture_logs():  # about the way that it chose
         return DataLoaders.from_dataset(train, valid, BATCH_SIZE, device=device)
 
 
 def by_hand(model: nn.Module, dls: DataLoaders, device: str, epochs: int) -> Numbers:
-    """The post's loop in plain PyTorch, and its metrics, which copy every batch to the CPU."""
+    """Train with the post's loop in plain PyTorch; its metrics copy every batch to the CPU."""
     opt, mean, metric = torch.optim.SGD(model.parameters(), LR), Mean(), MulticlassAccuracy()
     numbers: Numbers = []
     model.to(device)
@@ -99,7 +99,7 @@ def by_hand(model: nn.Module, dls: DataLoaders, device: str, epochs: int) -> Num
 
 
 def eventrain(*cbs: Callable[[], Callback]) -> Train:
-    """The MomentumLearner, with MetricsCB, DeviceCB, and what else is given."""
+    """Return the training of a MomentumLearner with MetricsCB, DeviceCB, and other callbacks."""
 
     def train(model: nn.Module, dls: DataLoaders, device: str, epochs: int) -> Numbers:
         metrics = MetricsCB(accuracy=MulticlassAccuracy())
@@ -128,15 +128,15 @@ CHANGED_ON_CUDA = {"channels last and bf16": (from_dataset, eventrain(ChannelLas
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Its options."""
+    """Add the options."""
     add_data_arguments(parser)
     parser.add_argument("--epochs", type=int, default=2, metavar="N")
     parser.add_argument("--repeats", type=int, default=5, metavar="N")
-    parser.add_argument("--device", default="cpu", help="by default cpu")
+    parser.add_argument("--device", default="cpu", help="default: cpu")
 
 
 def run(args: argparse.Namespace) -> Report:
-    """Train with all of them."""
+    """Train with all contenders."""
     data = fashion_mnist(args, train=True), fashion_mnist(args, train=False)
     changed = CHANGED | (CHANGED_ON_CUDA if args.device.startswith("cuda") else {})
     report, first, turns = Report("endtoend"), dict[str, Fit](), dict[str, Callable[[], float]]()
@@ -174,7 +174,7 @@ def run(args: argparse.Namespace) -> Report:
 def _fit(
     load: Load, fit: Train, train: FashionMNIST, valid: FashionMNIST, device: str, epochs: int
 ) -> Fit:
-    gc.collect()  # what the one before has left
+    gc.collect()  # garbage of the previous turn
     torch.manual_seed(SEED)
     model = get_model()
     start = time.perf_counter()
@@ -187,7 +187,7 @@ def _fit(
 
 
 def _turn(name: str, train: Callable[[], Fit], right: Fit | None) -> float:
-    """Seconds of a fit, which must come to the same as `right`."""
+    """Return the seconds of a fit, whose results must be those of `right`."""
     fit = train()
     if right is None:
         return fit.seconds

@@ -1,6 +1,6 @@
-"""One contender of `benchmarks.memory` that trains long, in a process of its own.
+"""One contender of `benchmarks.memory` that trains for long, in a process of its own.
 
-Tells as JSON what the process had after a tenth of the batches, and at the end.
+Prints as JSON the memory of the process after a tenth of the batches, and at the end.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def by_hand(task: Task, tenth: int, look: Look) -> None:
 
 
 def eventrain(task: Task, tenth: int, look: Look) -> None:
-    """With MetricsCB, an observer of every event, and a stream of them that nobody reads."""
+    """With MetricsCB, an observer of every event, and a stream of all events that nobody reads."""
     learner = TrainLearner(task.model, DataLoaders(task.batches), task.loss_func, LR, MetricsCB())
     learner.observe(lambda event: None, Event)
     learner.events(Event).open()
@@ -48,7 +48,7 @@ CONTENDERS = {"by hand": by_hand, "eventrain, MetricsCB and observers": eventrai
 
 
 def growth(name: str, batches: int) -> dict[str, Any]:
-    """MB in memory, and objects: allocated blocks, and those that Python's collector knows."""
+    """Return MB in memory, allocated blocks, and objects tracked by the garbage collector."""
     torch.manual_seed(0)
     task = linear(batches)
     seen: list[tuple[float, int, int]] = []
@@ -64,7 +64,7 @@ def growth(name: str, batches: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Print what one of them had."""
+    """Print the memory of one contender."""
     name, batches = sys.argv[1:]
     print(json.dumps(growth(name, int(batches))))
 

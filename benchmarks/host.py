@@ -22,11 +22,11 @@ BACKENDS: dict[str, dict[str, Any]] = {
 }
 
 
-async def tick_beside(work: Callable[[], Awaitable[object]], late: list[float]) -> float:
-    """Tick until `work` is done; by how many seconds each was late goes into `late`.
+async def tick_during(work: Callable[[], Awaitable[object]], late: list[float]) -> float:
+    """Tick until `work` is done, and add to `late` by how many seconds each tick was late.
 
     Returns:
-        The most so far.
+        The largest value of `late`.
     """
 
     async def tick() -> None:
@@ -42,10 +42,10 @@ async def tick_beside(work: Callable[[], Awaitable[object]], late: list[float]) 
     return max(late, default=0.0)
 
 
-def emptied(learner: TrainLearner, n: int, backend: dict[str, Any]) -> float:
-    """Events a second that the one observer of `learner` takes out of a buffer of `n`.
+def delivery_rate(learner: TrainLearner, n: int, backend: dict[str, Any]) -> float:
+    """Return how many events per second the only observer of `learner` takes from a buffer of `n`.
 
-    Nothing else runs meanwhile, so it is the most that the host can take.
+    Nothing else runs at the same time, so this is the most that the host can take.
     """
     (observer,) = learner.streams
     assert isinstance(observer, Observer)
@@ -68,7 +68,7 @@ async def _deliver(observer: Observer[Any]) -> None:
 
 
 def milliseconds(values: Sequence[float], *quantiles: float) -> list[Cell]:
-    """Quantiles of seconds, in milliseconds; None where there are no values.
+    """Return quantiles of seconds in milliseconds; None if there are no values.
 
     Example:
         >>> milliseconds([0.003, 0.001, 0.002], 0.5, 1)

@@ -1,7 +1,7 @@
 """Whether the engine keeps more in memory than a loop by hand: its peak, and its growth.
 
-Each contender trains in a process of its own. A batch, its predictions and its graph are large,
-so that whatever is kept for too long shows.
+Each contender trains in a process of its own. A batch, its predictions and its graph are large, so
+that anything kept for too long is visible.
 """
 
 from __future__ import annotations
@@ -23,26 +23,26 @@ from .report import Report, Table, interleaved, over
 
 ROOT = Path(__file__).parents[1]
 FILL = 0.8
-"""Of the device's memory."""
+"""Fraction of the device's memory."""
 FILLING = (PLAIN, "eventrain", "eventrain, MetricsCB")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Its options."""
+    """Add the options."""
     default = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", default=default, help=f"by default {default}")
-    parser.add_argument("--rows", type=int, default=32, metavar="N", help="samples a batch")
-    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="of the peaks")
-    parser.add_argument("--batches", type=int, default=100_000, metavar="N", help="of the growth")
-    parser.add_argument("--only", nargs="+", default=[""], metavar="NAME", help="names, or parts")
+    parser.add_argument("--device", default=default, help=f"default: {default}")
+    parser.add_argument("--rows", type=int, default=32, metavar="N", help="samples per batch")
+    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="for the peaks")
+    parser.add_argument("--batches", type=int, default=100_000, metavar="N", help="for the growth")
+    parser.add_argument("--only", nargs="+", default=[""], metavar="NAME", help="parts of names")
 
 
 def run(args: argparse.Namespace) -> Report:
     """Measure the peaks, the growth, and what fits on a device."""
     if not Path("/proc/self/clear_refs").exists():
-        raise SystemExit("memory is read in /proc, which only Linux has")
+        raise SystemExit("memory is read from /proc, which only Linux has")
     if args.batches % 10:
-        raise SystemExit(f"--batches {args.batches}: a tenth of them is to be a whole number")
+        raise SystemExit(f"--batches {args.batches}: give a multiple of 10")
     report = Report("memory")
     _peaks(args, report)
     _growth(args.batches, report)
@@ -66,11 +66,11 @@ def _peaks(args: argparse.Namespace, report: Report) -> None:
         table.rows.append((name, min(measured), base, *over(measured, peaks[base])))
     report.tables.append(table)
     mb = ", ".join(f"{what} {size:.0f}" for what, size in sizes(args.rows).items())
-    report.notes.append(f"MB of what there is to be kept: {mb}.")
+    report.notes.append(f"Sizes in MB of objects that could be kept: {mb}.")
 
 
 def _peak(name: str, rows: int, device: str, weights: dict[str, str]) -> float:
-    """MB; the weights must be those of the loop that it is compared with."""
+    """Return MB; the weights must be those of the loop that it is compared with."""
     most, digest = _alone(memory_of, name, rows, 3, device)
     base = CONTENDERS[name].base
     assert weights.setdefault(base, digest) == digest, f"{name} ends with other weights"
@@ -93,7 +93,7 @@ def _growth(batches: int, report: Report) -> None:
 def _filled(args: argparse.Namespace, report: Report) -> None:
     """A model whose loop by hand fills most of a GPU must fit there with the engine, too."""
     if args.device == "cpu":
-        report.notes.append("Left out: a model that fills most of a GPU, as none was asked for.")
+        report.notes.append("Left out: a model that fills most of a GPU, as --device is cpu.")
         return
     whole = torch.cuda.get_device_properties(args.device).total_memory / memory_of.MB
     weights: dict[str, str] = {}
@@ -108,11 +108,11 @@ def _filled(args: argparse.Namespace, report: Report) -> None:
 
 
 def _alone(module: Any, *arguments: object) -> Any:
-    """What a module prints as JSON when it runs in a process of its own."""
+    """Run a module in a process of its own, and return what it prints as JSON."""
     process = subprocess.run(
         [sys.executable, "-m", module.__name__, *map(str, arguments)],
         cwd=ROOT,
-        # With a fixed threshold the C library gives every large block back when it is freed.
+        # With a fixed threshold the C library returns every large block when it is freed.
         env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "1000000"},
         stdout=subprocess.PIPE,
         text=True,

@@ -1,7 +1,6 @@
-"""One contender of `benchmarks.memory`, in a process of its own; tells what it saw as JSON.
+"""One contender of `benchmarks.memory`, in a process of its own; prints its results as JSON.
 
-Its batches are made when they are asked for, and nobody else holds them: what is alive is what
-the loop keeps.
+Batches are created on request, and nothing else holds them: only the loop keeps them alive.
 """
 
 from __future__ import annotations
@@ -52,14 +51,14 @@ class Loader:
 
 
 def wide_model(device: str) -> nn.Module:
-    """Wide at both ends, so that each thing kept is large, and narrow between, so it is quick."""
+    """Return a model that is wide at its ends, so that tensors are large, but quick to train."""
     torch.manual_seed(0)
     layers = nn.PReLU(), nn.Linear(WIDTH, HIDDEN), nn.Linear(HIDDEN, 2 * WIDTH)
     return nn.Sequential(*layers).to(device)
 
 
 def sizes(rows: int) -> dict[str, float]:
-    """What there is of it to be kept, in MB."""
+    """Return the sizes of objects that a loop could keep, in MB."""
     row = WIDTH * 4 / MB
     return {
         "parameters": 3 * HIDDEN * row,
@@ -74,9 +73,9 @@ def sizes(rows: int) -> dict[str, float]:
 
 
 def by_hand(model: nn.Module, loader: Loader) -> None:
-    """Plain PyTorch, with a name for the predictions, as metrics need.
+    """Plain PyTorch, with a variable for the predictions, as metrics need.
 
-    It makes each batch ready, which does nothing to one that is.
+    It converts each batch, which does nothing to one that needs no conversion.
     """
     opt = torch.optim.SGD(model.parameters(), LR)
     device = next(model.parameters()).device
@@ -91,7 +90,7 @@ def by_hand(model: nn.Module, loader: Loader) -> None:
 
 
 def by_hand_nameless(model: nn.Module, loader: Loader) -> None:
-    """Plain PyTorch whose predictions have no name, and so end with their graph."""
+    """Plain PyTorch without a variable for the predictions, which are freed with their graph."""
     opt = torch.optim.SGD(model.parameters(), LR)
     model.train()
     for x, y in loader:
@@ -102,7 +101,7 @@ def by_hand_nameless(model: nn.Module, loader: Loader) -> None:
 
 
 def by_hand_skipping(model: nn.Module, loader: Loader) -> None:
-    """Plain PyTorch that leaves every second batch, from the first, after its loss."""
+    """Plain PyTorch that skips the rest of every second batch, from the first, after its loss."""
     opt = torch.optim.SGD(model.parameters(), LR)
     model.train()
     skip = False
@@ -132,7 +131,7 @@ def by_hand_validating(model: nn.Module, loader: Loader) -> None:
 def eventrain(
     prepare: Callable[[TrainLearner], object], training: bool = True
 ) -> Callable[[nn.Module, Loader], None]:
-    """A TrainLearner that `prepare` has attached something to."""
+    """Return the training of a TrainLearner to which `prepare` attaches something."""
 
     def run(model: nn.Module, loader: Loader) -> None:
         learner = TrainLearner(model, DataLoaders(loader, loader), lr=LR)
@@ -152,19 +151,19 @@ def metrics(learner: TrainLearner) -> None:
 
 
 def unread_streams(learner: TrainLearner) -> None:
-    """Nobody reads them: one is full soon, and the other holds all there were."""
+    """Two streams that nobody reads: one is soon full, and the other holds all events."""
     learner.events(Event, buffer=16).open()
     learner.events(Event).open()
 
 
 def shown(learner: TrainLearner) -> None:
-    """A line a batch, and bars."""
+    """One log line per batch, and progress bars."""
     console = Console(file=io.StringIO(), force_terminal=True)
     learner.add_cbs([StructlogCB(1, format="json", file=io.StringIO()), ProgressCB(console)])
 
 
 def converting(learner: TrainLearner) -> None:
-    """What DeviceCB does, and to full precision."""
+    """Move batches as DeviceCB does, and convert them to full precision."""
 
     def convert(event: BeforeBatch) -> None:
         device = next(learner.model.parameters()).device
@@ -174,7 +173,7 @@ def converting(learner: TrainLearner) -> None:
 
 
 def skipping(learner: TrainLearner) -> None:
-    """A batch is cancelled when it has its loss."""
+    """Cancel every second batch after its loss."""
 
     def skip(event: AfterLoss) -> None:
         if event.iter % 2 == 0:
@@ -184,7 +183,7 @@ def skipping(learner: TrainLearner) -> None:
 
 
 class Contender(NamedTuple):
-    """A loop, the one that it is compared with, and whether its batches are to be converted."""
+    """A loop, the one that it is compared with, and whether its batches need a conversion."""
 
     train: Callable[[nn.Module, Loader], None]
     base: str
@@ -211,16 +210,16 @@ CONTENDERS = {
 
 
 def peak(name: str, rows: int, batches: int, device: str) -> tuple[float, str]:
-    """The most memory that a contender had, its parameters included, in MB; and its weights.
+    """Return a contender's peak memory in MB, including its parameters, and a hash of its weights.
 
-    On the CPU that of the process, over what it had before; on a GPU what torch has allocated.
+    On the CPU, it is the memory of the process over that before; on a GPU, that allocated by torch.
     """
     train, _, converting = CONTENDERS[name]
     dtype = torch.float16 if converting else torch.float32
     loader = Loader(batches, rows, "cpu" if converting else device, dtype)
     gc.collect()
     if device == "cpu":
-        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = resident()
     model = wide_model(device)
     train(model, loader)
@@ -234,14 +233,14 @@ def peak(name: str, rows: int, batches: int, device: str) -> tuple[float, str]:
 
 
 def resident(key: str = "VmRSS") -> float:
-    """MB of this process in memory: now, or at the most with "VmHWM"."""
+    """Return the resident memory of this process in MB: now, or its peak with "VmHWM"."""
     found = re.search(rf"^{key}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.M)
     assert found
     return int(found[1]) / 1024
 
 
 def main() -> None:
-    """Print what one of them needed."""
+    """Print the peak of one contender."""
     name, rows, batches, device = sys.argv[1:]
     print(json.dumps(peak(name, int(rows), int(batches), device)))
 

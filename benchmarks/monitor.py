@@ -1,9 +1,9 @@
-"""What can watch a training, how fast, how late, and what that costs: events, logs and ticks.
+"""The speed, the delay and the cost of watching a training: by events, logs and ticks.
 
-While a model trains, observers take its events and a log writes a line a batch to a file; a tick
-of 1 ms on the host's event loop tells how late other tasks get their turn. Every training must
-end with the weights of a loop by hand, watched or not. What watching costs is told by the time
-from BeforeFit to AfterFit; the rates count what is delivered after that, too.
+While a model trains, observers receive its events and a log writes one line per batch to a file. A
+tick of 1 ms on the host's event loop shows how late other tasks get their turn. Every training must
+end with the weights of a loop by hand, watched or not. The cost of watching is measured from
+BeforeFit to AfterFit; the rates also count events that are delivered later.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from structlog.testing import capture_logs
 from torch import nn
 
 from .by_hand import LR, Task, by_hand, cnn, linear
-from .host import BACKENDS, emptied, milliseconds, tick_beside
+from .host import BACKENDS, delivery_rate, milliseconds, tick_during
 from .report import Cell, Report, Table, interleaved, over
 
 MODELS = {"linear": (linear, 3000), "cnn": (cnn, 100)}
 ALONE = 50_000
-"""Events in the buffer that the host empties where nothing trains."""
+"""Events in the buffer that the host empties while nothing trains."""
 PATIENCE = 60.0
-"""Seconds after a fit in which what is left in the buffers may still be delivered."""
+"""Seconds after a fit in which events left in the buffers may still be delivered."""
 RATE_AND_DELAY = ("events or lines a second", "dropped, %", "delay p50, ms", "p99, ms")
 
 
@@ -46,14 +46,14 @@ Attach = Callable[["Watch", TrainLearner, ExitStack], object]
 
 @dataclass
 class Watch:
-    """One way to watch a training, and what came of it in all of its runs.
+    """One way to watch a training, and its results over all runs.
 
     Attributes:
-        attach: attaches it to a learner; what is to be checked after the fit goes on the stack.
-        seconds: that its fits took, to the last delivery.
-        delivered: events that it was given, or lines that it wrote.
+        attach: attaches it to a learner, and puts checks to make after the fit on the stack.
+        seconds: duration of its fits, including the last delivery.
+        delivered: events that it received, or lines that it wrote.
         dropped: events that it lost.
-        delays: seconds from the making of each event to its delivery.
+        delays: seconds from the creation of each event to its delivery.
     """
 
     attach: Attach
@@ -68,24 +68,24 @@ class Watch:
         self.delivered += 1
 
     def train(self, task: Task, trained: Task, backend: dict[str, Any]) -> float:
-        """Microseconds a batch of one fit, which must come to the same as `trained`."""
+        """Return microseconds per batch of one fit; the weights must be those of `trained`."""
         moments: list[float] = []
         learner = _learner(task)
         for moment in (BeforeFit, AfterFit):
             learner.subscribe(moment, lambda event: moments.append(time.perf_counter()))
-        gc.collect()  # what the one before has left
+        gc.collect()  # garbage of the previous turn
         with ExitStack() as stack:
             self.attach(self, learner, stack)
             result = learner.run(1, valid=False, **backend)
         self.seconds += result.seconds
         self.dropped += sum(result.dropped.values())
         for mine, right in zip(learner.model.parameters(), trained.model.parameters(), strict=True):
-            assert torch.equal(mine, right), "a training that is watched ends with other weights"
+            assert torch.equal(mine, right), "a watched training ends with other weights"
         began, ended = moments
         return (ended - began) / len(task.batches) * 1e6
 
     def found(self) -> list[Cell]:
-        """What the table says of it."""
+        """Return its cells in the table."""
         if not self.delivered:
             return [None for _ in RATE_AND_DELAY]
         share = 100 * self.dropped / (self.delivered + self.dropped)
@@ -97,23 +97,23 @@ def nothing(watch: Watch, learner: TrainLearner, stack: ExitStack) -> None:
 
 
 def batches(watch: Watch, learner: TrainLearner, stack: ExitStack) -> None:
-    """An observer of one event a batch."""
+    """An observer of one event per batch."""
     stack.callback(_check_counts, learner.observe(watch.take, AfterBatch))
 
 
 def every_event(watch: Watch, learner: TrainLearner, stack: ExitStack) -> None:
-    """An observer of all events, with the buffer and the policy that it has by default."""
+    """An observer of all events, with the default buffer and policy."""
     stack.callback(_check_counts, learner.observe(watch.take, Event))
 
 
 def lossless(watch: Watch, learner: TrainLearner, stack: ExitStack) -> None:
-    """The same, which slows the training rather than lose one."""
+    """The same, but it slows the training rather than lose an event."""
     observer = learner.observe(watch.take, Event, overflow="block")
     stack.callback(_check_counts, observer, loses=False)
 
 
 def log(watch: Watch, learner: TrainLearner, stack: ExitStack) -> None:
-    """A JSON line a batch, in a real file."""
+    """One JSON line per batch, in a real file."""
     path = Path(stack.enter_context(TemporaryDirectory())) / "training.jsonl"
     stack.callback(_check_lines, path, learner, watch)
     file = stack.enter_context(path.open("w"))
@@ -131,19 +131,19 @@ WATCHES = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Its options."""
-    default = ", ".join(f"{n} of {name}" for name, (_, n) in MODELS.items())
+    """Add the options."""
+    default = ", ".join(f"{n} for {name}" for name, (_, n) in MODELS.items())
     parser.add_argument("--model", nargs="+", choices=list(MODELS), default=list(MODELS))
-    parser.add_argument("--batches", type=int, metavar="N", help=f"by default {default}")
+    parser.add_argument("--batches", type=int, metavar="N", help=f"default: {default}")
     parser.add_argument("--repeats", type=int, default=10, metavar="N")
     parser.add_argument("--backend", choices=list(BACKENDS), default="asyncio")
 
 
 def run(args: argparse.Namespace) -> Report:
-    """Watch the models train; then see what the event loop can take with nothing beside it."""
+    """Watch the models train, then measure what the event loop can take on its own."""
     torch.manual_seed(0)
     report = Report("monitor")
-    with capture_logs():  # of what was dropped, which the tables tell
+    with capture_logs():  # about dropped events, which are in the tables
         for name in args.model:
             make, n = MODELS[name]
             n = args.batches or n
@@ -177,7 +177,7 @@ def _ticks(task: Task, about: str, repeats: int, backend: dict[str, Any]) -> Tab
     }
     late: dict[str, list[float]] = {name: [] for name in works}
     turns = {
-        name: partial(anyio.run, tick_beside, work, late[name], **backend)
+        name: partial(anyio.run, tick_during, work, late[name], **backend)
         for name, work in works.items()
     }
     interleaved(turns, repeats)
@@ -212,7 +212,7 @@ def _rate(n: int, logged: bool, backend: dict[str, Any]) -> float:
             learner.add_cbs(StructlogCB(every=1, format="json", file=file))
         else:
             learner.observe(Watch(nothing).take, AfterBatch, buffer=n)
-        return emptied(learner, n, backend)
+        return delivery_rate(learner, n, backend)
 
 
 def _learner(task: Task) -> TrainLearner:
@@ -223,11 +223,11 @@ def _learner(task: Task) -> TrainLearner:
 
 def _check_counts(observer: Observer[Any], loses: bool = True) -> None:
     assert observer.delivered + observer.dropped == observer.emitted > 0
-    assert loses or not observer.dropped, "overflow='block' has lost events"
+    assert loses or not observer.dropped, "overflow='block' lost events"
 
 
 def _check_lines(path: Path, learner: TrainLearner, watch: Watch) -> None:
-    """Each parses, and there is one for every batch, the epoch and both ends of the fit."""
+    """Check that there is a valid line for every batch, the epoch, and both ends of the fit."""
     events = [json.loads(line)["event"] for line in path.read_text().splitlines()]
     result = learner.result
     assert result is not None

@@ -1,15 +1,15 @@
-"""What the engine costs over a loop written by hand, and what other libraries cost.
+"""The cost of the engine, and of other libraries, over a loop written by hand.
 
-Every contender trains the same model on the same batches in memory, in turn, many times, in
-one process; all must end with the same weights, and those that measure with the same numbers.
-A figure is the time per batch over a loop written by hand. What eventrain takes is the whole
-fit, its thread begun and ended; the clocks of the others run in their loops only. On a GPU it is
-the time that the host takes to launch what the GPU does.
+The contenders train the same model on the same batches in memory. They take turns, many times, in
+one process. All must end with the same weights, and all metrics must have the same values. Figures
+are times per batch over a loop written by hand. The time of eventrain is that of the whole fit,
+including the start and the end of its thread; the clocks of the others run in their loops only. On
+a GPU, the time is that which the host takes to launch the work of the GPU.
 
-With --model cnn the largest difference of all is made by glibc, which gives freed memory back to
-the system and asks for it again, thousands of pages a batch, now for one contender, now for
-another. MALLOC_TRIM_THRESHOLD_=1000000000 MALLOC_MMAP_THRESHOLD_=33554432 in the environment
-keep it from that.
+With --model cnn, the largest differences are caused by glibc, which returns freed memory to the
+system and requests it again, thousands of pages per batch, sometimes for one contender, sometimes
+for another. MALLOC_TRIM_THRESHOLD_=1000000000 MALLOC_MMAP_THRESHOLD_=33554432 in the environment
+prevent that.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ COLUMNS = ("us a batch", "over", "by minima", "paired median", "median ratio")
 
 
 def eventrain(prepare: Callable[[TrainLearner, Task, ExitStack], object]) -> Contender:
-    """A TrainLearner that `prepare` has attached something to."""
+    """Return a contender: a TrainLearner to which `prepare` attaches something."""
 
     def train(task: Task) -> Outcome:
         with ExitStack() as stack:
@@ -73,7 +73,7 @@ def eventrain(prepare: Callable[[TrainLearner, Task, ExitStack], object]) -> Con
 
 
 def peer(train: Callable[[Task, bool], Outcome], measured: bool) -> Contender:
-    """One of `benchmarks.peers`, without what it has to say."""
+    """Return a contender of `benchmarks.peers`, without its output."""
 
     def quietly(task: Task) -> Outcome:
         with quiet():
@@ -104,7 +104,7 @@ def _logs(learner: TrainLearner, task: Task, stack: ExitStack) -> None:
 
 
 def _observers(learner: TrainLearner, task: Task, stack: ExitStack) -> None:
-    """All that report a run, as a service would set them up."""
+    """Add all callbacks that report a run, as a service would set them up."""
     from opentelemetry.sdk.metrics import MeterProvider
     from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.sdk.trace.export import BatchSpanProcessor
@@ -163,16 +163,16 @@ MODELS = {"linear": linear, "cnn": cnn}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Its options."""
+    """Add the options."""
     parser.add_argument("--model", choices=list(MODELS), default="linear")
-    parser.add_argument("--device", default="cpu", help="by default cpu; another leaves out peers")
-    parser.add_argument("--batches", type=int, metavar="N", help="2000 by default, 100 of cnn")
+    parser.add_argument("--device", default="cpu", help="default: cpu; others have no peers")
+    parser.add_argument("--batches", type=int, metavar="N", help="default: 2000, or 100 for cnn")
     parser.add_argument("--repeats", type=int, default=20, metavar="N")
-    parser.add_argument("--only", nargs="+", default=[""], metavar="NAME", help="names, or parts")
+    parser.add_argument("--only", nargs="+", default=[""], metavar="NAME", help="parts of names")
 
 
 def run(args: argparse.Namespace) -> Report:
-    """Time them all."""
+    """Time all contenders."""
     torch.manual_seed(0)
     n = args.batches or (2000 if args.model == "linear" else 100)
     task, report = MODELS[args.model](n, args.device), Report("overhead")
@@ -184,7 +184,7 @@ def run(args: argparse.Namespace) -> Report:
         name: partial(_turn, name, contender, task, trained, numbers)
         for name, contender in contenders.items()
     }
-    gc.freeze()  # what the libraries are made of is not looked through in every turn
+    gc.freeze()  # so that no turn scans the objects of the libraries for garbage
     try:
         times = interleaved(turns, args.repeats)
     finally:
@@ -206,7 +206,7 @@ def run(args: argparse.Namespace) -> Report:
         )
     low, middle = min(times[PLAIN]), statistics.median(times[PLAIN])
     report.notes.append(
-        f"The loop by hand took {low:.4g} us a batch by minima, {middle:.4g} median."
+        f"The loop by hand took {low:.4g} us per batch by minima, {middle:.4g} median."
     )
     return report
 
@@ -218,11 +218,11 @@ def _fresh(task: Task, batches: int | None = None) -> Task:
 def _chosen(
     only: Sequence[str], tables: Mapping[str, Rows], task: Task, report: Report
 ) -> dict[str, Contender]:
-    """Those of the names, or parts of names, that are installed; each has run once, in short."""
+    """Return the installed contenders that `only` selects; each has run once, on two batches."""
     rows = {name: row for table in tables.values() for name, row in table.items()}
     for part in only:
         if not any(part in name for name in rows):
-            raise SystemExit(f"--only {part!r} is no part of {', '.join(map(repr, rows))}")
+            raise SystemExit(f"--only {part!r} is not part of any of {', '.join(map(repr, rows))}")
     chosen = dict(BASES)
     for name, (contender, _) in rows.items():
         if not any(part in name for part in only):
@@ -232,29 +232,29 @@ def _chosen(
             chosen[name] = contender
         except ImportError as exc:
             missing = exc.name and exc.name.partition(".")[0]
-            told = f"{missing} is not installed: pip install 'eventrain[bench]'" if missing else exc
-            report.notes.append(f"{name}: {told}")
+            why = f"{missing} is not installed: pip install 'eventrain[bench]'" if missing else exc
+            report.notes.append(f"{name}: {why}")
     return chosen
 
 
 def _turn(
     name: str, contender: Contender, task: Task, trained: Task, numbers: Mapping[str, Any]
 ) -> float:
-    """Microseconds a batch of `contender`, which must come to the same as the loop by hand."""
+    """Return microseconds per batch; the results must be those of the loop by hand."""
     mine = _fresh(task)
-    gc.collect()  # what the one before has left
+    gc.collect()  # garbage of the previous turn
     outcome = contender(mine)
     weights = trained.model.state_dict()
     for key, value in mine.model.state_dict().items():
         assert torch.equal(value, weights[key]), f"{name} ends with other weights"
     for key in numbers.keys() & outcome.numbers.keys():
-        told, right = float(outcome.numbers[key]), float(numbers[key])
-        assert math.isclose(told, right, rel_tol=1e-4), f"{name}: {key} {told}, not {right}"
+        measured, right = float(outcome.numbers[key]), float(numbers[key])
+        assert math.isclose(measured, right, rel_tol=1e-4), f"{name}: {key} {measured}, not {right}"
     return outcome.seconds / len(task.batches) * 1e6
 
 
 def _one_receiver(times: Mapping[str, Sequence[float]]) -> tuple[Cell, ...]:
-    """What the engine adds to the call of a receiver, ordered and in its place."""
+    """Return the row with the cost of one receiver, in its place in the order, over a call."""
     plain, calling, one, many = (min(times[name]) for name in (PLAIN, CALLING, ONE, ALL))
     cost = (many - one) / (CALLS - 1) - (calling - plain) / CALLS
     return "one receiver, beyond its own body", "an empty call by hand", cost, None, None

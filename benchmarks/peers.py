@@ -1,12 +1,12 @@
-"""The same training as other libraries do it, each as lean as its documentation allows.
+"""The same training with other libraries, each as lean as its documentation allows.
 
-Every peer is given the same batches as they are, plain SGD and the CPU; what it would do beside
-the training (progress bars, logs, checkpoints, validation) is off. Each says how long its loop
-took: its clock starts as late and stops as early as its hooks allow, so that what it prepares
-counts for none of them.
+Every peer receives the same batches unchanged, and uses plain SGD and the CPU. Anything that it
+would do in addition to the training (progress bars, logs, checkpoints, validation) is off. Each
+returns how long its loop took: its clock starts as late and stops as early as its hooks allow, so
+that its preparations do not count.
 
-With `measured`, it also takes the mean of the loss and one metric over all batches, with its own
-means; accelerate has none, and uses torcheval as the loop by hand does.
+With `measured`, it also computes the mean of the loss and one metric over all batches, with its own
+metrics; accelerate has none, and uses torcheval as the loop by hand does.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .by_hand import LR, Batches, Outcome, Task, torcheval
 
 
 class Clock:
-    """Its two methods can be handlers of any event."""
+    """A clock whose two methods can be handlers of any event."""
 
     def start(self, *_: object) -> None:
         self._started = time.perf_counter()
@@ -34,7 +34,7 @@ class Clock:
 
 
 class Stream:
-    """The batches as a loader: some peers take a list for several loaders."""
+    """The batches as a loader: some peers would take a list for several loaders."""
 
     def __init__(self, batches: Batches) -> None:
         self.batches = batches
@@ -48,7 +48,7 @@ class Stream:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No warnings, and no log lines but errors."""
+    """Suppress warnings, and all log lines except errors."""
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -83,16 +83,15 @@ def ignite(task: Task, measured: bool) -> Outcome:
     task.model.train()
     trainer.run(task.batches, max_epochs=1)
     numbers = dict(trainer.state.metrics)
-    if measured and not task.classes:  # it divides by the samples, not by the numbers in them
+    if measured and not task.classes:  # it divides by samples, not by elements
         numbers["metric"] /= task.batches[0][1][0].numel()
     return Outcome(clock.seconds, numbers)
 
 
 def fastai(task: Task, measured: bool) -> Outcome:
-    """fastai's Learner with torch's SGD, from before_train to after_train, behind all others.
+    """fastai's Learner with torch's SGD, from before_train to after_train, after other callbacks.
 
-    Without its Recorder where nothing is measured; where something is, the Recorder's loss is a
-    moving average.
+    Without its Recorder, unless something is measured; the Recorder's loss is a moving average.
     """
     from fastai.callback.core import Callback, TrainEvalCallback
     from fastai.data.core import DataLoaders
@@ -108,7 +107,7 @@ def fastai(task: Task, measured: bool) -> Outcome:
         before_train = staticmethod(clock.start)
         after_train = staticmethod(clock.stop)
 
-    default_device(use=False)  # the CPU, also where there is a GPU
+    default_device(use=False)  # use the CPU even if there is a GPU
     learner = Learner(
         DataLoaders(Stream(task.batches), Stream([])),
         task.model,
@@ -127,7 +126,7 @@ def fastai(task: Task, measured: bool) -> Outcome:
 
 
 def lightning_trainer(task: Task, measured: bool) -> Outcome:
-    """Lightning's Trainer, made to measure itself, from on_train_epoch_start to ..._end."""
+    """Lightning's Trainer in its barebones mode, from on_train_epoch_start to ..._end."""
     from lightning.pytorch import LightningModule, Trainer
 
     clock = Clock()
@@ -221,7 +220,7 @@ PEERS: dict[str, Callable[[Task, bool], Outcome]] = {
 
 
 def torchmetrics(task: Task) -> tuple[Any, Any]:
-    """Torchmetrics' mean of the loss, and its metric; they come with Lightning."""
+    """Return torchmetrics' mean of the loss, and its metric; they are installed with Lightning."""
     from torchmetrics import MeanMetric, MeanSquaredError
     from torchmetrics.classification import MulticlassAccuracy
 

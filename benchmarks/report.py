@@ -1,4 +1,4 @@
-"""What a benchmark measured, as a markdown table and as JSON."""
+"""The results of a benchmark, as markdown tables and as JSON."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ Cell = str | float | int | None
 
 @dataclass
 class Table:
-    """One table. Numbers in it are as measured; markdown shows three digits of them.
+    """One table. Its numbers are as measured; the markdown shows three digits.
 
     Attributes:
-        title: what was measured, in which unit, how often.
-        columns: their names; the first names the rows.
-        rows: a cell for every column; None where there is nothing to say.
+        title: the measurement, its unit, and how often it was repeated.
+        columns: their names; the first column has the names of the rows.
+        rows: a cell for every column; None for an empty one.
     """
 
     title: str
@@ -30,7 +30,7 @@ class Table:
     rows: list[tuple[Cell, ...]] = field(default_factory=list)
 
     def markdown(self) -> str:
-        """The table, with its title above it."""
+        """Return the table with its title above it."""
         lines = [self.columns, ("---",) * len(self.columns), *self.rows]
         body = "\n".join("| " + " | ".join(map(_shown, line)) + " |" for line in lines)
         return f"{self.title}\n\n{body}\n"
@@ -41,9 +41,9 @@ class Report:
     """The outcome of one benchmark.
 
     Attributes:
-        name: which one.
-        tables: what it measured.
-        notes: what else there is to say, such as the peers that are not installed.
+        name: the name of the benchmark.
+        tables: the measurements.
+        notes: further information, such as the peers that are not installed.
     """
 
     name: str
@@ -51,28 +51,28 @@ class Report:
     notes: list[str] = field(default_factory=list)
 
     def markdown(self) -> str:
-        """All of it, for people."""
-        machine = ", ".join(f"{key} {value}" for key, value in machine_of_now().items())
+        """Return the whole report for people."""
+        machine = ", ".join(f"{key} {value}" for key, value in describe_machine().items())
         return "\n".join(
             [f"# {self.name}\n", *(t.markdown() for t in self.tables), *self.notes, machine]
         )
 
     def json(self) -> dict[str, Any]:
-        """All of it, for programs; each row a dict by column."""
+        """Return the whole report for programs; each row is a dict by column."""
         tables = [
             {"title": t.title, "rows": [dict(zip(t.columns, row, strict=True)) for row in t.rows]}
             for t in self.tables
         ]
         return {
             "benchmark": self.name,
-            "machine": machine_of_now(),
+            "machine": describe_machine(),
             "tables": tables,
             "notes": self.notes,
         }
 
 
-def machine_of_now() -> dict[str, str]:
-    """Where this runs."""
+def describe_machine() -> dict[str, str]:
+    """Return the versions and the hardware of this machine."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     return {
         "python": platform.python_version(),
@@ -85,9 +85,10 @@ def machine_of_now() -> dict[str, str]:
 def interleaved(
     contenders: Mapping[str, Callable[[], float]], repeats: int
 ) -> dict[str, list[float]]:
-    """What each contender returned each time: they take turns, so that all meet the same noise.
+    """Return what each contender returned each time.
 
-    Each time in another order, lest one always follow the one that leaves the caches worst.
+    They take turns, so that noise affects all of them alike, and in a different order each time,
+    so that none always runs after the one that leaves the caches in the worst state.
     """
     measured: dict[str, list[float]] = {name: [] for name in contenders}
     order = list(contenders)
@@ -100,7 +101,7 @@ def interleaved(
 
 
 def over(measured: Sequence[float], base: Sequence[float]) -> tuple[float, float, float]:
-    """How much more than `base`: by minima, as the median of the pairs, and that as a ratio."""
+    """Compare with `base`: the minima, and the medians of paired differences and ratios."""
     pairs = list(zip(measured, base, strict=True))
     return (
         min(measured) - min(base),

@@ -1,10 +1,10 @@
 """Many runs and many clients at once, half of them slow: python -m benchmarks.service.
 
-Serves `examples.service` in a process of its own, with a tick of 10 ms on its event loop, and
-asks it for the same runs one by one and then all at once, again and again. Prints as JSON whether
-every run has the weights that it has alone, what its clients got, how late the tick was, and what
-the service had each time when all had gone: threads, tasks, file descriptors, memory. Slow clients
-never read: their streams are larger than all that is buffered on the way to them.
+Serves `examples.service` in a process of its own, with a tick of 10 ms on its event loop. Starts
+the same runs one by one, and then all at once, several times. Prints as JSON whether every run has
+the weights that it has alone, what its clients received, how late the tick was, and the resources
+of the service each time after all clients had left: threads, tasks, file descriptors, memory. Slow
+clients never read: their streams are larger than all buffers on the way to them.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ TICK = 0.01
 """Seconds."""
 BATCH_SIZE = 16
 SEND_BUFFER = 16_384
-"""Bytes. On loopback, the kernel would take megabytes for a client that does not read."""
+"""Bytes. On loopback, the kernel would buffer megabytes for a client that does not read."""
 
 
 async def serve(settings: Settings) -> None:
-    """The service, with a tick beside it and a way to ask for what it has."""
+    """Run the service with a tick on its event loop, and a route that reports its resources."""
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger("error"))
     app = create_app(settings, {"digits": digits_in_memory()})
     late: list[float] = []
@@ -60,17 +60,17 @@ async def serve(settings: Settings) -> None:
 
 
 async def tick(late: list[float]) -> None:
-    """Note how late each tick is, in milliseconds."""
+    """Add to `late` how late each tick is, in milliseconds."""
     due = perf_counter()
     while True:
         due += TICK
         await anyio.sleep(max(0.0, due - perf_counter()))
         late.append((perf_counter() - due) * 1000)
-        due = max(due, perf_counter() - TICK)  # ticks that were missed are not made up for
+        due = max(due, perf_counter() - TICK)  # missed ticks are skipped
 
 
 def add_probe(app: FastAPI, late: list[float]) -> None:
-    """A route that tells what the process has, and how late the ticks were since it was asked."""
+    """Add a route that reports resources, and how late the ticks were since the last request."""
 
     @app.get("/probe")
     async def probe() -> dict[str, Any]:
@@ -86,7 +86,7 @@ def add_probe(app: FastAPI, late: list[float]) -> None:
 
 
 def resources() -> dict[str, float]:
-    """What this process has."""
+    """Return the resources of this process."""
     resident = int(Path("/proc/self/statm").read_text().split()[1])
     return {
         "threads": threading.active_count(),
@@ -99,8 +99,8 @@ class Load:
     """The clients.
 
     Args:
-        client: asks the service.
-        n_runs, n_clients, epochs: how many.
+        client: sends the requests.
+        n_runs, n_clients, epochs: the numbers of runs, of clients, and of epochs per run.
     """
 
     def __init__(self, client: httpx.AsyncClient, n_runs: int, n_clients: int, epochs: int):
@@ -110,21 +110,21 @@ class Load:
         self.epochs = epochs
 
     async def start(self, seed: int) -> str:
-        """Start a run."""
+        """Start a run, and return its id."""
         request = {"epochs": self.epochs, "batch_size": BATCH_SIZE, "seed": seed}
         answer = await self.client.post("/runs", json=request)
         run_id: str = answer.raise_for_status().json()["id"]
         return run_id
 
     async def weights(self, run_id: str) -> bytes:
-        """What a run has learnt, when it has ended."""
+        """Wait until a run has ended, and return its weights."""
         while (await self.client.get(f"/runs/{run_id}")).json()["status"] == "running":
             await anyio.sleep(0.05)
         answer = await self.client.get(f"/runs/{run_id}/weights")
         return answer.raise_for_status().content
 
     async def connected(self, n: int) -> int:
-        """How many clients follow runs: when no more than `n` do, or after 30 seconds."""
+        """Return how many clients follow runs, once at most `n` do, or after 30 seconds."""
         deadline = perf_counter() + 30
         while True:
             left: int = sum(run["clients"] for run in (await self.client.get("/runs")).json())
@@ -133,16 +133,16 @@ class Load:
             await anyio.sleep(0.05)
 
     async def probe(self) -> dict[str, Any]:
-        """What the service has, when all clients have gone."""
+        """Return the resources of the service after all clients have left."""
         left = await self.connected(0)
         return {"clients_left": left, **(await self.client.get("/probe")).json()}
 
     async def alone(self) -> list[bytes]:
-        """Each run by itself."""
+        """Run one after another, and return the weights of each."""
         return [await self.weights(await self.start(seed)) for seed in range(self.n_runs)]
 
     async def together(self) -> tuple[list[bytes], dict[str, int]]:
-        """All at once; also what was told to the clients, every other of which is slow."""
+        """Run all at once, with every other client slow; return weights and figures of clients."""
         fast: list[int] = []
         with ExitStack() as slow:
             async with anyio.create_task_group() as tasks:
@@ -161,7 +161,7 @@ class Load:
         }
 
     async def listen(self, run_id: str, whole: list[int]) -> None:
-        """A client that reads as fast as it can; notes the bytes if it got every message."""
+        """Read as fast as possible; add the number of bytes to `whole` if no message is missing."""
         ids, last = [], ""
         async with aconnect_sse(self.client, "GET", f"/runs/{run_id}/events") as source:
             async for message in source.aiter_sse():
@@ -172,7 +172,7 @@ class Load:
             whole.append(source.response.num_bytes_downloaded)
 
     def slow_client(self, run_id: str) -> socket.socket:
-        """A client that asks, and does not read."""
+        """Return the connection of a client that sends a request, and never reads."""
         url = self.client.base_url
         connection = socket.socket()
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
@@ -183,7 +183,7 @@ class Load:
 
 
 async def measure(url: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Runs alone, and then together."""
+    """Measure the runs alone, and then together."""
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=1)
     transport = httpx.AsyncHTTPTransport(limits=limits, trust_env=False)
     async with httpx.AsyncClient(base_url=url, transport=transport, timeout=300) as client:
@@ -195,9 +195,10 @@ async def measure(url: str, args: argparse.Namespace) -> dict[str, Any]:
             "together": [],
         }
         for _ in range(args.rounds):
-            weights, told = await load.together()
+            weights, received = await load.together()
             as_alone = sum(a == b for a, b in zip(weights, alone, strict=True))
-            figures["together"].append({"weights_as_alone": as_alone, **told, **await load.probe()})
+            left = await load.probe()
+            figures["together"].append({"weights_as_alone": as_alone, **received, **left})
         return figures
 
 
@@ -217,18 +218,18 @@ def main() -> None:
             max_kept=args.runs,
             max_clients=args.clients,
             journal_size=100_000,
-            interval=0.0,  # every batch is told
-            send_timeout=3600.0,  # nobody is let go
+            interval=0.0,  # every batch is reported
+            send_timeout=3600.0,  # no client is disconnected
         )
         anyio.run(serve, settings)
         return
     command = [sys.executable, "-m", "benchmarks.service", "--serve", *sys.argv[1:]]
-    # Its standard error is ours: there it says what goes wrong.
+    # It inherits standard error, where it reports errors.
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as service:
         assert service.stdout is not None
         url = service.stdout.readline().strip()
         if not url:
-            sys.exit(f"the service ended with exit code {service.wait()}, for what is said above")
+            sys.exit(f"the service ended with exit code {service.wait()}: see its messages above")
         try:
             figures = anyio.run(measure, url, args)
         finally:

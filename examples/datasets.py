@@ -1,4 +1,4 @@
-"""The two image datasets of the examples, and the post's CNN."""
+"""The image datasets of the examples, and the post's CNN."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BATCH_SIZE = 64
 
 
 def get_model() -> nn.Module:
-    """The post's CNN: images of shape (N, 1, H, W) to logits of shape (N, 10)."""
+    """Return the post's CNN, from images of shape (N, 1, H, W) to logits of shape (N, 10)."""
     return nn.Sequential(
         nn.Conv2d(1, 8, 3),
         nn.ReLU(),
@@ -31,7 +31,7 @@ def get_model() -> nn.Module:
 
 
 def digits_in_memory() -> tuple[TensorDataset, TensorDataset]:
-    """Scikit-learn's 1,797 real digits, 8x8, which come inside its wheel; 1,437 to train."""
+    """Return scikit-learn's 1,797 real 8x8 digits, which are in its wheel; 1,437 to train on."""
     from sklearn.datasets import load_digits
 
     data = load_digits()
@@ -45,16 +45,16 @@ def digits_in_memory() -> tuple[TensorDataset, TensorDataset]:
 
 
 def digits() -> DataLoaders:
-    """The digits, in loaders."""
+    """Return loaders of the digits."""
     train, valid = digits_in_memory()
     return DataLoaders(DataLoader(train, BATCH_SIZE, shuffle=True), DataLoader(valid, BATCH_SIZE))
 
 
 def fashion_mnist(folder: Path) -> DataLoaders:
-    """Fashion-MNIST as the post loads it: found in `folder`, or else downloaded into it.
+    """Return Fashion-MNIST as in the post, from `folder` or else downloaded into it.
 
     Raises:
-        SystemExit: it is not there and cannot be downloaded.
+        SystemExit: if it is not there and cannot be downloaded.
     """
     transform = T.Compose([T.ToTensor(), T.Normalize((0.5,), (0.5,))])
     try:
@@ -70,13 +70,13 @@ def fashion_mnist(folder: Path) -> DataLoaders:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options by which the examples choose their data."""
+    """Add the options that select the data."""
     parser.add_argument("--dataset", choices=["digits", "fashion-mnist"], default="digits")
     parser.add_argument(
-        "--data", type=Path, default=Path("data"), help="folder of Fashion-MNIST (default: data)"
+        "--data", type=Path, default=Path("data"), help="folder with Fashion-MNIST (default: data)"
     )
 
 
 def load(args: argparse.Namespace) -> DataLoaders:
-    """The loaders that the options ask for."""
+    """Return the loaders that the options select."""
     return digits() if args.dataset == "digits" else fashion_mnist(args.data)

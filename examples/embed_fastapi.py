@@ -1,4 +1,4 @@
-"""Fits in a FastAPI app, the idea only: uvicorn examples.embed_fastapi:app"""
+"""A minimal FastAPI app that runs fits: uvicorn examples.embed_fastapi:app"""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
@@ -29,7 +29,7 @@ app = FastAPI(lifespan=lifespan)
 
 
 async def train(learner: Learner, epochs: int) -> None:
-    with suppress(Exception):  # it is in learner.result, and must not end the other fits
+    with suppress(Exception):  # it is in learner.result, and must not end other fits
         await learner.fit(epochs)
 
 
@@ -44,16 +44,16 @@ async def start(epochs: PositiveInt = 10, lr: PositiveFloat = 0.1) -> int:
 
 @app.post("/fits/{number}/stop")
 async def stop(number: int) -> bool:
-    return number in fits and fits[number].stop(reason="asked to")
+    return number in fits and fits[number].stop(reason="stopped by a client")
 
 
 @app.get("/fits/{number}/events", response_model=None)
 async def events(number: int) -> Response:
     async def epochs(learner: Learner) -> AsyncIterator[str]:
         async with learner.events(CleanupEpoch) as stream:
-            if learner.fitting:  # otherwise it has ended just now
+            if learner.fitting:  # it may have ended in the meantime
                 async for event in stream:
                     yield to_json([event.epoch, dict(event.metrics)], inf_nan_mode="null").decode()
 
-    over = number not in fits or not fits[number].fitting
-    return Response(status_code=204) if over else EventSourceResponse(epochs(fits[number]))
+    ended = number not in fits or not fits[number].fitting
+    return Response(status_code=204) if ended else EventSourceResponse(epochs(fits[number]))

@@ -1,7 +1,7 @@
-"""A training inside an async application: python -m examples.embedding.
+"""A fit inside an async application: python -m examples.embedding.
 
-The application goes on while it trains, streams its epochs, and stops it when it is good
-enough.
+The application keeps running during the fit. It streams the epochs, and stops the fit when the
+accuracy is good enough.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from .datasets import digits, get_model
 
 
 async def heartbeat() -> None:
-    """What the application does besides."""
+    """Simulate other work of the application."""
     ticks = 0
     try:
         while True:
             await anyio.sleep(0.01)
             ticks += 1
     finally:
-        print(f"the application ticked {ticks} times meanwhile")
+        print(f"the application ticked {ticks} times during the fit")
 
 
 async def watch(learner: Learner, stream: EventStream[CleanupEpoch]) -> None:
-    """Print each validation, and stop when it is good enough."""
+    """Print the accuracy of each validation, and stop the fit when it is good enough."""
     async for event in stream:
         print(f"epoch {event.epoch}: accuracy {event.metrics['accuracy']:.3f}")
         if event.metrics["accuracy"] > 0.9:
@@ -37,7 +37,7 @@ async def watch(learner: Learner, stream: EventStream[CleanupEpoch]) -> None:
 
 
 async def main() -> None:
-    """Train beside a heartbeat and a watcher."""
+    """Train concurrently with a heartbeat and a watcher."""
     torch.manual_seed(0)
     metrics = MetricsCB(accuracy=MulticlassAccuracy())
     learner = MomentumLearner(get_model(), digits(), F.cross_entropy, lr=0.1, cbs=metrics)

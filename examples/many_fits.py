@@ -1,12 +1,12 @@
 """Twenty fits at once in one event loop: python -m examples.many_fits [--backend trio].
 
-A watcher stops one and another fails. The other eighteen end with the same weights, to the bit,
-as when each runs alone afterwards; so does the failing one, up to there. The stopped one is not
-compared: when its watcher hears of an epoch, a clock decides.
+A watcher stops one fit, and another one fails. The other eighteen end with the same weights, to the
+bit, as when each runs alone afterwards; so does the failing one, up to its failure. The stopped one
+is not compared: where it stops depends on when its watcher receives an event.
 
-Each fit has a generator of its own, as torch's global one is one per process. The engine cannot
-know that nobody uses that, so it logs `concurrent_fits_share_rng`, once. The warning is left on,
-on standard error: put a Dropout into the model, and the table shows what it means.
+Each fit has a generator of its own, because torch's global one is shared by the whole process. The
+engine cannot know that no fit uses the global one, so it logs `concurrent_fits_share_rng` once, on
+standard error. The warning is left on: add a Dropout to the model, and the table shows why.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ N_FITS, N_EPOCHS, STOPPED, FAILING = 20, 3, 6, 13
 
 
 def make(number: int, data: Dataset[Any]) -> Learner:
-    """A small network; all that is random in it comes from its own generator."""
+    """Return a learner of a small network whose randomness all comes from its own generator."""
     generator = torch.Generator().manual_seed(number)
-    # A Linear made as usual draws its weights from the global generator.
+    # By default, a Linear draws its weights from the global generator.
     layers = skip_init(nn.Linear, 64, 32), nn.ReLU(), skip_init(nn.Linear, 32, 10)
     model = nn.Sequential(nn.Flatten(), *layers)
     for parameter in model.parameters():
@@ -48,27 +48,27 @@ def make(number: int, data: Dataset[Any]) -> Learner:
 
 
 def spoil(event: BeforeBatch) -> None:
-    """A receiver with a fault."""
+    """Raise an error, as a receiver with a bug does."""
     raise ValueError("a spoilt batch")
 
 
 async def fit(learner: Learner, n_epochs: int = N_EPOCHS) -> None:
-    """An error boundary: what a fit raises ends here, and its siblings are not cancelled."""
+    """Fit, and contain its errors, so that they do not cancel the other fits."""
     try:
         await learner.fit(n_epochs, valid=False)
-    except Exception as exc:  # not BaseException: the host's cancellations go through
-        structlog.get_logger().error("fit_failed", error=repr(exc))  # it is in learner.result too
+    except Exception as exc:  # not BaseException: the host's cancellations must pass
+        structlog.get_logger().error("fit_failed", error=repr(exc))  # also in learner.result
 
 
 async def watch(learner: Learner, stream: EventStream[CleanupEpoch]) -> None:
-    """Stop a fit, from another task, once its third epoch is over."""
+    """Stop a fit from another task when its third epoch has ended."""
     async for event in stream:
         if event.epoch == 2:
             learner.stop(reason="seen enough")
 
 
 async def compare() -> bool:
-    """Run all of them together, then each alone, and tell; return whether all agree."""
+    """Run all fits together, then each alone; print a table, and return whether they agree."""
     (data, _), before = digits_in_memory(), threading.active_count()
     together = [make(number, data) for number in range(N_FITS)]
     watched = together[STOPPED]
@@ -94,7 +94,7 @@ async def compare() -> bool:
 
 
 def digest(learner: Learner) -> str:
-    """The weights, to the bit, in eight digits."""
+    """Return a hash of the weights, of eight hexadecimal digits."""
     weights = parameters_to_vector(learner.model.parameters()).detach()
     return sha256(weights.numpy().tobytes()).hexdigest()[:8]
 
@@ -103,5 +103,5 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="examples.many_fits", description=__doc__)
     parser.add_argument("--backend", choices=["asyncio", "trio"], default="asyncio")
     structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
-    torch.set_num_threads(1)  # for each fit: so many on few cores would wait for one another
+    torch.set_num_threads(1)  # for each fit: more would only wait for each other
     sys.exit(not anyio.run(compare, backend=parser.parse_args().backend))

@@ -1,6 +1,6 @@
 """The post's CNN trained on real images: python -m examples.quickstart [--dataset ...].
 
-On a terminal it draws its progress and writes its log to a file; elsewhere it prints the log.
+On a terminal it shows its progress and writes its log to a file; otherwise it prints the log.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from .datasets import add_arguments, get_model, load
 
 
 def main() -> None:
-    """Train, and say how it went."""
+    """Train, and print a summary."""
     parser = argparse.ArgumentParser(prog="examples.quickstart", description=__doc__)
     add_arguments(parser)
     parser.add_argument("--epochs", type=int, help="default: 10 for digits, 2 for fashion-mnist")
-    parser.add_argument("--log", default="quickstart.jsonl", help="where a terminal's log goes")
+    parser.add_argument("--log", default="quickstart.jsonl", help="the log file, if on a terminal")
     args = parser.parse_args()
     epochs = args.epochs or {"digits": 10, "fashion-mnist": 2}[args.dataset]
 

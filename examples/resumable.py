@@ -1,6 +1,6 @@
-"""A training to stop or kill at any time, and to start again: python -m examples.resumable.
+"""A training that can be stopped or killed, and started again: python -m examples.resumable.
 
-It goes on where it was, and ends with the weights of a run that nobody disturbed.
+It resumes where it was, and ends with the weights of an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .datasets import digits, get_model
 
 
 def main() -> None:
-    """Train, or go on training."""
+    """Train, or resume the training."""
     parser = argparse.ArgumentParser(prog="examples.resumable", description=__doc__)
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--checkpoints", type=Path, default=Path("checkpoints"))
@@ -33,7 +33,7 @@ def main() -> None:
     learner = MomentumLearner(get_model(), digits(), F.cross_entropy, lr=0.1, cbs=cbs)
 
     @learner.on(CleanupEpoch, where=lambda event: not event.training)
-    def tell(event: CleanupEpoch) -> None:
+    def print_accuracy(event: CleanupEpoch) -> None:
         print(f"epoch {event.epoch}: accuracy {event.metrics.get('accuracy')}", flush=True)
 
     result = learner.run(args.epochs, resume="last", graceful=True)
@@ -42,7 +42,7 @@ def main() -> None:
         weights.update(tensor.numpy().tobytes())
     print(f"{result.status}, {result.steps} steps, weights {weights.hexdigest()[:16]}")
     if result.status == "cancelled":
-        print(f"{result.reason}; start it again to go on")
+        print(f"{result.reason}; start it again to resume")
 
 
 if __name__ == "__main__":

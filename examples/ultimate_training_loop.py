@@ -1,7 +1,7 @@
-"""The post, section by section, on eventrain: python -m examples.ultimate_training_loop.
+"""The post, section by section, with eventrain: python -m examples.ultimate_training_loop.
 
-Every section trains the post's CNN and prints the loss and accuracy of every epoch, as the
-post does; `--section NAME` runs one of them, `--dataset fashion-mnist` uses the post's data.
+Every section trains the post's CNN and prints the loss and accuracy of every epoch, as the post
+does. `--section NAME` runs only one of them, and `--dataset fashion-mnist` uses the post's data.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ loss_func = nn.CrossEntropyLoss()
 
 
 def new_metrics() -> MetricsCB:
-    """Accuracy, and the loss."""
+    """Return metrics for the accuracy and the loss."""
     return MetricsCB(accuracy=MulticlassAccuracy())
 
 
 def show(learner: Learner, n_epochs: int = 2) -> FitResult:
-    """Fit, printing a line an epoch and phase as the post does, and why it ended early."""
+    """Fit, and print one line per epoch and phase as the post does, and why it ended early."""
 
     def line(event: CleanupEpoch) -> None:
         if event.metrics:
@@ -56,12 +56,12 @@ def show(learner: Learner, n_epochs: int = 2) -> FitResult:
 
 
 def train_learner(dls: DataLoaders) -> None:
-    """Inheriting Learner: the five actions as methods."""
+    """A subclass of Learner: the five actions as methods."""
     show(TrainLearner(get_model(), dls, cbs=new_metrics(), loss_func=loss_func))
 
 
 def momentum(dls: DataLoaders) -> None:
-    """Inheriting Learner: momentum, by another zero_grad."""
+    """A subclass of Learner: momentum, by another zero_grad."""
     show(MomentumLearner(get_model(), dls, cbs=new_metrics(), loss_func=loss_func))
 
 
@@ -130,7 +130,7 @@ def lr_finder(dls: DataLoaders) -> None:
 
 
 def lr_find(dls: DataLoaders) -> None:
-    """The learning-rate finder, as a method that leaves everything as it was."""
+    """The learning-rate finder, as a method that restores everything afterwards."""
     learner = MomentumLearner(get_model(), dls, loss_func, cbs=DeviceCB())
     finder = anyio.run(learner.lr_find)
     for lr, loss in zip(finder.lrs[::6], finder.losses[::6], strict=True):
@@ -139,7 +139,7 @@ def lr_find(dls: DataLoaders) -> None:
 
 
 def order(dls: DataLoaders) -> None:
-    """The order of callbacks: theirs, not the list's; explain() tells it."""
+    """The order of callbacks: their own, not that of the list; explain() prints it."""
     cbs = [SingleEpochCB(), new_metrics(), DeviceCB()]
     learner = MomentumLearner(get_model(), dls, loss_func=loss_func, cbs=cbs)
     learner.explain()
@@ -174,7 +174,7 @@ SECTIONS: dict[str, Callable[[DataLoaders], None]] = {
 
 
 def main() -> None:
-    """Run the sections that were asked for."""
+    """Run the selected sections."""
     parser = argparse.ArgumentParser(prog="examples.ultimate_training_loop", description=__doc__)
     add_arguments(parser)
     parser.add_argument("--section", choices=SECTIONS, help="default: all of them")

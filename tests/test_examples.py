@@ -149,7 +149,7 @@ def test_a_training_that_is_stopped_and_killed_equals_an_uninterrupted_one(tmp_p
             process.send_signal(how)
             *_, last = process.stdout.readlines() or [""]
         assert process.returncode == code
-        assert last == ("received SIGTERM; start it again to go on\n" if code == 0 else last)
+        assert last == ("received SIGTERM; start it again to resume\n" if code == 0 else last)
     resumed = run("resumable", *again)
     assert resumed.stdout.splitlines()[-1] == alone.stdout.splitlines()[-1]
 

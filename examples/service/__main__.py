@@ -1,9 +1,9 @@
 """Start the service: python -m examples.service [--port 8000] [--data FOLDER].
 
-It serves a page and an API on 127.0.0.1. On another address (--host) it needs a token, in the
-environment variable EVENTRAIN_TOKEN; put TLS in front of it there, with a proxy that keeps the Host
-and whose address is in FORWARDED_ALLOW_IPS. SIGTERM and Ctrl-C stop the runs at their next event,
-and then the service, with exit code 0.
+It serves a page and an API on 127.0.0.1. On another address (--host) it requires a token in the
+environment variable EVENTRAIN_TOKEN. Put TLS in front of it there, by a proxy that preserves the
+Host header and whose address is in FORWARDED_ALLOW_IPS. SIGTERM and Ctrl-C stop the runs at their
+next event, and then the service, with exit code 0.
 """
 
 from __future__ import annotations
@@ -33,14 +33,16 @@ from .runs import Runs
 from .settings import Settings
 
 LAST_SECONDS = 2
-"""Seconds for connections, and then for what else is open, when the runs have ended."""
+"""Seconds for connections to close after the runs have ended, and again for everything else."""
 
 log = structlog.get_logger("eventrain.service")
 
 
 class Server(uvicorn.Server):
-    """Stops the runs before the rest, while clients can still hear how they ended; and lets go
-    of connections that ask nothing, or that do not take what they asked for."""
+    """Stops the runs first, while clients can still receive how they ended.
+
+    Also closes connections that send no complete request, or that do not read the answer.
+    """
 
     def __init__(self, config: uvicorn.Config, settings: Settings) -> None:
         super().__init__(config)
@@ -58,8 +60,8 @@ class Server(uvicorn.Server):
         return await super().on_tick(counter)
 
     def _patience(self, connection: Any) -> float | None:
-        """Seconds that a connection may stay as it is; None for any number."""
-        if connection.transport.is_closing():  # with something to send that is not taken
+        """Return how many seconds a connection may stay in its present state; None for no limit."""
+        if connection.transport.is_closing():  # with data left that the client does not read
             return LAST_SECONDS
         if connection.cycle is None or connection.cycle.more_body:  # no request, or part of one
             return self.settings.idle_timeout
@@ -71,34 +73,32 @@ class Server(uvicorn.Server):
         await runs.close(self.settings.deadline)
         with anyio.move_on_after(2 * LAST_SECONDS):
             await super().shutdown(sockets)
-        if runs.active:  # in a batch that does not end: their threads cannot be made to
+        if runs.active:  # in a batch that does not end: threads cannot be killed
             log.error("runs_abandoned", run_ids=[run.id for run in runs.active])
             os._exit(1)
 
 
-def leave(signum: int, frame: FrameType | None) -> None:
-    """uvicorn raises the signal that ended it once more, when all is done: a success."""
+def exit_successfully(signum: int, frame: FrameType | None) -> None:
+    """Exit with code 0: uvicorn, when it has shut down, raises the signal that ended it again."""
     sys.exit(0)
 
 
 def main() -> None:
-    """Serve until a signal comes."""
+    """Serve until a signal arrives."""
     parser = argparse.ArgumentParser(
         prog="examples.service",
         description=__doc__,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--port", type=int, default=8000, help="0 for any that is free")
-    parser.add_argument(
-        "--data", type=Path, default=Path("data"), help="the folder to find Fashion-MNIST in"
-    )
+    parser.add_argument("--port", type=int, default=8000, help="0 for any free port")
+    parser.add_argument("--data", type=Path, default=Path("data"), help="folder with Fashion-MNIST")
     parser.add_argument(
         "--allow-host",
         action="append",
         dest="names",
         default=[],
         metavar="NAME",
-        help="a name that it is called by, besides those of loopback; may be given again",
+        help="host name of the service, in addition to those of loopback; may be repeated",
     )
     for limit in fields(Settings):
         if limit.name not in ("token", "names"):
@@ -116,7 +116,7 @@ def main() -> None:
     except ValueError as exc:
         parser.error(str(exc))
     configure_logging()
-    # The runs share the cores: threads of OpenMP beyond those would only wait for each other.
+    # The runs share the cores: more OpenMP threads than cores would only wait for each other.
     torch.set_num_threads(max(1, torch.get_num_threads() // settings.max_concurrent))
     config = uvicorn.Config(
         create_app(settings, load(data)),
@@ -133,7 +133,7 @@ def main() -> None:
         h11_max_incomplete_event_size=settings.max_body,
     )
     for signum in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(signum, leave)
+        signal.signal(signum, exit_successfully)
     Server(config, settings).run()
 
 

@@ -23,8 +23,8 @@ def create_app(settings: Settings, data: Mapping[str, Data]) -> FastAPI:
     """Make the application.
 
     Args:
-        settings: how it is set up.
-        data: what runs may train on, by name.
+        settings: the settings of the service.
+        data: the datasets that runs may train on, by name.
     """
 
     @asynccontextmanager
@@ -35,7 +35,7 @@ def create_app(settings: Settings, data: Mapping[str, Data]) -> FastAPI:
             await app.state.runs.close(settings.deadline)
             tasks.cancel_scope.cancel()
 
-    # FastAPI's own pages of documentation load scripts from elsewhere.
+    # FastAPI's own documentation pages load scripts from other sites.
     app = FastAPI(title="eventrain", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.settings = settings
     app.state.sessions = Sessions(settings.token)
@@ -53,7 +53,7 @@ def create_app(settings: Settings, data: Mapping[str, Data]) -> FastAPI:
 
 
 class PageFiles(StaticFiles):
-    """The page's parts, which belong together: browsers ask each time whether theirs are new."""
+    """The files of the page. Browsers check on each request that theirs are up to date."""
 
     def file_response(self, *args: Any, **kwargs: Any) -> Response:
         response = super().file_response(*args, **kwargs)
@@ -62,7 +62,7 @@ class PageFiles(StaticFiles):
 
 
 async def name_fields(request: Request, exc: Exception) -> JSONResponse:
-    """Answer 422, without what was given: it may be a token, or nothing that JSON can hold."""
+    """Answer 422 without the invalid values: they may be a token, or not representable in JSON."""
     assert isinstance(exc, RequestValidationError)
     detail = [{key: error[key] for key in ("loc", "msg", "type")} for error in exc.errors()]
     return JSONResponse({"detail": detail}, 422)

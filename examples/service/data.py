@@ -1,4 +1,4 @@
-"""The data that runs may ask for, in memory."""
+"""The datasets that runs may train on, in memory."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ log = structlog.get_logger("eventrain.service")
 
 
 def load(folder: Path) -> dict[str, Data]:
-    """Load the datasets there are, by name; Fashion-MNIST is looked for in `folder`."""
+    """Load the available datasets, by name; Fashion-MNIST is searched for in `folder`."""
     data: dict[str, Data] = {"digits": digits_in_memory()}
     try:
         data["fashion-mnist"] = _fashion_mnist(folder)

@@ -1,9 +1,9 @@
-"""Who may ask: the origin, the size and the token of every request.
+"""Which requests are admitted: the origin, the size and the token of each are checked.
 
 A page of another site can send requests to a service on loopback from its visitor's browser,
-and, by DNS rebinding, even read the answers. Against the second, Starlette's
-TrustedHostMiddleware checks the Host; against the first, this checks where the browser says the
-request comes from. A token, where one is set, travels as a bearer token, or in a SameSite cookie:
+and, by DNS rebinding, even read the answers. Starlette's TrustedHostMiddleware prevents the latter
+by a check of the Host header. This module prevents the former by a check of the origin that the
+browser reports. A token, if one is set, is sent as a bearer token, or in a SameSite cookie because
 EventSource cannot send headers.
 """
 
@@ -29,14 +29,14 @@ HEADERS = {
     "referrer-policy": "no-referrer",
     "x-content-type-options": "nosniff",
 }
-"""What every answer has; the server adds them, to those that it gives itself, too."""
+"""Headers of every answer. The server adds them, so that its own answers have them, too."""
 
 
 class Sessions:
-    """Browsers that have shown the token: random cookies, for some hours.
+    """Browsers that have sent the token: random cookies, valid for some hours.
 
     Args:
-        token: the secret; None for a service that needs none.
+        token: the secret; None for a service without one.
     """
 
     def __init__(self, token: str | None) -> None:
@@ -44,7 +44,7 @@ class Sessions:
         self._ends: dict[str, float] = {}
 
     def open(self, token: str) -> str | None:
-        """A new session's cookie, or None if the token is wrong."""
+        """Return the cookie of a new session, or None if the token is wrong."""
         if not self.token or not secrets.compare_digest(token.encode(), self.token.encode()):
             return None
         while len(self._ends) >= MAX_SESSIONS:
@@ -54,7 +54,7 @@ class Sessions:
         return cookie
 
     def admits(self, headers: Headers, cookie_name: str) -> bool:
-        """Whether a request may see and change runs."""
+        """Return whether a request may read and change runs."""
         if not self.token:
             return True
         kind, _, token = headers.get("authorization", "").partition(" ")
@@ -69,18 +69,18 @@ class Sessions:
 
 
 def cookie_name(scope: Scope) -> str:
-    """With the port in it: browsers share cookies between the ports of a host."""
+    """Return a name that has the port in it: browsers share cookies between ports of a host."""
     return f"eventrain_{(scope.get('server') or ('', 0))[1]}"
 
 
 class Guard:
-    """ASGI middleware: refuses what should not reach the routes.
+    """ASGI middleware that refuses requests before they reach the routes.
 
     Args:
-        app: the application behind it.
-        sessions: who is let in where the path begins with `private`.
-        max_body: bytes that a request may have, and must say that it has.
-        private: what needs the token.
+        app: the application to protect.
+        sessions: admits requests whose path begins with `private`.
+        max_body: the size limit of a request in bytes; its Content-Length is checked.
+        private: the beginning of the paths that need the token.
     """
 
     def __init__(self, app: ASGIApp, sessions: Sessions, max_body: int, private: str) -> None:
@@ -97,8 +97,8 @@ class Guard:
         headers = Headers(scope=scope)
         if refusal := self._refusal(scope, headers):
             return await refusal(scope, receive, send)
-        # Whoever parses cookies as Python before 3.11.10 and 3.12.6 does (CVE-2024-7592) is held
-        # up for seconds by a long one: FastAPI, for every route. It has no use for them.
+        # FastAPI parses cookies for every route. Before 3.11.10 and 3.12.6, Python's parser takes
+        # seconds for a long one (CVE-2024-7592). The routes do not use cookies.
         scope = {**scope, "headers": [pair for pair in scope["headers"] if pair[0] != b"cookie"]}
         return await self.app(scope, receive, send)
 
@@ -106,19 +106,19 @@ class Guard:
         if not _same_origin(scope, headers):
             return _answer(403, "this request comes from another site")
         if "transfer-encoding" in headers:
-            return _answer(411, "say how long the request is: Content-Length")
+            return _answer(411, "the request needs a Content-Length header")
         length = headers.get("content-length", "0")
         if not length.isdecimal() or int(length) > self.max_body:
-            return _answer(413, f"a request may have {self.max_body} bytes")
+            return _answer(413, f"a request may have at most {self.max_body} bytes")
         private = scope["path"].startswith(self.private)
         if private and not self.sessions.admits(headers, cookie_name(scope)):
-            detail = "give the token: Authorization: Bearer ..., or POST /session"
+            detail = "a token is required: send Authorization: Bearer ..., or POST /session"
             return _answer(401, detail, {"www-authenticate": "Bearer"})
         return None
 
 
 def _same_origin(scope: Scope, headers: Headers) -> bool:
-    """Whether a browser, if it was one, says that the request comes from our own page."""
+    """Return whether the request comes from this page, or from a client that is not a browser."""
     origin = headers.get("origin")
     if origin is not None and origin != f"{scope['scheme']}://{headers.get('host', '')}":
         return False

@@ -1,4 +1,4 @@
-"""What happened in one run, as numbered messages that any number of clients follow."""
+"""The messages of one run, numbered, which any number of clients follow."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ import anyio.lowlevel
 from eventrain.callbacks import RecordCB
 
 current_journal: ContextVar[Journal | None] = ContextVar("current_journal", default=None)
-"""That of the run in whose context something happens."""
+"""The journal of the run in whose context the code runs."""
 
 
 class Message(NamedTuple):
-    """A record as it goes to the clients."""
+    """A record as it is sent to clients."""
 
     id: int
     event: str
@@ -29,9 +29,9 @@ class Message(NamedTuple):
 class Journal:
     """The last `size` messages of a run, numbered from 1.
 
-    A client is no more than a number, that of the last message it has: whoever is slow, or was
-    away, goes on from there, and is told how many it missed. So no client has a buffer, and
-    none holds up the run.
+    A client is only a number, that of the last message that it received. A client that is slow,
+    or that was disconnected, continues from there, and is informed how many messages it missed.
+    So no client has a buffer of its own, and none holds up the run.
     """
 
     def __init__(self, size: int) -> None:
@@ -43,36 +43,36 @@ class Journal:
         self._token = anyio.lowlevel.current_token()
 
     def append(self, record: dict[str, Any]) -> None:
-        """Add a record; from any thread."""
+        """Add a record. Can be called from any thread."""
         if threading.get_ident() != self._thread:
             anyio.from_thread.run_sync(self.append, record, token=self._token)
             return
         self.last += 1
         self._messages.append(Message(self.last, record["event"], json.dumps(record)))
-        self._tell()
+        self._notify()
 
     def end(self) -> None:
-        """Nothing more will come: followers end when they have read what is there."""
+        """Mark it as complete: followers end when they have read the messages that are held."""
         self.ended = True
-        self._tell()
+        self._notify()
 
-    def _tell(self) -> None:
+    def _notify(self) -> None:
         self._news.set()
         self._news = anyio.Event()
 
     async def follow(self, last: int = 0) -> AsyncIterator[Message | int]:
-        """Yield the messages after number `last`, and those to come, until the run has ended.
+        """Yield the messages after number `last`, and then new ones, until the run has ended.
 
-        Where some are held no longer, their number comes in their place.
+        If some are no longer held, yield how many they are in their place.
         """
         while True:
-            start = last - (self.last - len(self._messages))  # where the next one is held
+            start = last - (self.last - len(self._messages))  # index of the next one
             if start < 0:
                 yield -start
                 last -= start
             elif last < self.last:
                 stop = min(start + 64, len(self._messages))
-                # Copied, some at a time: they change while a client takes its time.
+                # Copied, some at a time: the deque changes while a client is slow.
                 for message in [self._messages[i] for i in range(start, stop)]:
                     yield message
                     last = message.id

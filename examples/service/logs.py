@@ -1,4 +1,4 @@
-"""Logging, which is the host's to configure: JSON lines, and a copy for the clients of a run."""
+"""Logging, configured by the host: JSON lines, and a copy for the clients of a run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .journal import current_journal
 
 
 def configure_logging() -> None:
-    """Send structlog's lines and those of the standard library to standard error."""
+    """Send the log lines of structlog and of the standard library to standard error."""
     renderer: Processor = structlog.processors.JSONRenderer()
     if sys.stderr.isatty():
         renderer = structlog.dev.ConsoleRenderer()
@@ -24,7 +24,7 @@ def configure_logging() -> None:
         structlog.processors.format_exc_info,
     ]
     structlog.configure(
-        processors=[_needless, *first, tell_clients, renderer],
+        processors=[_drop_irrelevant, *first, copy_to_journal, renderer],
         logger_factory=structlog.WriteLoggerFactory(sys.stderr),
     )
     handler = logging.StreamHandler(sys.stderr)
@@ -37,18 +37,18 @@ def configure_logging() -> None:
     logging.basicConfig(level=logging.INFO, handlers=[handler])
 
 
-def _needless(logger: object, method: str, line: EventDict) -> EventDict:
-    """No warning of what does not concern us: each run has random generators of its own."""
+def _drop_irrelevant(logger: object, method: str, line: EventDict) -> EventDict:
+    """Drop a warning that does not apply: each run has random generators of its own."""
     if line["event"] == "concurrent_fits_share_rng":
         raise structlog.DropEvent
     return line
 
 
-def tell_clients(logger: object, method: str, line: EventDict) -> EventDict:
-    """Put what is logged in the context of a run into its journal, too."""
+def copy_to_journal(logger: object, method: str, line: EventDict) -> EventDict:
+    """Add lines that are logged in the context of a run to its journal, too."""
     if journal := current_journal.get():
         fields = to_jsonable(line)
-        fields.pop("exception", None)  # a traceback, with this machine's paths, is the log's
+        fields.pop("exception", None)  # a traceback has paths of this machine
         journal.append(
             {
                 "event": "log",

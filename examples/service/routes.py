@@ -1,4 +1,4 @@
-"""What can be asked for."""
+"""The routes of the API and the page."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PAGE = FilePath(__file__).parent / "page"
 
 
 class Refused(BaseModel):
-    """Why not."""
+    """Why a request was refused."""
 
     detail: str
 
@@ -29,15 +29,15 @@ router = APIRouter(
         401: {"model": Refused, "description": "The token is missing or wrong"},
         403: {"model": Refused, "description": "The request comes from another site"},
         404: {"model": Refused, "description": "There is no such run"},
-        409: {"model": Refused, "description": "The run is not in a state for this"},
-        429: {"model": Refused, "description": "There are as many as may be: try later"},
+        409: {"model": Refused, "description": "The state of the run does not allow this"},
+        429: {"model": Refused, "description": "The limit is reached: try again later"},
         503: {"model": Refused, "description": "The service is shutting down"},
     }
 )
 
 
 class Stop(BaseModel):
-    """What to stop, and why."""
+    """The scope to stop, and the reason."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -52,7 +52,7 @@ class Token(BaseModel):
 
 
 async def all_runs(request: Request) -> Runs:
-    """The runs of the service."""
+    """Return the runs of the service."""
     runs: Runs = request.app.state.runs
     return runs
 
@@ -61,10 +61,10 @@ AllRuns = Annotated[Runs, Depends(all_runs)]
 
 
 async def one_run(runs: AllRuns, run_id: Annotated[str, Path(pattern="^[0-9a-f]{16}$")]) -> Run:
-    """The run of an address."""
+    """Return the run with the id in the path."""
     if run := runs.get(run_id):
         return run
-    raise HTTPException(404, f"no run {run_id}: it never was, or is forgotten by now")
+    raise HTTPException(404, f"no run {run_id}: it never existed, or was forgotten")
 
 
 OneRun = Annotated[Run, Depends(one_run)]
@@ -72,22 +72,22 @@ OneRun = Annotated[Run, Depends(one_run)]
 
 @router.get("/", include_in_schema=False)
 async def page() -> FileResponse:
-    """The page."""
+    """Serve the page."""
     return FileResponse(PAGE / "index.html", headers={"cache-control": "no-cache"})
 
 
 @router.post("/runs", status_code=201)
 async def start(new: NewRun, runs: AllRuns, response: Response) -> RunState:
-    """Start a run, and answer at once."""
+    """Start a run, and answer immediately."""
     if new.dataset not in runs.data:
-        there = f"not on this server, which has {', '.join(runs.data)}; see its --data"
+        there = f"not on this server, which has {', '.join(runs.data)}; see its option --data"
         detail = {"loc": ("body", "dataset"), "msg": there, "type": "missing_data"}
         raise RequestValidationError([detail])
     if runs.closing:
         raise HTTPException(503, "the service is shutting down")
     if runs.full:
         raise HTTPException(
-            429, f"{len(runs.active)} runs are running: try later", {"retry-after": "10"}
+            429, f"{len(runs.active)} runs are running: try again later", {"retry-after": "10"}
         )
     run = await runs.start(new)
     response.headers["location"] = f"/runs/{run.id}"
@@ -96,13 +96,13 @@ async def start(new: NewRun, runs: AllRuns, response: Response) -> RunState:
 
 @router.get("/runs")
 async def list_runs(runs: AllRuns) -> list[RunSummary]:
-    """The runs that are known, newest first."""
+    """List the remembered runs, newest first."""
     return [run.summary() for run in runs]
 
 
 @router.get("/runs/{run_id}")
 async def show(run: OneRun) -> RunState:
-    """What a run has done so far, and how it ended."""
+    """Show the progress and the history of a run, and how it ended."""
     return run.state()
 
 
@@ -116,9 +116,9 @@ async def stop(run: OneRun, what: Stop) -> RunState:
 
 @router.get("/runs/{run_id}/weights")
 async def weights(run: OneRun) -> Response:
-    """The model's `state_dict`, when the run has ended: for `torch.load(weights_only=True)`."""
+    """Return the `state_dict` of a run that has ended, for `torch.load(weights_only=True)`."""
     if run.weights is None:
-        raise HTTPException(409, f"run {run.id} has no weights {'' if run.ended else 'yet'}")
+        raise HTTPException(409, f"run {run.id} has no weights{'' if run.ended else ' yet'}")
     as_file = {"content-disposition": f'attachment; filename="{run.id}.pt"'}
     return Response(run.weights, media_type="application/octet-stream", headers=as_file)
 
@@ -127,11 +127,11 @@ async def weights(run: OneRun) -> Response:
 async def events(
     request: Request, run: OneRun, last_event_id: Annotated[int, Header(ge=0)] = 0
 ) -> Response:
-    """The run's events as they come, server-sent; `Last-Event-ID` resumes."""
+    """Stream the events of a run as server-sent events; `Last-Event-ID` resumes."""
     if last_event_id > run.journal.last:
         raise HTTPException(409, f"there is no event {last_event_id} yet")
     if run.journal.ended and last_event_id == run.journal.last:
-        return Response(status_code=204)  # tells an EventSource not to come back
+        return Response(status_code=204)  # makes an EventSource not reconnect
     state = request.app.state
     return EventStream(run, last_event_id, state.settings, state.open_streams)
 
@@ -141,7 +141,7 @@ async def log_in(given: Token, request: Request, response: Response) -> None:
     """Exchange the token for a cookie."""
     cookie = request.app.state.sessions.open(given.token)
     if cookie is None:
-        raise HTTPException(401, "this is not the token")
+        raise HTTPException(401, "the token is wrong")
     response.set_cookie(
         cookie_name(request.scope),
         cookie,

@@ -1,4 +1,4 @@
-"""The runs: what was asked for, the learner that does it, and what is told of it."""
+"""The runs: their requests, their learners, and the states that clients receive."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ from .settings import Settings
 log = structlog.get_logger("eventrain.service")
 
 Data = tuple[Dataset[Any], Dataset[Any]]
-"""Images and labels, to train with and to validate with."""
+"""Images and labels, for training and for validation."""
 
 
 class NewRun(BaseModel):
-    """What a run is to do."""
+    """The request for a run."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -52,7 +52,7 @@ class NewRun(BaseModel):
 
 
 class RunSummary(BaseModel):
-    """How far a run has come, and how it ended."""
+    """The progress of a run, and how it ended."""
 
     id: str
     status: Literal["running", "completed", "cancelled", "failed"]
@@ -71,7 +71,7 @@ class RunSummary(BaseModel):
 
 
 class RunState(RunSummary):
-    """And what it has measured: a row an epoch and phase ("train" or "eval")."""
+    """The same with the metrics: one row per epoch and phase ("train" or "eval")."""
 
     history: list[dict[str, Any]]
 
@@ -81,9 +81,9 @@ class Run:
 
     Attributes:
         id: 16 hexadecimal digits; the run's id in events, logs and addresses.
-        journal: what its clients are told.
-        clients: how many are listening.
-        ended: when it ended, None before.
+        journal: the messages for its clients.
+        clients: how many clients follow it.
+        ended: when it ended; None before that.
         over: set when it has ended.
         weights: the model's `state_dict`, as `torch.save` writes it; None while it trains.
     """
@@ -101,7 +101,7 @@ class Run:
         self._last: dict[str, Any] = {}
 
     def _make_learner(self, data: Data, interval: float) -> MomentumLearner:
-        """With generators of its own: runs at the same time do not change each other."""
+        """Return a learner with its own generators, so that concurrent runs do not interfere."""
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(self.request.seed)
             model = get_model()
@@ -122,12 +122,12 @@ class Run:
         )
 
     async def train(self, *, task_status: TaskStatus[None]) -> None:
-        """Fit, and tell how it ended; an error is the run's, not the service's."""
+        """Fit, and record how it ended; an error ends the run, not the service."""
         assert self._learner is not None
         current_journal.set(self.journal)
         with structlog.contextvars.bound_contextvars(run_id=self.id):
             try:
-                task_status.started()  # from its next turn on, the run can be stopped
+                task_status.started()  # from this task's next turn on, the run can be stopped
                 await self._learner.fit(self.request.epochs, run_id=self.id)
             except Exception as exc:
                 self._last = {"status": "failed", "reason": f"{type(exc).__name__}: {exc}"}
@@ -136,22 +136,22 @@ class Run:
                 self._finish(self._learner)
 
     def stop(self, scope: Literal["fit", "epoch", "batch"], reason: str) -> bool:
-        """Ask it to leave a scope; whether it will hear of it."""
+        """Ask the run to leave a scope, and return whether it received the request."""
         return self._learner is not None and self._learner.stop(scope, reason=reason)
 
     def _finish(self, learner: MomentumLearner) -> None:
-        """Keep the weights and the last state, and let go of the rest."""
+        """Keep the weights and the last state, and release the learner."""
         try:
             file = io.BytesIO()
             torch.save(to_cpu(learner.model.state_dict()), file)
             self.weights = file.getvalue()
-        except Exception as exc:  # of a device that has failed, say
+        except Exception as exc:  # for example, of a device that has failed
             log.error("weights_lost", exc_info=exc)
         self.ended = datetime.now(UTC)
-        told = ("status", "who", "reason", "steps", "dropped")
+        fields = ("status", "who", "reason", "steps", "dropped")
         if learner.result:
-            ending = {name: getattr(learner.result, name) for name in told}
-        else:  # it could not begin
+            ending = {name: getattr(learner.result, name) for name in fields}
+        else:  # it could not start
             ending = {"status": "cancelled", **self._last}
         self._last = {**_progress(learner), **ending, "history": _history(learner)}
         self._learner = None
@@ -161,18 +161,18 @@ class Run:
                 "schema_version": SCHEMA_VERSION,
                 "timestamp": self.ended.isoformat(timespec="milliseconds"),
                 "run_id": self.id,
-                **self.summary().model_dump(include=set(told)),
+                **self.summary().model_dump(include=set(fields)),
             }
         )
         self.journal.end()
         self.over.set()
 
     def summary(self) -> RunSummary:
-        """Where it is now."""
+        """Return the present state, without the history."""
         return RunSummary.model_validate(self._now())
 
     def state(self) -> RunState:
-        """Where it is now, and all that was measured."""
+        """Return the present state with the history."""
         history = {"history": _history(self._learner)} if self._learner else {}
         return RunState.model_validate({**self._now(), **history})
 
@@ -188,7 +188,7 @@ class Run:
 
 
 def _progress(learner: MomentumLearner) -> dict[str, Any]:
-    """What can be seen of a fit while it runs."""
+    """Return the fields of a summary that a running fit has."""
     return {
         "status": "running",
         "who": None,
@@ -212,9 +212,9 @@ class Runs:
     """All runs of the service.
 
     Args:
-        tasks: where they run.
-        data: what they may train on, by name.
-        settings: how many at once, and how many are remembered.
+        tasks: the task group that they run in.
+        data: the datasets that they may train on, by name.
+        settings: how many run at once, and how many are remembered.
     """
 
     def __init__(
@@ -234,16 +234,16 @@ class Runs:
 
     @property
     def active(self) -> list[Run]:
-        """Those that have not ended."""
+        """The runs that have not ended."""
         return [run for run in self._runs.values() if run.ended is None]
 
     @property
     def full(self) -> bool:
-        """Whether another run would be too many."""
+        """Whether as many runs are active as the settings allow."""
         return len(self.active) >= self._settings.max_concurrent
 
     async def start(self, request: NewRun) -> Run:
-        """Start a run, and forget the oldest that have ended."""
+        """Start a run, and forget the oldest ended runs above the limit."""
         run = Run(request, self.data[request.dataset], self._settings)
         self._runs[run.id] = run
         ended = [run.id for run in self._runs.values() if run.ended]
@@ -253,12 +253,12 @@ class Runs:
         return run
 
     async def close(self, deadline: float) -> None:
-        """Take no more runs, stop those there are, and wait until they have ended.
+        """Refuse new runs, stop the active ones, and wait until they have ended.
 
-        Those that have not after `deadline` seconds are left to whoever cancels their tasks.
+        Runs that have not ended after `deadline` seconds are left for the caller to cancel.
         """
         self.closing = True
-        await anyio.lowlevel.checkpoint()  # one that was just started can be stopped by then
+        await anyio.lowlevel.checkpoint()  # after it, a run that was just started can be stopped
         for run in self.active:
             run.stop("fit", "the service is shutting down")
         with anyio.move_on_after(deadline):

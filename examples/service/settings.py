@@ -1,4 +1,4 @@
-"""How the service is set up, and what it may cost."""
+"""The settings of the service, most of which are limits."""
 
 from __future__ import annotations
 
@@ -15,31 +15,33 @@ def _limit(default: Any, text: str) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """The limits of the service.
+    """The settings of the service.
 
     Attributes:
-        token: what clients must show; needed on an address that others can reach.
-        names: host names by which it may be called, besides `host` and those of loopback.
+        token: the secret that clients must send; required on an address that others can reach.
+        names: host names of the service, in addition to `host` and those of loopback.
 
     Raises:
-        ValueError: others can reach `host`, and there is no token; or a value cannot be.
+        ValueError: if others can reach `host` and there is no token, or if a value is invalid.
     """
 
     token: str | None = field(default=None, repr=False)
     names: tuple[str, ...] = ()
-    host: str = _limit("127.0.0.1", "the address it binds to")
-    max_concurrent: int = _limit(2, "runs at once; more are answered with 429")
-    max_kept: int = _limit(50, "runs that are remembered")
-    max_clients: int = _limit(100, "event streams at once")
-    max_body: int = _limit(16_384, "bytes of a request")
-    journal_size: int = _limit(2_000, "messages of a run that are held for clients")
-    interval: float = _limit(0.1, "seconds between two batches that clients are told of")
-    heartbeat: float = _limit(15.0, "seconds between two signs of life on a quiet stream")
-    send_timeout: float = _limit(30.0, "seconds after which a client that reads nothing is let go")
-    idle_timeout: float = _limit(
-        30.0, "seconds after which a connection that asks nothing is closed"
+    host: str = _limit("127.0.0.1", "address to bind to")
+    max_concurrent: int = _limit(2, "runs at the same time; more are refused with 429")
+    max_kept: int = _limit(50, "runs to remember")
+    max_clients: int = _limit(100, "event streams at the same time")
+    max_body: int = _limit(16_384, "largest allowed request, in bytes")
+    journal_size: int = _limit(2_000, "messages per run that are held for clients")
+    interval: float = _limit(0.1, "seconds between two batches that are reported to clients")
+    heartbeat: float = _limit(15.0, "seconds between two heartbeats on a quiet stream")
+    send_timeout: float = _limit(
+        30.0, "seconds after which a client that does not read is disconnected"
     )
-    deadline: float = _limit(10.0, "seconds that the runs have to stop in, at the end")
+    idle_timeout: float = _limit(
+        30.0, "seconds after which a connection without a complete request is closed"
+    )
+    deadline: float = _limit(10.0, "seconds that the runs have to stop at shutdown")
 
     def __post_init__(self) -> None:
         if self.token is not None and not re.fullmatch("[!-~]+", self.token):
@@ -58,10 +60,10 @@ class Settings:
             if kind is int and value < 1:
                 raise ValueError(f"{limit.name}={value}: give 1 or more")
             if kind is float and not 0 <= value < math.inf:
-                raise ValueError(f"{limit.name}={value}: give seconds, 0 or more")
+                raise ValueError(f"{limit.name}={value}: give a number of seconds, 0 or more")
         for name in ("heartbeat", "send_timeout", "idle_timeout"):
             if not getattr(self, name):
-                raise ValueError(f"{name}=0: give seconds, more than 0")
+                raise ValueError(f"{name}=0: give a number of seconds greater than 0")
         if self.token is None and not _is_loopback(self.host):
             raise ValueError(
                 f"--host {self.host} can be reached by others: set a token"
@@ -70,7 +72,7 @@ class Settings:
 
     @property
     def allowed_hosts(self) -> list[str]:
-        """What the Host header of a request may say."""
+        """Values that the Host header of a request may have."""
         own = f"[{self.host}]" if ":" in self.host else self.host
         return [own, "localhost", "127.0.0.1", "[::1]", *self.names]
 

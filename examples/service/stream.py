@@ -1,4 +1,4 @@
-"""Server-sent events: a run's journal, as an EventSource reads it.
+"""A run's journal as server-sent events, for an EventSource.
 
 `stream.schema.json` is the schema of their data.
 """
@@ -22,14 +22,14 @@ from .settings import Settings
 log = structlog.get_logger("eventrain.service")
 
 RETRY = 2000
-"""Milliseconds after which a browser that lost the stream comes back."""
+"""Milliseconds after which a browser that lost the stream reconnects."""
 
 
 class EventStream(EventSourceResponse):
-    """The messages of a run after number `last`; ends with the run, or with the client.
+    """The messages of a run after number `last`, until the run ends or the client disconnects.
 
     Args:
-        open_streams: those there are, this one while it is open.
+        open_streams: all open streams; this one is added while it is open.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class EventStream(EventSourceResponse):
             ping=settings.heartbeat,
             send_timeout=settings.send_timeout,
             shutdown_event=anyio.Event(),
-            shutdown_grace_period=settings.deadline,  # to tell how the run ended
+            shutdown_grace_period=settings.deadline,  # to send how the run ended
         )
         self._run = run
         self._max_clients = settings.max_clients

@@ -91,10 +91,10 @@ def test_events_that_the_host_takes_are_all_counted(backend: dict[str, Any]) -> 
     watch = Watch(monitor.nothing)
     learner = TrainLearner(linear(1).model)
     learner.observe(watch.take, buffer=3)
-    assert host.emptied(learner, 3, backend) > 0
+    assert host.delivery_rate(learner, 3, backend) > 0
     assert watch.delivered == 3
     with pytest.raises(AssertionError):
-        host.emptied(learner, 4, backend)
+        host.delivery_rate(learner, 4, backend)
 
 
 def test_quantiles_of_no_values_are_left_open() -> None:

@@ -60,7 +60,7 @@ def test_a_part_of_a_name_chooses_rows() -> None:
 
 
 def test_a_name_that_nothing_has_is_refused() -> None:
-    with pytest.raises(SystemExit, match="--only 'kears' is no part of 'by hand, again', "):
+    with pytest.raises(SystemExit, match="--only 'kears' is not part of any of 'by hand, again', "):
         measure("--only", "kears")
 
 

@@ -525,7 +525,7 @@ def test_epochs_that_the_stream_has_lost_come_from_the_history(small: Service, v
     page = visit(f"{small.url}/#{run_id}")
     log_in(page)
     status(page, "completed")
-    sync_api.expect(page.locator("#gap")).to_contain_text("messages are held no longer")
+    sync_api.expect(page.locator("#gap")).to_contain_text("messages are no longer available")
     assert numbers(table(page, "loss")) == history(state, "loss")
 
 
@@ -537,7 +537,7 @@ def test_where_a_token_is_wanted_the_page_asks_for_it(small: Service, visit: Ope
     assert page.locator("#app").is_hidden()
     page.fill("#token", "guess")
     page.keyboard.press("Enter")
-    sync_api.expect(page.locator("#token-error")).to_have_text("This is not the token")
+    sync_api.expect(page.locator("#token-error")).to_have_text("The token is wrong")
     log_in(page)
     sync_api.expect(page.locator("#app")).to_be_visible()
     assert page.locator("#login").is_hidden()

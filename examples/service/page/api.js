@@ -1,16 +1,16 @@
-// What the service answers, and what it refuses.
+// Requests to the service, and its refusals.
 
 import { capital } from "./texts.js";
 
 export class Refusal extends Error {
   constructor(status, detail) {
-    super(typeof detail === "string" ? capital(detail) : "The service refused this");
+    super(typeof detail === "string" ? capital(detail) : "The service refused the request");
     this.status = status;
     this.fields = Array.isArray(detail) ? detail : [];
   }
 }
 
-/** GET a path, or POST to it where there is a body; the window hears where a token is wanted. */
+/** GET a path, or POST a body to it; a missing token dispatches `tokenwanted` on the window. */
 export async function api(path, body) {
   const headers = { "content-type": "application/json" };
   const options = body && { method: "POST", headers, body: JSON.stringify(body) };

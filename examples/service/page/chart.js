@@ -1,19 +1,19 @@
-// A chart over the epochs: its lines, its legend, and the table of its numbers.
+// A chart over the epochs, with its lines, its legend, and a table of its values.
 
 import { $, fill, say } from "./dom.js";
 
 const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 
-const DASH = [6, 4].map((length) => length * devicePixelRatio); // uPlot scales all but this
+const DASH = [6, 4].map((length) => length * devicePixelRatio); // uPlot scales everything else
 
 const LINES = {
   batch: { stroke: () => colour("--batch"), width: 1, points: { show: false } },
-  train: { stroke: () => colour("--train"), width: 2, points: marks("--train") },
-  valid: { stroke: () => colour("--valid"), width: 2, dash: DASH, points: marks("--paper") },
+  train: { stroke: () => colour("--train"), width: 2, points: points("--train") },
+  valid: { stroke: () => colour("--valid"), width: 2, dash: DASH, points: points("--paper") },
 };
 
-/** Marks at the epochs, while there is room for them. */
-function marks(paint) {
+/** Points at the epochs, as long as there is room for them. */
+function points(paint) {
   const show = (plot, i) => plot.data[i].filter((y) => y != null).length * 12 < plot.width;
   return { show, size: 7, width: 1.5, fill: () => colour(paint) };
 }
@@ -22,17 +22,17 @@ function logRange(_, low, high) {
   return low > 0 ? [low / 1.2, high * 1.2] : [0.1, 1];
 }
 
-/** Positive numbers only: there is no logarithm of the others. */
+/** Keep only positive values: the others have no logarithm. */
 const positive = (column) => column.map((y) => (y === undefined || y > 0 ? y : null));
 
-/** The place of the last number in a column, from `start` down. */
+/** The index of the last value of a column at or before `start`. */
 function lastNumber(column, start = column.length - 1) {
   let i = start;
   while (i > 0 && column[i] == null) i -= 1;
   return i;
 }
 
-/** The place of the number of a series that is next to where the cursor is. */
+/** The index of the value of a series that is nearest to the cursor. */
 function nearest(plot, series, start, x) {
   const [at, column] = [plot.data[0], plot.data[series]];
   const before = lastNumber(column, start);
@@ -44,7 +44,7 @@ function nearest(plot, series, start, x) {
 }
 
 export class Chart {
-  /** In the figure called `name`; calls `redraw` where it needs the run, to be drawn again. */
+  /** Draws in the figure `name`; calls `redraw` when the chart must be drawn again. */
   constructor(name, spec, redraw) {
     this.spec = spec;
     this.figure = $(name);
@@ -101,7 +101,7 @@ export class Chart {
     };
   }
 
-  /** The end of a logarithmic axis is where it is: only round numbers are worth a label. */
+  /** The ends of a logarithmic axis are arbitrary: label only round numbers there. */
   tick(y) {
     const round = y != null && Number(y.toPrecision(1)) === Number(y.toPrecision(6));
     return round || (y != null && !this.log) ? this.spec.tick(y) : "";
@@ -129,7 +129,7 @@ export class Chart {
     if (this.details.open) fill(this.details, this.spec.rows(run));
   }
 
-  /** The number of a series at the cursor, or else its last. */
+  /** The value of a series at the cursor, or else its last value. */
   value(i) {
     const column = this.plot.data[i + 1] ?? [];
     const at = this.plot.cursor.idxs?.[i + 1] ?? lastNumber(column);

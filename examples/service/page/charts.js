@@ -1,9 +1,9 @@
-// Which charts there are, and what of a run each of them shows.
+// The charts, and the values of a run that each of them shows.
 
 import { Chart } from "./chart.js";
 import { NONE, number, percent, rate, short } from "./texts.js";
 
-/** The epochs done, and a value of each of them; those that are not known are passed over. */
+/** The epochs done, and a value for each; the lines pass over values that are not known. */
 function byEpoch(run, phases, name) {
   const x = run.epochs.map((_, i) => i + 1);
   return [x, ...phases.map((phase) => run.epochs.map((epoch) => epoch[phase]?.[name]))];

@@ -1,8 +1,8 @@
-// Short words for what the other modules do to the document.
+// Helpers with which the other modules read and change the document.
 
 export const $ = (id) => document.getElementById(id);
 
-/** Set a text only where it is another: what did not change is not announced again. */
+/** Set a text only if it differs, so that screen readers do not announce it again. */
 export function say(node, text) {
   if (node.textContent !== text) node.textContent = text;
 }
@@ -14,7 +14,7 @@ export function element(tag, className = "", text = "") {
   return node;
 }
 
-/** Put rows into a table; the first cell of each is its heading. */
+/** Put rows into a table; the first cell of each row is its heading. */
 export function fill(table, rows) {
   const body = table.querySelector("tbody");
   while (body.rows.length > rows.length) body.deleteRow(-1);

@@ -1,14 +1,14 @@
-// Follows the events of a run while the page is looked at, until the run has ended.
+// Follows the events of a run while the page is visible, until the run has ended.
 //
-// A hidden page holds no connection: a browser has six to a service, for all of its tabs.
+// A hidden page holds no connection: a browser opens at most six to a service, for all its tabs.
 
 import { api } from "./api.js";
 
 const EVENTS = ["fit_started", "batch", "epoch", "log", "fit_ended", "run_ended"];
-const RETRY = 5000; // milliseconds, where the browser does not come back by itself
+const RETRY = 5000; // milliseconds, if the browser does not reconnect by itself
 
 export class Follower {
-  /** Calls `changed()` with each thing it learns, and `gone(why)` if there is no such run. */
+  /** Calls `changed()` after each change, and `gone(why)` if there is no such run. */
   constructor(run, changed, gone) {
     this.run = run;
     this.changed = changed;
@@ -19,7 +19,7 @@ export class Follower {
     this.connect();
   }
 
-  /** Connect anew, or not at all while the page is hidden. */
+  /** Connect again, or only disconnect while the page is hidden. */
   connect() {
     if (this.closed) return;
     this.#disconnect();
@@ -48,7 +48,7 @@ export class Follower {
     clearTimeout(this.retry);
   }
 
-  /** Take each message once, whichever stream it comes on; their numbers have no holes. */
+  /** Take each message once, whichever stream sends it; message ids are consecutive. */
   take({ type, data, lastEventId }) {
     const id = Number(lastEventId);
     if (this.closed || id <= this.seen) return;
@@ -59,7 +59,7 @@ export class Follower {
     this.changed();
   }
 
-  /** Ask for the whole history: the stream has only what the service still holds of it. */
+  /** Request the whole history: the stream has only the messages that the service still holds. */
   async refresh() {
     try {
       this.run.takeState(await api(`runs/${this.run.id}`));
@@ -70,7 +70,7 @@ export class Follower {
     this.changed();
   }
 
-  /** The browser comes back by itself, unless it was turned away. */
+  /** The browser reconnects by itself, unless the service refused the connection. */
   lost() {
     this.link = "reconnecting";
     if (this.source.readyState === EventSource.CLOSED) {

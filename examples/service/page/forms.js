@@ -1,9 +1,9 @@
-// Forms: sent once at a time, with what the service says against a field at that field.
+// Forms: one request at a time, with the service's errors shown next to the fields.
 
 import { Refusal } from "./api.js";
 import { $, say } from "./dom.js";
 
-/** Send a form with `send`; what is about no field of it is said at `message`. */
+/** Submit a form with `send`; errors that belong to no field are shown in `message`. */
 export function onSubmit(form, message, send) {
   form.addEventListener("submit", async (event) => {
     event.preventDefault();
@@ -41,5 +41,5 @@ function showErrors(form, message, refusal) {
   form.querySelector("[aria-invalid]")?.focus();
 }
 
-/** What a field holds: a number, where it can be read as one; the service judges it. */
+/** The value of a field, as a number if it is one; the service validates it. */
 export const typed = (text) => (text.trim() && Number.isFinite(Number(text)) ? Number(text) : text);

@@ -6,13 +6,13 @@ import { when } from "./texts.js";
 
 let current = null;
 
-/** Ask for the runs, newest first, and list them. */
+/** Request the runs, newest first, and list them. */
 export async function list() {
   let runs = [];
   try {
     runs = await api("runs");
   } catch (refusal) {
-    say($("notice"), refusal.status === 401 ? "" : `${refusal.message}. Trying again…`);
+    say($("notice"), refusal.status === 401 ? "" : `${refusal.message}. Retrying…`);
     return runs;
   }
   say($("notice"), "");
@@ -21,7 +21,7 @@ export async function list() {
   return runs;
 }
 
-/** Items are kept, so that the one in focus stays there. */
+/** Reuse the items, so that the focused one keeps the focus. */
 function drawList(runs) {
   const items = new Map([...$("runs").children].map((item) => [item.dataset.run, item]));
   const ids = new Set(runs.map(({ id }) => id));
@@ -54,7 +54,7 @@ function drawItem(item, { status, epoch, request }) {
   say(item.querySelector(".reached"), `epoch ${epoch + 1} of ${request.epochs}`);
 }
 
-/** Mark the run that is looked at; of that one the page knows more than the last answer. */
+/** Mark the run that is shown, of which the page knows more than the last answer says. */
 export function mark(run) {
   current = run;
   for (const item of $("runs").children) {

@@ -1,10 +1,10 @@
-// The log of the run that is looked at.
+// The log of the run that is shown.
 
 import { $, element } from "./dom.js";
 import { MAX_LINES } from "./run.js";
 import { clock } from "./texts.js";
 
-/** Add the lines that came, and go on showing the end, if it is what was shown. */
+/** Add new lines, and keep the end in view if it was in view before. */
 export function drawLog(run) {
   const box = $("log");
   const fresh = run.lines.splice(0);
@@ -17,14 +17,14 @@ export function drawLog(run) {
 
 function makeLine({ timestamp, level, message, fields }) {
   const line = element("p", `line ${level}`);
-  const fraction = timestamp.match(/\.\d{3}/)?.[0] ?? ".000"; // a full second comes without
+  const fraction = timestamp.match(/\.\d{3}/)?.[0] ?? ".000"; // absent at a full second
   const time = element("time", "", `${clock(timestamp)}${fraction}`);
   const parts = [time, element("span", "level", level), element("b", "", message)];
   line.append(...parts.flatMap((part) => [part, " "]), element("span", "fields", pairs(fields)));
   return line;
 }
 
-/** key=value, with the keys of what is nested; logs count epochs and batches from 0. */
+/** key=value, with dotted keys for nested values; logs count epochs and batches from 0. */
 function pairs(fields, prefix = "") {
   return Object.entries(fields)
     .filter(([key]) => key !== "schema_version")

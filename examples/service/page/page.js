@@ -1,4 +1,4 @@
-// The page of the service: starts runs, follows the one in the address, stops it.
+// The page of the service: starts runs, follows the run in the address, and stops it.
 
 import { api } from "./api.js";
 import { $ } from "./dom.js";
@@ -8,14 +8,14 @@ import { list, mark } from "./list.js";
 import { Run } from "./run.js";
 import { View } from "./view.js";
 
-const RELOAD = 5000; // milliseconds between two looks at the list of runs
+const RELOAD = 5000; // milliseconds between two requests of the list of runs
 
 const narrow = matchMedia("(width < 60rem)");
 const view = new View(redraw);
 let follower = null;
 let frame = 0;
 
-/** Draw before the next frame, once. */
+/** Draw once before the next frame. */
 function redraw() {
   frame ||= requestAnimationFrame(() => {
     frame = 0;
@@ -25,8 +25,8 @@ function redraw() {
   });
 }
 
-/** Look at the run with this id, or at none, and say why. */
-function show(id, message = "Start a run, and its curves appear here.") {
+/** Show the run with this id; or no run, and a message. */
+function show(id, message = "Start a run to see its curves here.") {
   follower?.close();
   view.clear(id ? "Loading…" : message);
   follower = id ? new Follower(new Run(id), redraw, (why) => show(null, why)) : null;
@@ -84,11 +84,11 @@ document.querySelector(".skip").addEventListener("click", (event) => {
 
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
 
-const look = () => document.hidden || $("app").hidden || list();
-setInterval(look, RELOAD);
+const reload = () => document.hidden || $("app").hidden || list();
+setInterval(reload, RELOAD);
 document.addEventListener("visibilitychange", () => {
   follower?.connect();
-  look();
+  reload();
 });
 
 $("new-run").open = !narrow.matches;

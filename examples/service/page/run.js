@@ -1,10 +1,10 @@
-// A run: what is known of it, from its state and from its events, whichever come first.
+// A run, as known from its state and from its events, whichever arrive first.
 
-const MAX_POINTS = 2000; // batches in a chart: more are thinned out
+const MAX_POINTS = 2000; // batches in a chart; more are thinned out
 const MAX_ROWS = 50; // batches in a table
 export const MAX_LINES = 200; // of the log
 
-/** What comes, evenly thinned to less than `limit` items, however much comes. */
+/** Any number of items, evenly thinned to fewer than `limit`. */
 export class Thinned {
   constructor(limit) {
     this.limit = limit;
@@ -23,7 +23,7 @@ export class Thinned {
     this.stride *= 2;
   }
 
-  /** What was kept, and the newest. */
+  /** The items that were kept, and the newest one. */
   get points() {
     const { items, last } = this;
     return items.at(-1) === last || !last ? items : [...items, last];
@@ -49,13 +49,13 @@ export class Run {
     return this.state.status === "running";
   }
 
-  /** How much of it is done, from 0 to 1. */
+  /** The progress, from 0 to 1. */
   get done() {
     if (this.state.status === "completed") return 1;
     return this.at ? Math.min(1, position(this.at) / this.state.request.epochs) : 0;
   }
 
-  /** What the service answers about it, with all the history. */
+  /** Take the service's answer about the run, with the whole history. */
   takeState(state) {
     this.state = { ...state, ...this.end };
     for (const { epoch, train, ...metrics } of state.history) {
@@ -63,7 +63,7 @@ export class Run {
     }
   }
 
-  /** One of its events. */
+  /** Take one of its events. */
   take(record) {
     this.now = Date.parse(record.timestamp);
     if (record.event === "batch") this.#takeBatch(record);
@@ -97,13 +97,13 @@ export class Run {
   }
 }
 
-/** Add an item to those of which the last `limit` are kept. */
+/** Add an item, and keep the last `limit` items. */
 function push(items, item, limit) {
   items.push(item);
   if (items.length > limit) items.shift();
 }
 
-/** How many epochs are done, with the part of the one that is not. */
+/** The number of completed epochs, including the completed fraction of the current one. */
 export function position({ epoch, phase, iter, n_iter }) {
   return phase === "valid" ? epoch + 1 : epoch + (iter + 1) / (n_iter ?? Infinity);
 }

@@ -1,4 +1,4 @@
-// How numbers and times are written.
+// The format of numbers and times.
 
 export const NONE = "–";
 
@@ -16,7 +16,7 @@ export const percent = (x) => (x == null ? NONE : (100 * x).toFixed(2));
 export const rate = (x) => (x == null ? NONE : Math.round(x).toLocaleString("en"));
 export const clock = (time) => new Date(time).toLocaleTimeString("en-GB");
 
-/** The time, and the day too if it is not this one. */
+/** The time, with the date unless it is today. */
 export function when(time) {
   const day = (date) => date.toLocaleDateString("en-GB", { day: "numeric", month: "short" });
   const date = new Date(time);

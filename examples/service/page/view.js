@@ -1,4 +1,4 @@
-// The run that is looked at: what it is, how far it is, its charts, its batches and its log.
+// The run that is shown: its settings, progress, charts, batches and log.
 
 import { makeCharts } from "./charts.js";
 import { $, element, fill, say } from "./dom.js";
@@ -10,10 +10,10 @@ import { capital, count, duration, number, rate, short, when } from "./texts.js"
 const LINKS = { connecting: "connecting…", live: "live", reconnecting: "reconnecting…" };
 
 export class View {
-  /** Calls `redraw` where something that was hidden is to be drawn. */
+  /** Calls `redraw` when a part that was hidden must be drawn. */
   constructor(redraw) {
     this.redraw = redraw;
-    this.charts = null; // made where they have a size: when they are shown first
+    this.charts = null; // made when they are first shown: before that they have no size
     $("batches").addEventListener("toggle", redraw);
   }
 
@@ -28,7 +28,7 @@ export class View {
     drawLog(run);
   }
 
-  /** Show no run, and say why. */
+  /** Show a message instead of a run. */
   clear(message) {
     $("run-view").hidden = true;
     $("no-run").hidden = false;
@@ -58,13 +58,14 @@ function drawAbout(run, link) {
   say($("ended"), `${capital(status)}${who ? ` by ${who}` : ""}: ${reason}`);
   $("gap").hidden = !run.missed;
   const lost = count(run.missed, "message is", "messages are");
-  say($("gap"), `${lost} held no longer: batches and log lines are missing here, epochs are not.`);
+  const missing = "batches and log lines are missing here, epochs are not";
+  say($("gap"), `${lost} no longer available: ${missing}.`);
   allowStop(run.running);
   $("weights").hidden = run.running;
   $("weights").href = `runs/${run.id}/weights`;
 }
 
-/** What is disabled loses the focus: it goes to the run, and not to the page's beginning. */
+/** A disabled element loses the focus: move it to the run, not to the start of the page. */
 function allowStop(allowed) {
   if (!allowed && $("stop-form").contains(document.activeElement)) {
     $("run").focus({ preventScroll: true });
@@ -92,13 +93,13 @@ function makeFact() {
 
 function drawProgress(run) {
   $("progress").value = run.done;
-  say($("where"), whereabouts(run));
+  say($("where"), positionText(run));
   say($("pace"), pace(run));
   const percentDone = run.running ? `${Math.floor(100 * run.done)} % ` : "";
   document.title = `${percentDone}${run.state.request.dataset}, ${run.state.status} – eventrain`;
 }
 
-function whereabouts({ at, running, state }) {
+function positionText({ at, running, state }) {
   if (!at) return running ? "Starting" : "";
   const epoch = `Epoch ${at.epoch + 1} of ${state.request.epochs}`;
   if (at.phase === "train") return `${epoch}, batch ${at.iter + 1} of ${at.n_iter ?? "?"}`;
@@ -108,7 +109,7 @@ function whereabouts({ at, running, state }) {
 function pace(run) {
   const until = run.running ? run.now : Date.parse(run.state.ended);
   const seconds = Math.max(0, (until - Date.parse(run.state.created)) / 1000);
-  if (!run.running) return `${duration(seconds)} in all`;
+  if (!run.running) return `${duration(seconds)} in total`;
   const { done } = run;
   if (!done) return "";
   const left = `about ${duration(Math.ceil((seconds * (1 - done)) / done), 0)} left`;
