@@ -31,7 +31,11 @@ def tests(session: nox.Session) -> None:
 
 @nox.session(python=OLDEST, venv_backend="uv")
 def lowest(session: nox.Session) -> None:
-    """The tests with the lowest versions that pyproject.toml allows."""
+    """The tests with the lowest versions that pyproject.toml allows.
+
+    Without a GPU, set UV_TORCH_BACKEND=cpu: the CUDA builds of torch 2.10 and 2.11 crash there
+    when a second thread compiles (fixed in 2.12: https://github.com/pytorch/pytorch/pull/178950).
+    """
     session.install("--resolution", "lowest-direct", "-e", ".[test]")
     session.run("python", "-m", "pytest", *(session.posargs or ALL_TESTS))
 
