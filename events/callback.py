@@ -159,15 +159,11 @@ def _event_class(cls: type[Callback], name: str, method: Callable[..., Any]) -> 
 
 def _annotation(method: Callable[..., Any]) -> type[Event] | None:
     """The event class with which a parameter is annotated; None if it cannot be determined."""
-    try:
-        parameters = inspect.signature(method).parameters.values()
-    except (TypeError, ValueError):  # some builtins have no signature
-        return None
     function = getattr(method, "__func__", method)
     while isinstance(function, partial):
         function = function.func
     namespace = getattr(inspect.unwrap(function), "__globals__", {})
-    for parameter in parameters:
+    for parameter in _parameters(method):
         annotation = parameter.annotation
         if isinstance(annotation, str):
             # A name that only a type checker or the enclosing function knows cannot be evaluated.
@@ -213,11 +209,12 @@ def _takes_an_event(method_name: str, near: str, method: Callable[..., Any]) -> 
     """
     if near.startswith(_PREFIXES) or near not in method_name:
         return True
+    names = [parameter.name for parameter in _parameters(method) if parameter.name != "self"]
+    return names == ["event"] or (len(names) == 1 and _annotation(method) is not None)
+
+
+def _parameters(method: Callable[..., Any]) -> list[inspect.Parameter]:
     try:
-        parameters = list(inspect.signature(method).parameters.values())
-    except (TypeError, ValueError):
-        return False
-    parameters = [parameter for parameter in parameters if parameter.name != "self"]
-    if len(parameters) != 1:
-        return False
-    return parameters[0].name == "event" or _annotation(method) is not None
+        return list(inspect.signature(method).parameters.values())
+    except ValueError:  # some builtins have no signature
+        return []

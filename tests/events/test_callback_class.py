@@ -294,6 +294,14 @@ def test_a_method_may_have_a_name_close_to_a_short_hook(name: str) -> None:
     make_callback(name, lambda self, n, event: None)
 
 
+def test_a_builtin_without_a_signature_may_have_a_near_name_but_not_an_ambiguous_one() -> None:
+    make_callback("steps", max)
+    for package in ("first", "second"):
+        package_with_after_save(package)
+    with pytest.raises(TypeError, match=r"first\.AfterSave and second\.AfterSave"):
+        make_callback("after_save", max)
+
+
 def test_a_near_name_is_refused_if_its_parameter_is_annotated_with_an_event() -> None:
     with pytest.raises(TypeError, match="did you mean 'step'"):
 

@@ -141,6 +141,14 @@ async def test_validate_adds_no_loss_to_what_a_metrics_callback_of_ones_own_reco
     assert await learner.validate() == {"samples": samples}
 
 
+async def test_validate_without_a_completed_batch_has_no_numbers(learner: TrainLearner) -> None:
+    @learner.on(BeforeBatch)
+    def skip(event: BeforeBatch) -> None:
+        raise CancelBatchException("skipped")
+
+    assert await learner.validate() == {}
+
+
 async def test_validate_on_another_loader(learner: TrainLearner, digits: Digits) -> None:
     images, labels = digits
     another = [(images[:7], labels[:7]), (images[7:9], labels[7:9])]
