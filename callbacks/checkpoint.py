@@ -77,7 +77,7 @@ class CheckpointCB(Callback):
     Source: Lightning's `ModelCheckpoint`; writing in the background is torch's `async_save`.
     """
 
-    order = math.inf  # it saves the state after all other callbacks
+    order: float = math.inf  # it saves the state after all other callbacks
     run_after = ("JournalCB",)
 
     def __init__(

@@ -42,7 +42,7 @@ class Bus:
         self.lock = threading.RLock()
         self.without_receivers: set[type[Event]] = set()
         """The event classes without receivers, among those whose signal has been made."""
-        self.signals = _Signals(self)
+        self.signals: dict[type[Event], EventSignal] = _Signals(self)
         """The signal of each event class, made on first access."""
         self._subscriptions: dict[int, Subscription] = {}
 

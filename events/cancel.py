@@ -42,7 +42,7 @@ class CancelException(BaseException):
 
     def __init__(self, reason: str | None = None) -> None:
         super().__init__(*([] if reason is None else [reason]))
-        self.reason = None if reason is None else str(reason)
+        self.reason: str | None = None if reason is None else str(reason)
 
 
 class CancelFitException(CancelException):

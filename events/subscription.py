@@ -56,13 +56,13 @@ class Subscription(Closing):
         learner: object | None,
         unsubscribe: Callable[[Subscription], bool],
     ) -> None:
-        self.event_type = event_type
-        self.receiver = receiver
-        self.order = order
-        self.closed = False
-        self.time = next(self._times)
+        self.event_type: type[Event] = event_type
+        self.receiver: Callable[[Any], Any] = receiver
+        self.order: float = order
+        self.closed: bool = False
+        self.time: int = next(self._times)
         self.key: tuple[float, int, int] = (order, self.time, 0)
-        self.learner = learner
+        self.learner: object | None = learner
         self._every = every
         self._counter = itertools.count(1)
         self._once = once

@@ -78,7 +78,7 @@ class SummaryCB(Callback):
     Source: fastai's `Learner.summary`; the counts are those of PyTorch's `FlopCounterMode`.
     """
 
-    order = 90  # after callbacks that change the model or the batch
+    order: float = 90  # after callbacks that change the model or the batch
 
     def __init__(self, file: TextIO | None = None) -> None:
         self.file = file

@@ -57,7 +57,7 @@ class StructlogCB(RecordCB):
         {"event": "fit_ended", ..., "status": "completed", "seconds": ..., "level": "info"}
     """
 
-    order = -math.inf  # the context variable is set before other receivers log
+    order: float = -math.inf  # the context variable is set before other receivers log
 
     def __init__(
         self,

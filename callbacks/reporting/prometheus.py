@@ -95,7 +95,7 @@ class PrometheusCB(RecordCB):
     and counters that exist, at 0, from the start.
     """
 
-    order = -math.inf  # a fit counts as running before another receiver can cancel it
+    order: float = -math.inf  # a fit counts as running before another receiver can cancel it
 
     def __init__(
         self,

@@ -46,7 +46,7 @@ class EarlyStoppingCB(Callback):
     Source: Keras's `EarlyStopping`.
     """
 
-    order = 1  # after metrics
+    order: float = 1  # after metrics
 
     def __init__(
         self,

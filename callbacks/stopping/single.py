@@ -11,7 +11,7 @@ class SingleBatchCB(Callback):
     Source: the post's `SingleBatchCB`.
     """
 
-    order = 1  # after metrics
+    order: float = 1  # after metrics
 
     def after_batch(self, event: AfterBatch) -> None:
         raise CancelFitException("one batch was asked for")
@@ -23,7 +23,7 @@ class SingleEpochCB(Callback):
     Source: the post's `SingleEpochCB`, which never ends a fit without validation.
     """
 
-    order = 1  # after metrics
+    order: float = 1  # after metrics
 
     def after_epoch(self, event: AfterEpoch) -> None:
         if not event.training or not event.learner.validates:

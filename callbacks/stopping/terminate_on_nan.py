@@ -41,7 +41,7 @@ class TerminateOnNaNCB(Callback):
     Source: Keras's `TerminateOnNaN`, which checks only the loss, after the step.
     """
 
-    order = 65  # after unscaling (60), before clipping (70), which spreads NaN to all gradients
+    order: float = 65  # after unscaling (60); clipping (70) would spread NaN to all gradients
 
     def __init__(self, every: int = 1) -> None:
         self.every = check_int("every", every, "a number of batches, 1 or more")

@@ -38,7 +38,7 @@ class TimeLimitCB(Callback):
     Source: Lightning's `Timer`.
     """
 
-    order = 1  # after metrics
+    order: float = 1  # after metrics
 
     def __init__(self, limit: float | timedelta) -> None:
         seconds = limit.total_seconds() if isinstance(limit, timedelta) else limit

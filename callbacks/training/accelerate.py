@@ -48,7 +48,7 @@ class AccelerateCB(TrainCB):
     Source: the post's `AccelerateCB`.
     """
 
-    order = 60  # as MixedTrainingCB: only one of the two scales
+    order: float = 60  # as MixedTrainingCB: only one of the two scales
 
     def __init__(self, mixed_precision: str | None = None, **kwargs: Any) -> None:
         with optional_import("AccelerateCB", "accelerate", "accelerate"):

@@ -40,7 +40,7 @@ class GradientAccumulationCB(Callback):
     metrics miss it.
     """
 
-    order = 50  # after those that change the loss, before those that use or change the gradients
+    order: float = 50  # after changes of the loss, before what uses or changes gradients
 
     def __init__(self, n: int) -> None:
         self.n = check_int("n", n, "the number of batches per step, 1 or more")

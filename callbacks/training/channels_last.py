@@ -17,7 +17,7 @@ class ChannelLastCB(Callback):
     Source: the post's `ChannelLastCB`, which fails on a tuple and on other shapes.
     """
 
-    order = -10  # after DeviceCB
+    order: float = -10  # after DeviceCB
 
     def before_fit(self, event: BeforeFit) -> None:
         event.learner.model.to(memory_format=torch.channels_last)

@@ -64,7 +64,7 @@ class CompileCB(Callback):
     Source: `torch.compile` and `nn.Module.compile`.
     """
 
-    order = 65  # after DeviceCB (-20) and AccelerateCB (60), which move and wrap the model
+    order: float = 65  # after DeviceCB (-20) and AccelerateCB (60), which move and wrap the model
 
     def __init__(
         self,

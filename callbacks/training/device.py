@@ -52,7 +52,7 @@ class DeviceCB(Callback):
     Source: the post's `DeviceCB`.
     """
 
-    order = -20
+    order: float = -20
 
     def __init__(self, device: str | torch.device = def_device, non_blocking: bool = False) -> None:
         self.device = torch.device(device)

@@ -53,7 +53,7 @@ class MixedTrainingCB(Callback):
     Source: the post's `MixedTrainingCB`; torch's recipe for automatic mixed precision.
     """
 
-    order = 60  # after accumulation (50), before clipping (70)
+    order: float = 60  # after accumulation (50), before clipping (70)
 
     def __init__(self, dtype: torch.dtype | str | None = None, init_scale: float = 65536.0) -> None:
         if dtype is None:

@@ -54,7 +54,7 @@ class SchedulerCB(Callback):
     Source: fastai's miniai, `BaseSchedCB`.
     """
 
-    order = 10  # after metrics; before AccelerateCB (60) wraps the optimizer
+    order: float = 10  # after metrics; before AccelerateCB (60) wraps the optimizer
 
     def __init__(
         self,

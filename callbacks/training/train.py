@@ -27,7 +27,7 @@ class TrainCB(Callback):
     Source: the post's `TrainCB`.
     """
 
-    order = 1000
+    order: float = 1000
 
     def predict(self, event: Predict) -> None:
         _METHODS.predict(event.learner)

@@ -43,7 +43,7 @@ class LRFinderCB(Callback):
     Networks", 2017.
     """
 
-    order = 10  # after metrics
+    order: float = 10  # after metrics
     fit_purpose = "lr_find"
 
     def __init__(self, lr_mult: float = 1.3) -> None:

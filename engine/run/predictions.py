@@ -14,7 +14,7 @@ from ..data.batches import targets_of
 class CollectPredictions(Callback):
     """Collects predictions (and targets) on the CPU, and ends each batch after its prediction."""
 
-    order = math.inf
+    order: float = math.inf
 
     def __init__(self, with_targets: bool) -> None:
         self.with_targets = with_targets

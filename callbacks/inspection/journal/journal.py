@@ -86,7 +86,7 @@ class JournalCB(Callback):
         the random states, the weights
     """
 
-    order = math.inf  # a line has what the other callbacks have changed
+    order: float = math.inf  # a line has what the other callbacks have changed
 
     def __init__(self, path: str | os.PathLike[str], every: int = 100) -> None:
         self.path = Path(path)
