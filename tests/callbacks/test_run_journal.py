@@ -893,11 +893,11 @@ def resumed(path: Path, state: dict[str, Any], begin: list[Event], every: int = 
     """The journal of a fit that tells of its begin, and then loads a checkpoint."""
     journal = JournalCB(path, every)
     learn = begin[0].learner
-    learn.reader.resumed_from = Path("checkpoint")
+    learn.batch_reader.resumed_from = Path("checkpoint")
     try:
         tell(journal, begin)
     finally:
-        learn.reader.resumed_from = None
+        learn.batch_reader.resumed_from = None
     journal.load_state_dict(state)
     return journal
 
@@ -943,7 +943,7 @@ def test_until_its_state_is_loaded_a_resumed_fit_writes_nothing(
     path = tmp_path / "journal"
     state, whole = half(events, path)
     learn = events[0].learner
-    learn.reader.resumed_from = Path("checkpoint")
+    learn.batch_reader.resumed_from = Path("checkpoint")
     try:
         journal = tell(JournalCB(path), events[:2])
         before = journal.state_dict()
@@ -951,7 +951,7 @@ def test_until_its_state_is_loaded_a_resumed_fit_writes_nothing(
         journal.load_state_dict(before)  # another callback could not be loaded
         tell(journal, events[-3:])
     finally:
-        learn.reader.resumed_from = None
+        learn.batch_reader.resumed_from = None
     assert path.read_bytes() == whole
 
 
