@@ -48,9 +48,6 @@ class Event:
     deliver_to_all: ClassVar[bool] = False
     """Whether the remaining receivers are still called after one has raised."""
 
-    _is_ours: ClassVar[bool] = True
-    """Whether this library defines the class, whose `__init__` then only sets the fields."""
-
     learner: LearnerLike = field(repr=False)
     run_id: str
     time: float
@@ -59,7 +56,6 @@ class Event:
         # `slots=True` makes a second class, which replaces the first. It has no qualified name
         # yet when this runs, so a class is identified by its plain name.
         cls.hook = hook_name(cls.__name__)
-        cls._is_ours = cls.__module__.startswith(f"{__package__}.")
         if not cls.__name__.startswith("_"):
             _register(cls)
 
@@ -180,41 +176,6 @@ class _InBatch(_InEpoch):
             lr.clone() if isinstance(lr, torch.Tensor) else lr,  # schedulers change it in place
             loss.detach() if isinstance(loss, torch.Tensor) else None,
         )
-
-    @classmethod
-    def of(cls, learner: Any, *extra: Any) -> Self:
-        position = _InBatch._position(learner)
-        if extra or not cls._is_ours:
-            return cls(*position, *extra)
-        draft: Any = _Draft(position)
-        draft.__class__ = cls
-        return draft  # type: ignore[no-any-return]
-
-
-class _Draft(_InBatch):
-    """An event of a batch or step while it is being made.
-
-    It is not frozen, so its fields are set in a seventh of the time that the `__init__` of a frozen
-    dataclass takes. Then it becomes an event of the class that was asked for.
-    """
-
-    __slots__ = ()
-    __setattr__ = object.__setattr__
-
-    def __init__(self: Any, position: tuple[Any, ...]) -> None:
-        (
-            self.learner,
-            self.run_id,
-            self.time,
-            self.n_epochs,
-            self.epoch,
-            self.training,
-            self.n_iter,
-            self.iter,
-            self.n_samples,
-            self.lr,
-            self.loss,
-        ) = position
 
 
 @dataclass(frozen=True, slots=True, eq=False)
