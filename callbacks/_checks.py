@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from numbers import Real
 from typing import Any
 
+from ..events.checks import is_int
+
 
 def is_number(value: Any) -> bool:
     """Whether it is a real number of Python or numpy; bools and tensors are not."""
@@ -17,9 +19,9 @@ def is_number(value: Any) -> bool:
 
 def check_int(name: str, value: Any, hint: str, least: int = 1) -> int:
     """Return an int of at least `least`; for anything else raise a ValueError with the hint."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+    if not is_int(value, least):
         raise ValueError(f"{name}={value!r}: give {hint}")
-    return value
+    return value  # type: ignore[no-any-return]
 
 
 def check_float(name: str, value: Any, hint: str, positive: bool = False) -> float:

@@ -110,7 +110,7 @@ class PrometheusCB(RecordCB):
         self._collectors = _collectors_of(registry, tuple(sorted(self.labels)))
         self._running: WeakSet[Any] = WeakSet()  # the learners that fit
         # The samples of their epochs that are counted, also if it is detached and attached again.
-        self.counted: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
+        self._counted: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
         for name in _PHASES:
             self._of("samples", phase=name)
             self._of("duration", phase=name)
@@ -139,9 +139,12 @@ class PrometheusCB(RecordCB):
         """The object that makes the records of one fit, and counts its samples."""
         return _SampleCounter(self)
 
-    def count_samples(self, phase: str, n: int) -> None:
-        """Add to the number of samples seen."""
-        self._of("samples", phase=phase).inc(n)
+    def count_samples(self, event: BeforeEpoch | AfterBatch | CleanupEpoch) -> None:
+        """Count the samples of an epoch that came since the last event."""
+        n_samples = 0 if isinstance(event, BeforeEpoch) else event.n_samples
+        new = n_samples - self._counted.get(event.learner, 0)
+        self._of("samples", phase=event.phase).inc(max(0, new))
+        self._counted[event.learner] = n_samples
 
     def write(self, record: dict[str, Any]) -> None:
         """Set the metrics from the numbers of a record."""
@@ -176,16 +179,11 @@ class _SampleCounter(CallbackRecords):
     def __init__(self, callback: PrometheusCB) -> None:
         super().__init__(callback)
         self._count_samples = callback.count_samples
-        self._counted = callback.counted
 
     def observe(self, event: Event) -> None:
         super().observe(event)
-        if isinstance(event, BeforeEpoch):
-            self._counted[event.learner] = 0
-        elif isinstance(event, AfterBatch | CleanupEpoch):
-            new = event.n_samples - self._counted.get(event.learner, 0)
-            self._count_samples(event.phase, max(0, new))
-            self._counted[event.learner] = event.n_samples
+        if isinstance(event, BeforeEpoch | AfterBatch | CleanupEpoch):
+            self._count_samples(event)
 
 
 class _Collectors:
