@@ -231,7 +231,7 @@ class CheckpointCB(Callback):
         self._told.update(found)
         if found:
             log.warning(
-                "tensors_not_saved",
+                "state_not_saved",
                 run_id=learner.run_id,
                 found=found,
                 hint=(

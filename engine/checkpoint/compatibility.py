@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from ..loop.parameters import optimizer_parameters
 from .parts import (
     OPTIMIZER,
     Part,
@@ -33,7 +34,6 @@ from .state import (
     module_state,
     named_as_here,
     optimizer_class,
-    parameters_of,
     part_parameters,
     records_in,
 )
@@ -137,7 +137,7 @@ def _optimizer_differs(part: Part, record: Record) -> Iterator[str]:
     if (name := optimizer_class(opt)) != record["class"]:
         yield f"{part} is {name}, but {record['class']} in the checkpoint"
         return
-    parameters = parameters_of(opt)
+    parameters = optimizer_parameters(opt)
     for i, saved in record["parameters"].items():
         p = parameters[i] if i < len(parameters) else None
         if p is None or not (is_lazy(p) or _has_shape(saved["value"], p)):

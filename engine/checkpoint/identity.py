@@ -2,7 +2,7 @@
 
 A callback is named after its class, and after its `state_key` if it has one. Several of one class
 are told apart by what they were made with, whatever their order: the values of the arguments of
-`__init__` that they keep as attributes of the same name.
+`__init__` that they keep as attributes of the same name, or with an underscore.
 """
 
 from __future__ import annotations
@@ -47,9 +47,14 @@ def settings_of_several(owners: Mapping[str, Any]) -> dict[str, Settings]:
 
 def settings_of(cb: Any) -> Settings:
     """The arguments of `__init__` that are kept as attributes of the same name, as text."""
-    names = list(inspect.signature(type(cb).__init__).parameters)[1:]
-    held = {name: getattr(cb, name) for name in names if hasattr(cb, name)}
-    return {name: _text(value) for name, value in held.items()}
+    arguments = list(inspect.signature(type(cb).__init__).parameters)[1:]
+    settings = {}
+    for argument in arguments:
+        for name in (argument, f"_{argument}"):
+            if hasattr(cb, name):
+                settings[argument] = _text(getattr(cb, name))
+                break
+    return settings
 
 
 def match_callbacks(

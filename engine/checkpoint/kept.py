@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,9 +28,11 @@ class KeptTensors:
         if p.grad is not None:
             self.keep(p.grad)
 
-    def put_back(self, tensor: torch.Tensor, into: torch.Tensor | None = None) -> None:
+    def put_back(self, tensor: torch.Tensor, into: torch.Tensor | None = None) -> torch.Tensor:
         """Give a tensor the value it had; or give it to another one, which has taken its place."""
-        self._kept[id(tensor)].put_back(tensor if into is None else into)
+        into = tensor if into is None else into
+        self._kept[id(tensor)].put_back(into)
+        return into
 
     def put_back_gradients(self) -> None:
         for p, gradient in self._gradients:
@@ -43,10 +46,14 @@ class _KeptTensor:
     def __init__(self, tensor: torch.Tensor) -> None:
         self._tensor = tensor  # so that its id is not used again
         self._class = type(tensor)
+        self._is_back = False
         self._value = None if is_lazy(tensor) else tensor.detach().clone()
 
     @torch.no_grad()
     def put_back(self, tensor: torch.Tensor) -> None:
+        if self._is_back:
+            return  # a parameter is reached from its module and from its optimizer
+        self._is_back = True
         if self._value is None:  # it had no shape yet
             if not is_lazy(tensor):
                 tensor.data = tensor.new_empty(0)
@@ -108,9 +115,7 @@ class KeptModule:
         if not isinstance(was, torch.Tensor):
             return was
         moved = isinstance(now, torch.Tensor) and now.device != was.device
-        into = now if moved else was
-        self._tensors.put_back(was, into)
-        return into
+        return self._tensors.put_back(was, now if moved else was)
 
 
 _MEMBERS = ("_parameters", "_buffers", "_modules")
@@ -134,11 +139,37 @@ class _LazyModule:
             held.update(items)
 
 
+class KeptAttributes:
+    """The attributes of a learner or a callback."""
+
+    def __init__(self, owner: Any, tensors: KeptTensors) -> None:
+        self._owner = owner
+        self._values = dict(vars(owner))
+        self._contents = {
+            name: keep_contents(value, tensors)
+            for name, value in self._values.items()
+            if isinstance(value, list | dict) and len(value) <= _LONGEST
+        }
+
+    def put_back(self, name: str) -> None:
+        """Put back an attribute, and what it held if it is a list or a dict."""
+        if name in self._contents:
+            self._contents[name]()
+        here = vars(self._owner)
+        if name not in self._values:
+            here.pop(name, None)
+        elif here.get(name) is not self._values[name]:
+            here[name] = self._values[name]
+
+
+_LONGEST = 1000
+
+
 def keep_contents(value: Any, tensors: KeptTensors) -> Callable[[], Any]:
     """Keep what nested dicts and lists hold. Returns a function that puts it back into them."""
     if isinstance(value, torch.Tensor):
         tensors.keep(value)
-        return lambda: (tensors.put_back(value), value)[1]
+        return partial(tensors.put_back, value)
     if isinstance(value, dict):
         items = {key: keep_contents(item, tensors) for key, item in value.items()}
         return lambda: _refill(value, {key: put_back() for key, put_back in items.items()})

@@ -8,6 +8,7 @@ methods speaks for itself: what it holds is not listed.
 
 from __future__ import annotations
 
+import re
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -114,16 +115,29 @@ def parts_of(learner: SavedLearner) -> list[Part]:
     return sorted(found, key=lambda part: (not is_module(part.value), not is_optimizer(part.value)))
 
 
+def holders(learner: SavedLearner) -> list[tuple[Any, str]]:
+    """The attributes that hold a part, or a tensor outside of the parts: each owner and name."""
+    search = _Search(learner)
+    owners = {"learner": learner, **dict(owners_of(learner))}
+    of_parts = [(owners[part.owner], _ATTRIBUTE.split(part.name)[0]) for part in search.parts]
+    return [*of_parts, *((outside.owner, outside.attribute) for outside in search.tensors)]
+
+
+_ATTRIBUTE = re.compile(r"[.\[]")
+
+
 def tensors_outside(learner: SavedLearner) -> list[OutsideTensor]:
     """The tensors that the learner and its callbacks hold, and that no part has."""
     return _Search(learner).tensors
 
 
 def is_module(value: Any) -> bool:
-    return issubclass(type(value), nn.Module)  # isinstance believes a Mock
+    """Whether it is a module; isinstance would believe a Mock."""
+    return issubclass(type(value), nn.Module)
 
 
 def is_optimizer(value: Any) -> bool:
+    """Whether it has a state, and groups of parameters."""
     return has_state(value) and hasattr(value, "param_groups")
 
 

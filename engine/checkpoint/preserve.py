@@ -15,14 +15,15 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from .kept import KeptModule, KeptTensors, keep_contents
+from ..loop.parameters import optimizer_parameters
+from .kept import KeptAttributes, KeptModule, KeptTensors, keep_contents
 from .parts import (
     Part,
     SavedLearner,
+    holders,
     is_module,
     is_optimizer,
     own_states,
-    owners_of,
     parts_of,
     tensors_outside,
 )
@@ -33,7 +34,6 @@ from .random_state import (
     set_generator_state,
     set_random_state,
 )
-from .state import parameters_of
 
 
 @contextmanager
@@ -69,18 +69,21 @@ class KeptLearner:
         self._tensors = KeptTensors()
         self._steps: list[tuple[str, Callable[[], Any]]] = []
         self._modules: set[int] = set()
-        owners = {"learner": learner} | {name: cb for name, cb in owners_of(learner)}
+        self._attributes = {
+            id(owner): KeptAttributes(owner, self._tensors)
+            for owner in (learner, *learner.cbs)
+            if hasattr(owner, "__dict__")
+        }
         parts = parts_of(learner)
         for part in parts:
             self._keep_part(part)
-            self._keep_attribute(owners[part.owner], part.name, part.value)
-        self._keep_attribute(learner, "opt", learner.opt)
+        for name in ("model", "opt"):
+            self._add(name, partial(setattr, learner, name, getattr(learner, name)))
         for outside in tensors_outside(learner):
             self._tensors.keep(outside.tensor)
-            root = getattr(outside.owner, outside.attribute)
             self._add(str(outside), partial(self._tensors.put_back, outside.tensor))
-            self._add(str(outside), keep_contents(root, self._tensors))
-            self._keep_attribute(outside.owner, outside.attribute, root)
+        self._held = holders(learner)
+        self._add("the attributes", self._put_back_attributes)
         self._add("the gradients", self._tensors.put_back_gradients)
         for name, owner in own_states(learner).items():
             self._add(name, partial(owner.load_state_dict, copy.deepcopy(owner.state_dict())))
@@ -98,7 +101,7 @@ class KeptLearner:
         )
 
     def put_back(self) -> list[Exception]:
-        """Put everything back; return the errors of what could not be, with a note that names it."""
+        """Put everything back. Returns the errors of what could not be, noted with its name."""
         errors = []
         for what, put_back in self._steps:
             try:
@@ -115,16 +118,17 @@ class KeptLearner:
         value, what = part.value, str(part)
         if is_module(value):
             self._keep_module(part)
-        elif not is_generator(value) and (
-            not isinstance(value, Optimizer) or _has_own_loader(value)
-        ):
+        elif not is_generator(value) and not _loads_as_optimizer(value):
             self._add(what, partial(value.load_state_dict, copy.deepcopy(value.state_dict())))
         if is_optimizer(value):
-            for p in parameters_of(value):
+            for p in optimizer_parameters(value):
                 self._tensors.keep(p)
                 self._tensors.keep_gradient(p)
+                self._add(what, partial(self._tensors.put_back, p))
+            self._add(what, partial(setattr, value, "param_groups", value.param_groups))
             self._add(what, keep_contents(value.param_groups, self._tensors))
         if isinstance(value, Optimizer):
+            self._add(what, partial(setattr, value, "state", value.state))
             self._add(what, keep_contents(value.state, self._tensors))
 
     def _keep_module(self, part: Part) -> None:
@@ -137,18 +141,16 @@ class KeptLearner:
                     extra = copy.deepcopy(module.get_extra_state())
                     self._add(f"the extra state of {part}", partial(module.set_extra_state, extra))
 
-    def _keep_attribute(self, owner: Any, name: str, value: Any) -> None:
-        if name.isidentifier():  # otherwise it is a place within an attribute
-            self._add(f"{type(owner).__qualname__}.{name}", partial(_set, owner, name, value))
+    def _put_back_attributes(self) -> None:
+        """Those that hold a part or a tensor, before or now: a new one is not to stay."""
+        held = [*self._held, *holders(self._learner)]
+        for owner, name in dict.fromkeys((id(owner), name) for owner, name in held):
+            self._attributes[owner].put_back(name)
 
 
-def _has_own_loader(opt: Optimizer) -> bool:
-    return type(opt).load_state_dict is not Optimizer.load_state_dict
-
-
-def _set(owner: Any, name: str, value: Any) -> None:
-    if getattr(owner, name, None) is not value:
-        setattr(owner, name, value)
+def _loads_as_optimizer(value: Any) -> bool:
+    """Whether all its state is in `state` and `param_groups`, as in torch's own optimizers."""
+    return getattr(type(value), "load_state_dict", None) is Optimizer.load_state_dict
 
 
 def _set_attributes(owner: Any, values: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..loop.parameters import optimizer_parameters
 from ..loop.state import Progress
 from .identity import match_callbacks, settings_of_several
 from .parts import (
@@ -65,7 +66,7 @@ def state_of(learner: SavedLearner) -> State:
         "random": random_state(learner.dls),
         "history": learner.history,
         "n_samples": learner.n_samples,
-        "gradients_pending": getattr(learner, "gradients_pending", False),
+        "gradients_pending": learner.gradients_pending,
         "progress": {training: asdict(done) for training, done in learner.progress.items()},
     }
 
@@ -87,7 +88,7 @@ def records_of(parts: list[Part]) -> dict[tuple[str, str], Record]:
             gradients = {name: p.grad for name, p in part_parameters(part) if p.grad is not None}
             records[part.path] = {"state": state, "gradients": gradients}
         elif is_optimizer(value):
-            outside = {i: p for i, p in enumerate(parameters_of(value)) if id(p) not in held}
+            outside = {i: p for i, p in enumerate(optimizer_parameters(value)) if id(p) not in held}
             held.update(map(id, outside.values()))
             records[part.path] = {
                 "state": _noted(str(part), value.state_dict),
@@ -205,7 +206,7 @@ def set_part(part: Part, record: Record) -> None:
             _set_gradient(p, record["gradients"].get(name))
         return
     if is_optimizer(part.value):
-        parameters = parameters_of(part.value)
+        parameters = optimizer_parameters(part.value)
         for i, saved in record["parameters"].items():
             with torch.no_grad():
                 parameters[i].copy_(saved["value"])
@@ -235,11 +236,6 @@ def _load_module(part: Part, state: Mapping[str, Any]) -> None:
             f"the state of {part} in the checkpoint does not fit: it does not have"
             f" {sorted(missing)}, and has {sorted(unexpected)}, which the module does not take"
         )
-
-
-def parameters_of(opt: Any) -> list[torch.Tensor]:
-    """The parameters of an optimizer, in its order: the index of each is its key in the state."""
-    return [p for group in opt.param_groups for p in group["params"]]
 
 
 def optimizer_class(opt: Any) -> str:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from ..loop.parameters import optimizer_parameters
 from .parts import (
     SavedLearner,
     is_module,
@@ -18,7 +19,6 @@ from .parts import (
     parts_of,
     tensors_outside,
 )
-from .state import parameters_of
 
 
 def unsaved_tensors(learner: SavedLearner) -> list[str]:
@@ -29,11 +29,12 @@ def unsaved_tensors(learner: SavedLearner) -> list[str]:
     """
     parts = parts_of(learner)
     modules = [part.value for part in parts if is_module(part.value)]
-    stepped = [p for part in parts if is_optimizer(part.value) for p in parameters_of(part.value)]
-    saved = {memory for tensor in stepped if (memory := _memory(tensor))}
+    saved: list[torch.Tensor] = []
     for module in modules:
-        tensors = (*module.parameters(), *module.buffers())
-        saved.update(memory for tensor in tensors if (memory := _memory(tensor)))
+        saved += [*module.parameters(), *module.buffers()]
+    for part in parts:
+        saved += optimizer_parameters(part.value) if is_optimizer(part.value) else []
+    memories = {_memory(tensor) for tensor in saved} - {None}
     own = {id(owner) for owner in own_states(learner).values()}
     found = [
         (str(outside), outside.tensor)
@@ -43,7 +44,7 @@ def unsaved_tensors(learner: SavedLearner) -> list[str]:
     for module in modules:
         if any(p.requires_grad for p in module.parameters()):  # a frozen teacher does not change
             found += _tensors_beside_buffers(module)
-    return sorted({name for name, tensor in found if _memory(tensor) not in saved})
+    return sorted({name for name, tensor in found if _memory(tensor) not in memories})
 
 
 def _tensors_beside_buffers(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
