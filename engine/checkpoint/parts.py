@@ -185,6 +185,9 @@ class _Search:
         loaders = [getattr(learner.dls, name, None) for name in ("train", "valid")]
         for value in (learner, *learner.cbs, learner.dls, *loaders, *generators(learner.dls)):
             self._know(value)
+        for loader in loaders:  # their position is saved with that in the epoch
+            for name in ("dataset", "sampler", "batch_sampler", "loader"):
+                self._know(getattr(loader, name, None))
         for name in ("dl", "batch", "preds", "loss"):
             value = getattr(learner, name, None)
             self._know(value)
@@ -238,7 +241,9 @@ class _Search:
 def _contents(value: Any) -> Iterator[tuple[str, Any]]:
     """What a container, a partial, a bound method or an object of the user's holds, by name."""
     if isinstance(value, dict):
-        yield from ((f"[{key!r}]", item) for key, item in islice(dict.items(value), _LONGEST))
+        for i, (key, item) in enumerate(islice(dict.items(value), _LONGEST)):
+            # The repr of another key may be long, or make the host wait for the device.
+            yield f"[{key!r}]" if isinstance(key, str | int) else f"[{i}]", item
     elif isinstance(value, list | tuple | deque):
         yield from ((f"[{i}]", item) for i, item in enumerate(islice(value, _LONGEST)))
     elif isinstance(value, MethodType):

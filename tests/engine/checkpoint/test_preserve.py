@@ -214,3 +214,19 @@ async def test_a_model_that_was_moved_stays_there() -> None:
     await learner.lr_find()
     devices = {t.device.type for t in (*model.parameters(), *model.buffers())}
     assert devices == {"meta"}
+
+
+async def test_tensors_that_cannot_be_written_to_as_usual_do_not_stop_it() -> None:
+    model = nn.Linear(1, 1)
+    model.register_buffer("expanded", torch.ones(1).expand(5))
+    model.register_buffer("changed", torch.ones(1).expand(5), persistent=False)
+    with torch.inference_mode():
+        model.register_buffer("inference", torch.ones(3))
+
+    class Changing(Callback):
+        def after_step(self, event: AfterStep) -> None:
+            model.changed[:1] = 3.0
+
+    learner = TrainLearner(model, DataLoaders(list(SEQUENCES)), cbs=Changing())
+    await learner.lr_find(max_epochs=1)
+    assert model.changed.tolist() == model.expanded.tolist() == [1.0] * 5
