@@ -6,12 +6,12 @@ import warnings
 from collections import defaultdict
 from collections.abc import Iterable
 from numbers import Real
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from ...engine.data.batches import targets_of
-from ...engine.run.mean_loss import MeanLoss
+from ...engine.run.mean_loss import MeanLoss, reduction_of
 from ...events import AfterBatch, AfterEpoch, BeforeEpoch, BeforeFit, Callback
 from .._checks import optional_import
 
@@ -34,7 +34,11 @@ class MetricsCB(Callback):
 
     Args:
         metrics: torcheval metrics, updated with (predictions, targets), named after their class.
-        named: the same, under names of your own.
+        loss: what the loss of a batch is: "mean", the mean over its samples; "sum", their sum;
+            "auto", what `loss_func.reduction` or that parameter of it says, else the mean. The
+            loss of an epoch is the mean over its samples in any case, which
+            `learner.batch_size(batch)` counts. None records no loss.
+        named: more metrics, under names of your own.
 
     Attributes:
         history: one dict per epoch and phase, over all fits: "epoch", "train" ("train" or
@@ -42,7 +46,8 @@ class MetricsCB(Callback):
 
     Raises:
         TypeError: an argument is not a torcheval metric.
-        ValueError: two metrics have the same name, or one has the name of another column.
+        ValueError: two metrics have the same name, or one has the name of another column; or
+            there is no such `loss`.
 
     Example:
         >>> import torch
@@ -65,7 +70,17 @@ class MetricsCB(Callback):
 
     records_loss = True
 
-    def __init__(self, *metrics: Metric[Any], **named: Metric[Any]) -> None:
+    def __init__(
+        self,
+        *metrics: Metric[Any],
+        loss: Literal["auto", "mean", "sum"] | None = "auto",
+        **named: Metric[Any],
+    ) -> None:
+        if isinstance(loss, Metric):
+            named["loss"] = loss
+        elif loss not in ("auto", "mean", "sum", None):
+            raise ValueError(f"loss={loss!r}: choose 'auto', 'mean', 'sum' or None")
+        self.loss = loss
         self.metrics: dict[str, Metric[Any]] = {}
         for name, metric in [*((type(m).__name__, m) for m in metrics), *named.items()]:
             if not isinstance(metric, Metric):
@@ -75,37 +90,48 @@ class MetricsCB(Callback):
             self.metrics[name] = metric
         self.history: list[dict[str, Any]] = []
         self._loss = MeanLoss()
-        self._placed = False  # whether the metrics are on the device of the loss
+        self._placed = False  # whether the metrics are on the device of the predictions
+        self._measured = False  # whether a batch of this epoch has been completed
 
     def before_fit(self, event: BeforeFit) -> None:
         event.learner.metrics = self
+        self._reduction = reduction_of(event.learner) if self.loss == "auto" else self.loss
 
     def before_epoch(self, event: BeforeEpoch) -> None:
         for metric in self.metrics.values():
             metric.reset()
-        self._loss = MeanLoss()
-        self._placed = False
+        self._loss = MeanLoss(self._reduction or "mean")
+        self._placed = self._measured = False
 
     def after_batch(self, event: AfterBatch) -> None:
-        loss = self._loss.add(event)
+        if self._reduction is not None:
+            self._loss.add(event)
+        self._measured = True
         if not self.metrics:
             return
         learner = event.learner
+        preds, targets = learner.preds, targets_of(learner.batch)
+        if not isinstance(preds, torch.Tensor):
+            raise TypeError(
+                "metrics are updated with a tensor of predictions, but learner.preds is a"
+                f" {type(preds).__qualname__}: set it to the tensor in AfterLoss, or compute these"
+                " metrics in a receiver of your own and put their numbers into learner.record"
+            )
         if not self._placed:
             for metric in self.metrics.values():
-                metric.to(loss.device)
+                metric.to(preds.device)
             self._placed = True
-        preds, targets = learner.preds.detach(), targets_of(learner.batch)
         for metric in self.metrics.values():
-            metric.update(preds, targets)
+            metric.update(preds.detach(), targets)
 
     def after_epoch(self, event: AfterEpoch) -> None:
-        loss = self._loss.item()
-        if loss is None:  # no batch was completed
+        if not self._measured:
             return
         # The host waits for the device here, once per epoch.
         numbers = {name: _number(metric.compute()) for name, metric in self.metrics.items()}
-        numbers["loss"] = loss
+        loss = self._loss.item()
+        if loss is not None:
+            numbers["loss"] = loss
         event.learner.record.update(numbers)
         phase = "train" if event.training else "eval"
         self.history.append({"epoch": event.epoch, "train": phase, **numbers})
@@ -158,6 +184,7 @@ class MetricsCB(Callback):
         return {
             "history": [dict(row) for row in self.history],
             "loss": self._loss.state_dict(),
+            "measured": self._measured,
             "metrics": {name: metric.state_dict() for name, metric in self.metrics.items()},
             "windows": {  # the position in a window, which is not in torcheval's state_dict
                 name: metric.next_inserted
@@ -170,6 +197,7 @@ class MetricsCB(Callback):
         """Restore what `state_dict` returned."""
         self.history = [dict(row) for row in state["history"]]
         self._loss.load_state_dict(state["loss"])
+        self._measured = state["measured"]
         for name, metric in self.metrics.items():
             made_on_demand = {  # torcheval restores plain dicts, but needs defaultdicts
                 key: value.default_factory

@@ -11,9 +11,11 @@ import torch
 from ...events import Bus, ScopeEnd
 from ...events.learner import Purpose
 from ...events.signal import AsyncWrapper
+from ..data.batch_size import size_of
 from .requests import OpenScope, Requests
 
 COMPLETED = ScopeEnd("completed")
+_SEQUENCES = (tuple, list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +66,8 @@ class AnyBatchReader(Protocol):
     def includes(self, epoch: int, training: bool) -> bool: ...
 
     def read(self, loop: LoopState) -> Iterator[int]: ...
+
+    def note_guess(self, size: int, why: str) -> None: ...
 
 
 class LoopState:
@@ -180,6 +184,35 @@ class LoopState:
         self.outer_continues = True
         self.graceful_stop_due = False
         self.begin_fit(reader)
+
+    def batch_size(self, batch: Any) -> int:
+        """The number of samples in a batch: override it if yours are counted in another way.
+
+        It weighs the batch in the mean loss and counts `n_samples`, and `get_preds` tells by it
+        whether a list holds samples. By default, the parts of a batch are its columns: their
+        length is counted, or the number of items in a list of samples that are not collated, of
+        sequences in a PackedSequence, and of graphs in a batch of torch_geometric or DGL. Where
+        that may be wrong, "batch_size_is_a_guess" is logged, once per fit.
+
+        Args:
+            batch: a batch as the loader yields it, or as callbacks have changed it.
+
+        Example:
+            >>> from eventrain.engine import TrainLearner
+            >>> class Tokens(TrainLearner):
+            ...     def batch_size(self, batch):
+            ...         return int(batch["mask"].sum())
+        """
+        if type(batch) in _SEQUENCES and len(batch) == 2:
+            x, y = batch
+            if type(x) is torch.Tensor and type(y) is torch.Tensor and not x.is_nested:
+                shape, other = x.shape, y.shape  # the usual case takes a third of the time here
+                if shape and other and shape[0] == other[0]:
+                    return shape[0]
+        size, guess = size_of(batch)
+        if guess is not None:
+            self.batch_reader.note_guess(size, guess)
+        return size
 
     def begin_fit(
         self,

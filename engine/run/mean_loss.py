@@ -2,25 +2,61 @@
 
 from __future__ import annotations
 
-from typing import Any
+import inspect
+from contextlib import suppress
+from functools import partial
+from typing import Any, Literal
 
+import structlog
 import torch
 
-from ...events import AfterBatch, AfterEpoch, BeforeEpoch, Callback
-from ..data.batches import batch_size
+from ...events import AfterBatch, AfterEpoch, BeforeEpoch, BeforeFit, Callback
+from ...events.learner import LearnerLike
 from ..loop.loss import check_scalar
+
+log = structlog.get_logger("eventrain")
+
+Reduction = Literal["mean", "sum"]
+
+
+def reduction_of(learner: LearnerLike) -> Reduction:
+    """Whether `loss_func` returns the mean of a batch or its sum, by its `reduction`.
+
+    That of a module is its attribute, that of a function the value of its parameter, which a
+    `partial` may set. Of all others it is the mean.
+    """
+    inner = loss_func = getattr(learner, "loss_func", None)
+    while isinstance(inner, partial):
+        inner = inner.func
+    reduction = getattr(getattr(inner, "__self__", inner), "reduction", None)
+    with suppress(Exception):  # not every callable has a signature, and few such a parameter
+        reduction = inspect.signature(loss_func).parameters["reduction"].default  # type: ignore[arg-type]
+    if reduction != "sum":
+        return "mean"
+    log.info(
+        "loss_is_a_sum",
+        run_id=learner.run_id,
+        hint="loss_func has reduction='sum', so the loss of an epoch is the sum over its samples"
+        " divided by their number; if get_loss() divides it already, use MetricsCB(loss='mean')",
+    )
+    return "sum"
 
 
 class MeanLoss:
-    """The mean of losses over samples. Adding a loss does not cause a device sync."""
+    """The mean of losses over samples. Adding a loss does not cause a device sync.
 
-    def __init__(self) -> None:
+    Args:
+        reduction: whether the loss of a batch is the mean over its samples, or their sum.
+    """
+
+    def __init__(self, reduction: Reduction = "mean") -> None:
+        self._is_mean = reduction == "mean"
         self._sum: torch.Tensor | None = None
         self._n_samples = 0
         self._placed = False
 
-    def add(self, event: AfterBatch) -> torch.Tensor:
-        """Add the loss of a batch, weighted by the size of the batch; return the loss.
+    def add(self, event: AfterBatch) -> None:
+        """Add the loss of a batch; a mean has the weight of the batch's samples.
 
         Raises:
             TypeError, ValueError: the loss is not a scalar tensor.
@@ -28,13 +64,15 @@ class MeanLoss:
         loss = event.loss
         if loss is None or loss.ndim:
             loss = check_scalar(event.learner.loss).detach().reshape(())
+        learner = event.learner
+        n = learner.batch_size(learner.batch)
+        if not n:  # the mean of no samples is NaN
+            return
         if not self._placed:
             self._place(loss.device)
         assert self._sum is not None
-        n = batch_size(event.learner.batch) or 1  # the size of a batch without tensors is unknown
         self._n_samples += n
-        self._sum.add_(loss, alpha=n)
-        return loss
+        self._sum.add_(loss, alpha=n if self._is_mean else 1)
 
     def _place(self, device: torch.device) -> None:
         """Accumulate on the device of the losses, from zero or from a loaded state."""
@@ -70,8 +108,11 @@ def _copy(total: torch.Tensor | None) -> torch.Tensor | None:
 class RecordMeanLoss(Callback):
     """Records the mean loss of every epoch as "loss"."""
 
+    def before_fit(self, event: BeforeFit) -> None:
+        self._reduction = reduction_of(event.learner)
+
     def before_epoch(self, event: BeforeEpoch) -> None:
-        self._loss = MeanLoss()
+        self._loss = MeanLoss(self._reduction)
 
     def after_batch(self, event: AfterBatch) -> None:
         self._loss.add(event)
