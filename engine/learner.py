@@ -19,7 +19,7 @@ from .run.fittable import Fittable
 from .run.lr_finder import LRFinderCB
 from .run.mean_loss import RecordMeanLoss
 from .run.plan import FitPlan
-from .run.predictions import CollectPredictions, concatenate
+from .run.predictions import CollectPredictions, Keep
 from .run.result import FitResult
 from .run.validation import validating_on
 
@@ -198,30 +198,50 @@ class Learner(Fittable):
             result = await self._fit(plan)
         return numbers_of(result.history[-1]) if result.history else {}
 
-    async def get_preds(self, dl: Any = None, with_targets: bool = False) -> Any:
+    async def get_preds(
+        self, dl: Any = None, with_targets: bool = False, *, keep: Keep = None
+    ) -> Any:
         """Predict for every sample of a loader, without a loss.
+
+        Outputs in containers (tuples, mappings, dataclasses, a model's output class) are collected
+        part by part. A list with as many items as the batch has samples is a list of samples, such
+        as the dicts of a detector: the result is a list, too. What cannot be collected, such as a
+        loss among the outputs, is an error at the first batch.
 
         Args:
             dl: the loader to use, by default `dls.valid`.
             with_targets: whether to return the targets as well.
+            keep: what to collect of the predictions: a key, the name of an attribute, or the index
+                of an item; several of these, for a tuple of as many; or a function of the
+                predictions of a batch. By default all.
 
         Returns:
-            The predictions on the CPU, concatenated along their first dimension; with targets,
-            a tuple of both.
+            The predictions on the CPU, concatenated along their first dimension, with floats of
+            less than 32 bits as float32; with targets, a tuple of both. Where rows differ in shape
+            between batches, such as sequences padded to the longest of their batch, a list with
+            one tensor per sample.
 
         Raises:
-            RuntimeError, ValueError, TypeError: as `fit`.
+            RuntimeError: a receiver has ended the run before the last batch; or as `fit`.
+            ValueError, TypeError: the predictions cannot be collected; or as `fit`.
+
+        Example:
+            >>> import anyio, torch
+            >>> from eventrain.engine import DataLoaders, TrainLearner
+            >>> class Model(torch.nn.Linear):
+            ...     def forward(self, x):
+            ...         logits = super().forward(x)
+            ...         return {"logits": logits, "norm": logits.norm()}
+            >>> learner = TrainLearner(Model(3, 2), DataLoaders(valid=[torch.ones(4, 3)] * 2))
+            >>> anyio.run(lambda: learner.get_preds(keep="logits")).shape
+            torch.Size([8, 2])
         """
-        collected = CollectPredictions(with_targets)
+        collected = CollectPredictions(with_targets, keep)
         with validating_on(self, dl):
-            result = await self._fit(FitPlan(train=False, cbs=collected, purpose="predict"))
-        if not collected.preds:
-            cause = f"{result.who} ended the run before the first ({result.reason})"
-            raise RuntimeError(
-                f"no predictions: {cause if result.who else 'every batch was skipped'}"
+            result = await self._fit(
+                FitPlan(train=False, cbs=collected.callbacks, purpose="predict")
             )
-        preds = concatenate(collected.preds)
-        return (preds, concatenate(collected.targets)) if with_targets else preds
+        return collected.result(result)
 
     async def lr_find(
         self, lr_mult: float = 1.3, start_lr: float = 1e-5, max_epochs: int = 10

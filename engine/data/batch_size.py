@@ -67,6 +67,7 @@ def size_of_usual(batch: Any) -> int | None:
 
     It is there for its speed: a batch is counted at least once before it is trained on.
     """
+    parts: Any
     if type(batch) is tuple or type(batch) is list:
         if not 0 < len(batch) <= 3:
             return None
@@ -172,8 +173,10 @@ def _sizes_of_sequence(items: Sequence[Any], dims: int) -> Sizes:
     # default_collate makes lists of columns, in lists; other nested sequences hold samples.
     inner = [] if lists and isinstance(items, list) else [i for i in items if _is_plain(i)]
     columns = _agreed(items, dims, prefer={len(item) for item in inner})
-    if not columns.values:  # strings or numbers: one per sample
-        return Sizes((n,))
+    if not columns.values:  # such as strings or numbers: one per sample
+        known = all(_says_nothing(item) for item in items)
+        what = type(items[0]).__qualname__
+        return Sizes((n,), None if known else f"each {what} in it may be more than one sample")
     if columns.guess is not None and len(columns.values) == 1:
         return _sizes_of_unequal(items, columns, dims)
     if not alike(items):

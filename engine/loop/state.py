@@ -61,6 +61,8 @@ class Progress:
 class AnyBatchReader(Protocol):
     """Reads the batches of one fit; see `reading.BatchReader`."""
 
+    guess: str | None
+
     def begin(self, loop: LoopState) -> None: ...
 
     def includes(self, epoch: int, training: bool) -> bool: ...

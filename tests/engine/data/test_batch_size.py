@@ -112,6 +112,7 @@ CERTAIN: dict[str, tuple[Any, int]] = {
     "mappings of inputs and of targets": (({"x": zeros(8, 3)}, {"y": zeros(8)}), 8),
     "strings and labels": ([TEXTS, zeros(3)], 3),
     "strings": (list(TEXTS), 3),
+    "objects and labels": (([Opaque()] * 3, zeros(3)), 3),
     "images and what is in them": ((tuple([image()] * 4), tuple(map(boxes, range(4)))), 4),
     "as many boxes as images": (([image()] * 2, [boxes(2), boxes(2)]), 2),
     "images of different sizes and boxes": (([image(n) for n in (4, 7)], [boxes(2)] * 2), 2),
@@ -152,6 +153,7 @@ GUESSED: dict[str, tuple[Any, int, str]] = {
     "another with a scalar": ((image(), torch.tensor(3)), 1, "single value"),
     "an object with a length": (Sized(), 7, "length of a Sized"),
     "an object without": (Opaque(), 1, "nothing in a Opaque says"),
+    "objects in a list": ([Opaque()] * 3, 3, "each Opaque in it may be"),
     "a mapping of scalars": ({"a": zeros(())}, 1, "nothing in a dict says"),
 }
 
