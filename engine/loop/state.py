@@ -92,6 +92,7 @@ class LoopState:
         "epochs",
         "fitting",
         "graceful_stop_due",
+        "gradients_pending",
         "history",
         "innermost_scope",
         "iter",
@@ -110,6 +111,7 @@ class LoopState:
         "run_id",
         "scope_end",
         "signals",
+        "step_lr",
         "training",
         "training_thread",
         "trains",
@@ -143,6 +145,10 @@ class LoopState:
     n_iter: int | None
     n_samples: int
     training: bool
+    step_lr: Any
+    """The learning rate of the first group that the step of this batch uses; None before."""
+    gradients_pending: bool
+    """Whether there has been a backward pass since the last ZeroGrad."""
     record: dict[str, Any]
     """The values recorded in this epoch: a row of the history, to which receivers may add."""
     done: Progress
@@ -178,8 +184,8 @@ class LoopState:
         self.async_wrapper = None
         self.dl = self.opt = None
         self.batch = self.preds = self.loss = None
-        self.n_iter = None
-        self.training = False
+        self.n_iter = self.step_lr = None
+        self.training = self.gradients_pending = False
         self.record = {}
         self.innermost_scope = None
         self.cleaning_up = False
@@ -207,7 +213,11 @@ class LoopState:
         """
         if type(batch) in _SEQUENCES and len(batch) == 2:
             x, y = batch
-            if type(x) is torch.Tensor and type(y) is torch.Tensor and not x.is_nested:
+            if (
+                type(x) is torch.Tensor
+                and type(y) is torch.Tensor
+                and not (x.is_nested or y.is_nested)
+            ):
                 shape, other = x.shape, y.shape  # the usual case takes a third of the time here
                 if shape and other and shape[0] == other[0]:
                     return shape[0]
@@ -215,6 +225,10 @@ class LoopState:
         if guess is not None:
             self.batch_reader.note_guess(size, guess)
         return size
+
+    def measured(self) -> dict[str, Any]:
+        """What has been measured in the current epoch so far; asked when it is cut short."""
+        return {}
 
     def begin_fit(
         self,
