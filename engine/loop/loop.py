@@ -175,7 +175,8 @@ class Loop(LoopState):
         self.done = self.progress[training]
         self.model.train(training)
         self.dl = self.dls.train if training else self.dls.valid
-        self.n_iter = length_of(self.dl)
+        loader, length = self.lengths.pop(training, (None, None))  # asked before the fit
+        self.n_iter = length if loader is self.dl else length_of(self.dl)
         self.iter = self.n_samples = 0
         self.loss = None
         self.record = {"epoch": self.epoch, "train": "train" if training else "eval"}

@@ -71,6 +71,8 @@ def read_batches(loop: LoopState, loader: Iterable[object], first: int = 0) -> I
             if type(size) is not int or size < 1:
                 size = check_batch(loop.batch, size, phase, count)
             loop.n_samples += size
+            if count == loop.n_iter:  # the loader has more batches than it told
+                loop.n_iter = None
             yield count
             count += 1
     except Exception as exc:

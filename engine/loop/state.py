@@ -96,6 +96,7 @@ class LoopState:
         "history",
         "innermost_scope",
         "iter",
+        "lengths",
         "loss",
         "model",
         "n_epochs",
@@ -143,7 +144,12 @@ class LoopState:
     epoch: int
     iter: int
     n_iter: int | None
+    """The number of batches in the epoch as the loader tells it; None if it cannot, or once there
+    have been more."""
     n_samples: int
+    lengths: dict[bool, tuple[Any, int | None]]
+    """The loaders of training (True) and validation (False) whose lengths are known before the
+    fit, until their first epoch begins."""
     training: bool
     step_lr: Any
     """The learning rate of the first group that the step of this batch uses; None before."""
@@ -185,6 +191,7 @@ class LoopState:
         self.dl = self.opt = None
         self.batch = self.preds = self.loss = None
         self.n_iter = self.step_lr = None
+        self.lengths = {}
         self.training = self.gradients_pending = False
         self.record = {}
         self.innermost_scope = None

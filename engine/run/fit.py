@@ -60,6 +60,7 @@ class Fit:
         finally:
             learner.remove_cbs(cb for cb in temporary if any(cb is other for other in learner.cbs))
             learner.pending_requests.clear()
+            learner.lengths.clear()
             if self._resumed is not None:
                 self._resumed.drop_checkpoint()
             learner.fitting = False
@@ -68,7 +69,7 @@ class Fit:
         """Check what can be checked before the fit, and set the loop to its beginning."""
         learner, plan = self._learner, self._plan
         for training in [True] * plan.train + [False] * plan.valid:
-            loader_of(learner.dls, training)
+            learner.lengths[training] = loader_of(learner.dls, training)
         check_lr(plan.lr)
         if plan.train and learner.opt_func is not None:
             learner.opt = make_optimizer(learner, learner.lr if plan.lr is None else plan.lr)
