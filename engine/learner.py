@@ -126,7 +126,8 @@ class Learner(Fittable):
                 For scripts; a host with its own signal handlers calls `stop(graceful=True)`.
 
         Raises:
-            RuntimeError: this learner is fitting already.
+            RuntimeError: this learner is fitting already, or another learner is fitting with one
+                of the callbacks, which is not `shareable`.
             TypeError, ValueError: an argument, callback or loader is missing or wrong; raised
                 before any work.
             CheckpointError: there is no checkpoint to resume from, or it is damaged.

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from ...engine.data.batches import targets_of
-from ...engine.run.mean_loss import MeanLoss, reduction_of
+from ...engine.run.mean_loss import MeanLoss, log_reduction
 from ...events import AfterBatch, AfterEpoch, BeforeEpoch, BeforeFit, Callback, CleanupEpoch
 from .._checks import optional_import
 
@@ -90,22 +90,23 @@ class MetricsCB(Callback):
                 raise ValueError(f"the name {name!r} is taken: pass the metric as yourname=...")
             self.metrics[name] = metric
         self.history: list[dict[str, Any]] = []
-        self._loss = MeanLoss()
+        self._loss = MeanLoss(loss or "mean")
         self._placed = False  # whether the metrics are on the device of the predictions
         self._measured = False  # whether a batch of this epoch has been completed
 
     def before_fit(self, event: BeforeFit) -> None:
         event.learner.metrics = self
-        self._reduction = reduction_of(event.learner) if self.loss == "auto" else self.loss
+        if self.loss == "auto":
+            log_reduction(event.learner)
 
     def before_epoch(self, event: BeforeEpoch) -> None:
         for metric in self.metrics.values():
             metric.reset()
-        self._loss = MeanLoss(self._reduction or "mean")
+        self._loss = MeanLoss(self.loss or "mean")
         self._placed = self._measured = False
 
     def after_batch(self, event: AfterBatch) -> None:
-        if self._reduction is not None:
+        if self.loss is not None:
             self._loss.add(event)
         self._measured = True
         if not self.metrics:

@@ -30,6 +30,7 @@ class TrainCB(Callback):
     """
 
     order: float = 1000
+    shareable = True
 
     def receivers(self, learner: Any) -> Iterator[tuple[type[Event], Callable[[Any], Any]]]:
         """As for any callback, but without the actions that the learner has a method for."""

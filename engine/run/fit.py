@@ -61,6 +61,7 @@ class Fit:
             learner.remove_cbs(cb for cb in temporary if any(cb is other for other in learner.cbs))
             learner.pending_requests.clear()
             learner.lengths.clear()
+            learner.end_use_of_cbs()
             if self._resumed is not None:
                 self._resumed.drop_checkpoint()
             learner.fitting = False
@@ -68,6 +69,8 @@ class Fit:
     def _prepare(self) -> None:
         """Check what can be checked before the fit, and set the loop to its beginning."""
         learner, plan = self._learner, self._plan
+        learner.run_id = plan.run_id or uuid.uuid4().hex[:12]
+        learner.begin_use_of_cbs()
         for training in [True] * plan.train + [False] * plan.valid:
             learner.lengths[training] = loader_of(learner.dls, training)
         check_lr(plan.lr)
@@ -85,7 +88,6 @@ class Fit:
             validates=plan.valid,
             purpose=next((purpose for purpose in purposes if purpose != "fit"), "fit"),
         )
-        learner.run_id = plan.run_id or uuid.uuid4().hex[:12]
 
     @contextmanager
     def _temporary_lr(self) -> Iterator[None]:

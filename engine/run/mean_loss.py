@@ -16,41 +16,47 @@ from ..loop.loss import check_scalar
 
 log = structlog.get_logger("eventrain")
 
-Reduction = Literal["mean", "sum"]
+Reduction = Literal["auto", "mean", "sum"]
 
 
-def reduction_of(learner: LearnerLike) -> Reduction:
-    """Whether `loss_func` returns the mean of a batch or its sum, by its `reduction`.
+def returns_sum(loss_func: Any) -> bool:
+    """Whether a loss function returns the sum over the samples of a batch, by its `reduction`.
 
-    That of a module is its attribute, that of a function the value of its parameter, which a
-    `partial` may set. Of all others it is the mean.
+    That of a module is its attribute, that of a function the default of its parameter, which a
+    `partial` may set. All others are taken to return the mean.
     """
-    inner = loss_func = getattr(learner, "loss_func", None)
+    inner = loss_func
     while isinstance(inner, partial):
         inner = inner.func
     reduction = getattr(getattr(inner, "__self__", inner), "reduction", None)
     with suppress(Exception):  # not every callable has a signature, and few such a parameter
-        reduction = inspect.signature(loss_func).parameters["reduction"].default  # type: ignore[arg-type]
-    if reduction != "sum":
-        return "mean"
-    log.info(
-        "loss_is_a_sum",
-        run_id=learner.run_id,
-        hint="loss_func has reduction='sum', so the loss of an epoch is the sum over its samples"
-        " divided by their number; if get_loss() divides it already, use MetricsCB(loss='mean')",
-    )
-    return "sum"
+        reduction = inspect.signature(loss_func).parameters["reduction"].default
+    return isinstance(reduction, str) and reduction == "sum"
+
+
+def log_reduction(learner: LearnerLike) -> None:
+    """Log that the loss function returns a sum, if it does: `get_loss` may divide it already."""
+    if returns_sum(learner.loss_func):
+        log.info(
+            "loss_is_a_sum",
+            run_id=learner.run_id,
+            hint="loss_func has reduction='sum', so the loss of an epoch is the sum over its"
+            " samples divided by their number; if get_loss() divides it already, use"
+            " MetricsCB(loss='mean')",
+        )
 
 
 class MeanLoss:
     """The mean of losses over samples. Adding a loss does not cause a device sync.
 
     Args:
-        reduction: whether the loss of a batch is the mean over its samples, or their sum.
+        reduction: whether the loss of a batch is the mean over its samples or their sum; "auto"
+            asks the learner's loss function.
     """
 
     def __init__(self, reduction: Reduction = "mean") -> None:
-        self._is_mean = reduction == "mean"
+        self._reduction = reduction
+        self._is_sum = False
         self._sum: torch.Tensor | None = None
         self._n_samples = 0
         self._placed = False
@@ -70,9 +76,11 @@ class MeanLoss:
             return
         if not self._placed:
             self._place(loss.device)
+            auto = self._reduction == "auto"
+            self._is_sum = returns_sum(learner.loss_func) if auto else self._reduction == "sum"
         assert self._sum is not None
         self._n_samples += n
-        self._sum.add_(loss, alpha=n if self._is_mean else 1)
+        self._sum.add_(loss, alpha=1 if self._is_sum else n)
 
     def _place(self, device: torch.device) -> None:
         """Accumulate on the device of the losses, from zero or from a loaded state."""
@@ -109,13 +117,13 @@ class RecordMeanLoss(Callback):
     """Records the mean loss of every epoch as "loss"."""
 
     def __init__(self) -> None:
-        self._loss = MeanLoss()
+        self._loss = MeanLoss("auto")
 
     def before_fit(self, event: BeforeFit) -> None:
-        self._reduction = reduction_of(event.learner)
+        log_reduction(event.learner)
 
     def before_epoch(self, event: BeforeEpoch) -> None:
-        self._loss = MeanLoss(self._reduction)
+        self._loss = MeanLoss("auto")
 
     def after_batch(self, event: AfterBatch) -> None:
         self._loss.add(event)
