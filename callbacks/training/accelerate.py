@@ -86,7 +86,7 @@ class AccelerateCB(TrainCB):
         learner.dls = DataLoaders(
             *(self._prepare(getattr(learner.dls, name, None)) for name in ("train", "valid"))
         )
-        if self.accelerator.scaler is not None:
+        if self.accelerator.scaler is not None and learner.trains:
             self._scaling = GradientScaling(self.accelerator.scaler, learner.opt)
 
     def _prepare(self, x: Any) -> Any:
