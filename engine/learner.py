@@ -243,9 +243,7 @@ class Learner(Fittable):
         """
         collected = CollectPredictions(with_targets, keep)
         with validating_on(self, dl):
-            result = await self._fit(
-                FitPlan(train=False, cbs=collected.callbacks, purpose="predict")
-            )
+            result = await self._fit(FitPlan(train=False, cbs=collected, purpose="predict"))
         return collected.result(result)
 
     async def lr_find(

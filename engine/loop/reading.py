@@ -80,3 +80,4 @@ def read_batches(loop: LoopState, loader: Iterable[object], first: int = 0) -> I
         raise
     if not count:
         raise ValueError(why_empty(loader, phase))
+    loop.all_read = True

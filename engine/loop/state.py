@@ -11,6 +11,7 @@ import torch
 from ...events import Bus, ScopeEnd
 from ...events.learner import Purpose
 from ...events.signal import AsyncWrapper
+from ...events.types import numbers_of
 from ..data.batch_size import size_of
 from .requests import OpenScope, Requests
 
@@ -50,7 +51,8 @@ class Progress:
     Attributes:
         epochs: epochs completed.
         batches: batches completed.
-        steps: optimizer steps taken; skipped and accumulated steps do not count.
+        steps: optimizer steps taken, including the one whose AfterStep is being sent; skipped and
+            accumulated steps do not count.
     """
 
     epochs: int = 0
@@ -80,6 +82,7 @@ class LoopState:
     """
 
     __slots__ = (
+        "all_read",
         "async_wrapper",
         "batch",
         "batch_reader",
@@ -150,6 +153,8 @@ class LoopState:
     lengths: dict[bool, tuple[Any, int | None]]
     """The loaders of training (True) and validation (False) whose lengths are known before the
     fit, until their first epoch begins."""
+    all_read: bool
+    """Whether the loader of the current epoch is exhausted."""
     training: bool
     step_lr: Any
     """The learning rate of the first group that the step of this batch uses; None before."""
@@ -192,7 +197,7 @@ class LoopState:
         self.batch = self.preds = self.loss = None
         self.n_iter = self.step_lr = None
         self.lengths = {}
-        self.training = self.gradients_pending = False
+        self.all_read = self.training = self.gradients_pending = False
         self.record = {}
         self.innermost_scope = None
         self.cleaning_up = False
@@ -236,6 +241,12 @@ class LoopState:
     def measured(self) -> dict[str, Any]:
         """What has been measured in the current epoch so far; asked when it is cut short."""
         return {}
+
+    def record_cut_epoch(self, status: str) -> None:
+        """Record what has been measured and, unless all batches were read, how the epoch ended."""
+        self.record.update(self.measured())
+        if not self.all_read and numbers_of(self.record):
+            self.record["status"] = status
 
     def begin_fit(
         self,

@@ -9,7 +9,7 @@ from typing import Any, cast
 import structlog
 import torch
 
-from ...events import AfterEpoch, AfterPredict, Callback, CancelBatchException
+from ...events import AfterPredict, Callback, CancelBatchException, CleanupEpoch
 from ..data.batch_size import parts_of
 from ..data.batches import targets_of
 from ..data.containers import map_tensors
@@ -56,14 +56,11 @@ class CollectPredictions(Callback):
             column.add(output, n, guessed)
         raise CancelBatchException("only predictions were requested")
 
-    @property
-    def callbacks(self) -> tuple[Callback, Callback]:
-        """This callback, and the one that lets it join what it has collected."""
-        return self, JoinPredictions(self)
-
-    def join(self) -> None:
-        """Join the outputs of all batches. It takes long, so it is called in the fit's thread."""
-        self._joined = tuple(column.join() for column in self._columns.values() if column.outputs)
+    def cleanup_epoch(self, event: CleanupEpoch) -> None:
+        """Join the outputs of all batches: in the fit's thread, because it takes long."""
+        if cast(LoopState, event.learner).all_read:
+            columns = self._columns.values()
+            self._joined = tuple(column.join() for column in columns if column.outputs)
 
     def result(self, fit: FitResult) -> Any:
         """The predictions, or (predictions, targets).
@@ -80,18 +77,6 @@ class CollectPredictions(Callback):
             )
         preds = tuple(self._joined[0].values()) if self._several else self._joined[0]
         return (preds, *self._joined[1:]) if len(self._joined) > 1 else preds
-
-
-class JoinPredictions(Callback):
-    """Joins what was collected when all batches are read, before another receiver may cancel."""
-
-    order: float = -math.inf
-
-    def __init__(self, collected: CollectPredictions) -> None:
-        self._collected = collected
-
-    def after_epoch(self, event: AfterEpoch) -> None:
-        self._collected.join()
 
 
 class _Collected:
