@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from .sparse import encode_sparse
+
 
 class Snapshot:
     """A copy of a value on the host, of the plain types that `torch.load(weights_only=True)` reads.
@@ -47,6 +49,10 @@ class Snapshot:
         if torch.nn.parameter.is_lazy(value):
             return None  # it has no values yet
         is_tensor = isinstance(value, torch.Tensor)
+        if is_tensor and value.layout is torch.sparse_coo:
+            value = value.detach()
+            indices = self._copy(value._indices(), f"{where}.indices")
+            return encode_sparse(indices, self._copy(value._values(), f"{where}.values"), value)
         if (
             is_tensor
             and value.layout is torch.strided
