@@ -35,8 +35,8 @@ class AccelerateCB(TrainCB):
     because of overflow cancels the step scope, as with `MixedTrainingCB`.
 
     Args:
-        mixed_precision: "no", "fp16" or "bf16"; by default "fp16" where CUDA is available, as in
-            the post, and "no" elsewhere.
+        mixed_precision: "no", "fp16" or "bf16"; by default "fp16" with a GPU, as in the post, and
+            "no" on the CPU.
         kwargs: further arguments of `Accelerator`.
 
     Attributes:
@@ -54,7 +54,7 @@ class AccelerateCB(TrainCB):
         with optional_import("AccelerateCB", "accelerate", "accelerate"):
             from accelerate import Accelerator
         if mixed_precision is None:
-            mixed_precision = "fp16" if torch.cuda.is_available() else "no"
+            mixed_precision = "fp16" if torch.accelerator.is_available() else "no"
         self.accelerator = Accelerator(mixed_precision=mixed_precision, **kwargs)
         self._own: tuple[Any, Any, Any] | None = None
         self._marks: dict[str, Any] = {}

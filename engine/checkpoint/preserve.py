@@ -16,8 +16,8 @@ from .state import SavedLearner, stateful
 def preserved(learner: SavedLearner) -> Iterator[None]:
     """Restore model, gradients, optimizer, callbacks, position and random states afterwards.
 
-    The random states are those of Python, numpy, torch, all CUDA devices, and the generators
-    of the learner's loaders. A model that was moved to another device stays there.
+    The random states are those of Python, numpy, torch, all devices of the accelerator, and
+    the generators of the learner's loaders. A model that was moved to another device stays there.
     """
     model = learner.model
     weights = copy.deepcopy(model.state_dict())
@@ -28,8 +28,9 @@ def preserved(learner: SavedLearner) -> Iterator[None]:
     opt_state = copy.deepcopy(opt.state_dict()) if opt is not None else None
     states = [(owner, copy.deepcopy(owner.state_dict())) for _, owner in stateful(learner)]
     position = {name: getattr(learner, name) for name in _POSITION}
-    if torch.cuda.is_available():
-        torch.cuda.init()  # before, there is no random state to save
+    if torch.accelerator.is_available():
+        # This initializes it; before, there is no random state to save.
+        torch.accelerator.current_device_index()
     randomness = random_state(learner.dls)
     try:
         yield

@@ -28,7 +28,10 @@ DEVICE = "standin"
 NOT_ARRIVED = -123
 
 waits: Counter[str] = Counter()
-"""How often the host waited for the device, by the function of the project that made it wait."""
+"""How often the host waited, by the function that made it wait; "host: ..." in the main thread.
+
+In a test, the main thread runs the event loop: not the training, and not a writer.
+"""
 uploads: Counter[str] = Counter()
 """The copies to the device that the host waited for, by the function that made them."""
 
@@ -61,7 +64,7 @@ def install() -> None:
 
 
 def _made_on_the_host(make: Any) -> Any:
-    """Let a function make its tensor on the host first: torch makes it where Python is not asked."""
+    """Let a function make its tensor on the host first: torch does not ask Python to make it."""
 
     def made(data: Any, *, device: Any = None, **options: Any) -> Any:
         if device is None or torch.device(device).type != DEVICE:
@@ -132,6 +135,9 @@ class StandInTensor(torch.Tensor):
     def __format__(self, spec: str) -> str:
         return format(self.item() if self.ndim == 0 else repr(self), spec)
 
+    def tolist(self) -> Any:
+        return self.cpu().tolist()  # torch's does not support subclasses
+
     @classmethod
     def __torch_dispatch__(
         cls, op: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -148,6 +154,8 @@ def is_here(x: Any) -> bool:
 
 def _run(op: Any, *args: Any, **kwargs: Any) -> Any:
     """Run an operator on the host's tensors."""
+    if op._can_decompose():  # torch has not done so for a tensor of the inference mode
+        return op.decompose(*args, **kwargs)
     name = op._schema.name.removeprefix("aten::")
     device = kwargs.get("device")
     if name == "copy_":
@@ -222,13 +230,15 @@ def _own_random_state(draws: bool) -> Iterator[None]:
 
 def _caller() -> str:
     """The innermost function of the project, or of a test, that is running in this thread."""
+    name = "torch"
     frame = sys._getframe(1)
     while frame.f_back is not None:
         module = frame.f_globals.get("__name__", "")
         if module.startswith(("eventrain.", "test_", "tests.")) and module != __name__:
-            return frame.f_code.co_qualname
+            name = frame.f_code.co_qualname
+            break
         frame = frame.f_back
-    return "torch"
+    return f"host: {name}" if threading.current_thread() is threading.main_thread() else name
 
 
 # -------------------------------------------------------------------------- copies to the host
