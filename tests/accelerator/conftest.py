@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,9 @@ RESULTS = os.environ.get("EVENTRAIN_STANDIN_RESULTS")
 """The file that the other process writes the outcomes to; here it is None."""
 
 if RESULTS is not None:
+    with warnings.catch_warnings(action="ignore"):
+        import torcheval.metrics  # noqa: F401 - it compiles functions of torch that are replaced
+
     from tests.support import accelerator
 
     accelerator.install()
@@ -44,8 +48,7 @@ def outcomes(
     root = request.config.rootpath
     try:
         process = subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
-            + ["--rootdir", str(root), *names],
+            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *names],
             cwd=root,
             env={**os.environ, "EVENTRAIN_STANDIN_RESULTS": str(file)},
             stdout=subprocess.PIPE,
@@ -56,7 +59,7 @@ def outcomes(
         output = process.stdout
     except subprocess.TimeoutExpired as exc:
         output = f"killed after {LIMIT} seconds\n{(exc.stdout or b'').decode()}"
-    found = {name: ("missing", output) for name in names}
+    found = dict.fromkeys(names, ("missing", output))
     for line in file.read_text().splitlines() if file.exists() else []:
         name, outcome, report = json.loads(line)
         found[name] = (outcome, report)

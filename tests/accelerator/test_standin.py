@@ -27,7 +27,7 @@ def test_reading_a_number_and_a_copy_to_the_host_are_waits() -> None:
         assert x.cpu().tolist() == [0, 1, 2]
         x[x > 0]
         torch.Event(DEVICE).synchronize()
-    assert found == {test_reading_a_number_and_a_copy_to_the_host_are_waits.__name__: 4}
+    assert found == {"host: test_reading_a_number_and_a_copy_to_the_host_are_waits": 4}
 
 
 def test_a_blocking_copy_to_the_device_is_counted() -> None:
