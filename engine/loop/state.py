@@ -106,6 +106,7 @@ class LoopState:
         "scope_end",
         "signals",
         "step_lr",
+        "trained_parameters",
         "training",
         "training_thread",
         "trains",
@@ -139,6 +140,8 @@ class LoopState:
     n_iter: int | None
     n_samples: int
     training: bool
+    trained_parameters: list[tuple[str, torch.Tensor]]
+    """Until BeforeFit has been sent: the model's parameters that its optimizer has, by name."""
     step_lr: Any
     """The learning rate of the first group that the step of this batch uses; None before."""
     gradients_pending: bool
@@ -208,6 +211,7 @@ class LoopState:
         self.epochs = range(n_epochs)
         self.epoch = self.iter = self.n_samples = 0
         self.history = []
+        self.trained_parameters = []
         self.progress = {True: Progress(), False: Progress()}
         self.done = self.progress[trains]
         self.scope_end = ScopeEnd("failed", None, "the training could not begin")

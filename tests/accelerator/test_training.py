@@ -348,3 +348,19 @@ def test_predictions_are_those_of_the_cpu_with_one_wait_per_batch(
     assert torch.equal(targets, expected[1])
     assert found.total() == 2 * N_VALID  # the predictions, and the targets
     assert not any(name.startswith("host") for name in found)
+
+
+def test_a_device_for_which_moving_a_model_makes_new_parameters(
+    digits: Digits, make_cnn: MakeModel
+) -> None:
+    torch.__future__.set_swap_module_params_on_conversion(False)  # torch's default
+    try:
+        learner = TrainLearner(make_cnn(), loaders(digits), F.cross_entropy, cbs=DeviceCB(DEVICE))
+        with pytest.raises(RuntimeError, match=r"has replaced 8 parameters .*move the model"):
+            learner.run(N_EPOCHS)
+        moved = TrainLearner(make_cnn().to(DEVICE), loaders(digits), F.cross_entropy)
+        moved.add_cbs(DeviceCB(DEVICE))  # nothing is left for it to move
+        moved.run(N_EPOCHS)
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(True)
+    assert torch.equal(weights(moved.model), plain(make_cnn(), digits))
