@@ -116,6 +116,7 @@ class LoopState:
         "scope_end",
         "signals",
         "step_lr",
+        "trained_parameters",
         "training",
         "training_thread",
         "trains",
@@ -156,6 +157,8 @@ class LoopState:
     all_read: bool
     """Whether the loader of the current epoch is exhausted."""
     training: bool
+    trained_parameters: list[tuple[str, torch.Tensor]]
+    """Until BeforeFit has been sent: the model's parameters that its optimizer has, by name."""
     step_lr: Any
     """The learning rate of the first group that the step of this batch uses; None before."""
     gradients_pending: bool
@@ -265,6 +268,7 @@ class LoopState:
         self.epochs = range(n_epochs)
         self.epoch = self.iter = self.n_samples = 0
         self.history = []
+        self.trained_parameters = []
         self.progress = {True: Progress(), False: Progress()}
         self.done = self.progress[trains]
         self.scope_end = ScopeEnd("failed", None, "the training could not begin")

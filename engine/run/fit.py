@@ -20,6 +20,7 @@ from ..data.dataloaders import loader_of
 from ..loop.actions import check_performers
 from ..loop.parameters import drop_unused_gradients
 from ..loop.state import COMPLETED
+from ..loop.trained_parameters import trained_parameters
 from .fittable import Fittable
 from .graceful import GracefulStop
 from .plan import FitPlan, check_lr
@@ -111,6 +112,8 @@ class Fit:
         if self._plan.resume is not None:
             self._resume(self._plan.resume)
         learner = self._learner
+        if learner.trains:
+            learner.trained_parameters = trained_parameters(learner)
         learner.scope_end = COMPLETED
         try:
             learner.one_fit()
