@@ -14,7 +14,7 @@ import structlog
 from structlog.typing import EventDict, Processor
 
 from ...events import BeforeFit
-from .jsonable import escape_control, to_jsonable
+from .jsonable import Conversion, escape_control
 from .records import RecordCB
 
 _LEVELS = {"completed": "info", "cancelled": "warning", "failed": "error"}
@@ -127,23 +127,28 @@ def _wrap(logger: Any, processors: list[Processor]) -> Any:
     )
 
 
+_FIRST = ("event", "schema_version", "timestamp", "run_id", "purpose")
+_NOT_IN_ALL = ("who", "reason", "nonfinite", "left_out")
+
+
 def _in_context(logger: Any, method: str, record: EventDict) -> EventDict:
     """Add the host's context variables, except those with the name of a key of records."""
-    first = {key: record.pop(key) for key in ("event", "schema_version", "timestamp", "run_id")}
-    own = {*first, *record, "who", "reason", "nonfinite"}  # not every record has the last three
-    context = structlog.contextvars.get_contextvars().items()
-    return {**first, **{key: value for key, value in context if key not in own}, **record}
+    first = {key: record.pop(key) for key in _FIRST}
+    own = {*first, *record, *_NOT_IN_ALL}
+    bound = structlog.contextvars.get_contextvars()
+    # They may be anything, and have a budget of their own.
+    others = {key: value for key, value in bound.items() if key not in own}
+    context = Conversion().first_of(others, "")
+    return {**first, **context, **record}
 
 
 def _to_json(logger: Any, method: str, record: EventDict) -> str:
-    # The host's context variables, which are in it by now, may be anything.
-    return json.dumps(to_jsonable(record), allow_nan=False)
+    return json.dumps(record, allow_nan=False)
 
 
 def _to_stdlib(
     logger: Any, method: str, record: EventDict, *, extra: Mapping[str, object]
 ) -> tuple[Any, Any]:
-    record = to_jsonable(record)
     return (json.dumps(record, allow_nan=False),), {"extra": {**extra, "eventrain": record}}
 
 

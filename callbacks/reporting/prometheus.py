@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Awaitable, Mapping
 from contextlib import ExitStack
 from threading import Lock
 from typing import TYPE_CHECKING, Any
@@ -180,10 +180,10 @@ class _SampleCounter(CallbackRecords):
         super().__init__(callback)
         self._count_samples = callback.count_samples
 
-    def observe(self, event: Event) -> None:
-        super().observe(event)
+    def observe(self, event: Event) -> Awaitable[Any] | None:
         if isinstance(event, BeforeEpoch | AfterBatch | CleanupEpoch):
             self._count_samples(event)
+        return super().observe(event)
 
 
 class _Collectors:

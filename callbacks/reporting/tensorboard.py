@@ -129,7 +129,9 @@ class _FitFiles(RecordWatcher):
             await _in_thread(self._open)
         if isinstance(event, AfterBatch):
             self._step = self._first_steps[event.epoch] + event.iter
-        super().observe(event)
+        waiting = super().observe(event)
+        if waiting is not None:  # for the loss, which is not there yet
+            await waiting
 
     async def close(self) -> None:
         await _in_thread(self.close_files)
