@@ -228,11 +228,14 @@ def test_bfloat16_leaves_backward_and_step_to_whoever_performs_them(
     assert mixed.scaler is None
 
 
-def test_float16_takes_backward_and_step_over(dls: DataLoaders, make_model: MakeModel) -> None:
+def test_float16_wraps_a_backward_and_a_step_of_the_learners_own(
+    dls: DataLoaders, make_model: MakeModel
+) -> None:
+    """G18."""
     mixed = MixedTrainingCB("fp16", init_scale=SCALE)
     learner = Counting(make_model(), dls, cbs=mixed)
     assert learner.run(1).steps == 3
-    assert learner.calls == ()
+    assert learner.calls == ("backward", "step") * 3
     assert mixed.scaler is not None
     assert mixed.scaler.get_scale() == SCALE
 
