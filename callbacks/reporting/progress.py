@@ -43,6 +43,8 @@ class ProgressCB(Callback):
     draws on standard output, other output appears above it. In a notebook it is one output of the
     cell, updated in place and finally replaced by the table.
 
+    In runs of `validate`, `get_preds` and `lr_find` it shows the bars alone.
+
     The table has a row for every epoch, counted from 1, with the numbers that callbacks such as
     MetricsCB put into `learner.record`; the line below it says how the fit ended, who ended it and
     why. An instance shows one fit at a time.
@@ -172,7 +174,8 @@ class _FitWatcher:
                 display.end_epoch(event)
             case CleanupFit():
                 self._callback.close()
-                display.report(event)  # where the bars were
+                if event.purpose == "fit":
+                    display.report(event)  # where the bars were
 
 
 class _Display:
@@ -248,6 +251,8 @@ class _Display:
         self._draw()
 
     def end_epoch(self, event: CleanupEpoch) -> None:
+        if event.end.status != "completed":
+            return  # what was measured in a part of it is not its result
         for name, value in event.metrics.items():
             if is_number(value):
                 row = self._rows.setdefault(event.epoch, {})

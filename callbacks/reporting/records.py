@@ -186,7 +186,7 @@ class RecordWatcher(ABC):
             fields["left_out"] = conversion.left_out
         when = datetime.fromtimestamp(event.time, UTC).isoformat(timespec="milliseconds")
         first = {"event": name, "schema_version": SCHEMA_VERSION, "timestamp": when}
-        which = {"run_id": event.run_id, "purpose": event.learner.purpose}
+        which = {"run_id": event.run_id, "purpose": event.purpose}
         return self.write({**first, **which, **fields})
 
     @abstractmethod
