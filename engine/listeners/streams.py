@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import threading
-import time
 import weakref
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Coroutine
@@ -31,8 +30,8 @@ from .turns import Turns, turns_of_this_loop
 
 E = TypeVar("E", bound=Event)
 
-PATIENCE = 5.0
-"""Seconds that a full buffer may hold up the training before that is logged."""
+PATIENCE = 100
+"""Checks, at 20 a second, for which a full buffer may hold up the training before it is logged."""
 
 
 class StreamOwner(Protocol):
@@ -105,7 +104,8 @@ class EventStream(Generic[E]):
         self._read_by_anext = False
         self._suspended = False
         self._opened = self._ended = self._read_out = False
-        self._blocked_since: float | None = None
+        self._blocked = False
+        self._blocked_checks = 0
         self._unread = ""
         self._turns = Turns()
         self._exit = ExitStack()
@@ -135,11 +135,9 @@ class EventStream(Generic[E]):
 
     def _wait_for_room(self) -> None:
         # A fit that is about to end does not wait: the buffer grows by its last few events.
-        while len(self._items) >= self.buffer and not (
-            self._ended or self._owner.pending_requests
-        ):
+        while len(self._items) >= self.buffer and not (self._ended or self._owner.pending_requests):
             self._has_room.clear()
-            self._blocked_since = self._blocked_since or time.monotonic()
+            self._blocked = True
             self.wake()
             self._has_room.wait(0.05)
 
@@ -185,7 +183,8 @@ class EventStream(Generic[E]):
         self.emitted = self.delivered = 0
         self._items.clear()
         self._ended = self._read_out = False
-        self._blocked_since = None
+        self._blocked = False
+        self._blocked_checks = 0
         self._unread = ""
 
     def end(self) -> None:
@@ -213,29 +212,26 @@ class EventStream(Generic[E]):
     def check_reader(self) -> None:
         """Log that a full buffer holds up the training; close the stream if nobody reads it.
 
-        It is called on the event loop about twenty times a second, so that a host that holds its
-        loop itself is not taken for a reader that has left.
+        It is called on the event loop twenty times a second. The checks are counted, not the
+        seconds, because while the host holds its loop itself, no reader can run.
         """
-        since = self._blocked_since
-        if since is None or time.monotonic() - since < PATIENCE:
+        if not self._blocked:
             return
-        self._blocked_since = math.inf  # once per fit, or until the reader takes the next event
-        details = {"run_id": self._owner.run_id, "observer": self.name, "buffer": self.buffer}
+        self._blocked_checks += 1
+        if self._blocked_checks != PATIENCE:
+            return
         log = structlog.get_logger("eventrain")
+        details = {"run_id": self._owner.run_id, "observer": self.name, "buffer": self.buffer}
         if self._is_read():
-            log.warning(
-                "observer_blocks_training",
-                **details,
-                seconds=PATIENCE,
-                hint="its buffer is full, and with overflow='block' the training waits for it",
-            )
+            hint = "its buffer is full, and with overflow='block' the training waits for it"
+            log.warning("observer_blocks_training", **details, hint=hint)
             return
         self._unread = (
-            f"{self.name} was closed: its full buffer held up the training for {PATIENCE:g} s, and"
-            " nobody read it. Keep reading, or leave its `async with`, or use another overflow"
-            " policy than 'block'"
+            f"{self.name} was closed: its full buffer held up the training, and nobody read it for"
+            " 5 s. Keep reading, or leave its `async with`, or use another overflow policy than"
+            " 'block'"
         )
-        log.error("stream_not_read", **details, seconds=PATIENCE, hint=self._unread)
+        log.error("stream_not_read", **details, hint=self._unread)
         self.close()
 
     async def __aenter__(self) -> Self:
@@ -253,8 +249,8 @@ class EventStream(Generic[E]):
         self._check_opened()
         if self._read_out:
             raise RuntimeError(
-                f"{self.name} has been read to its end: a stream ends with its fit. Open it again, or"
-                f" another one, for the next fit: {_HOW_TO_OPEN}"
+                f"{self.name} has been read to its end: a stream ends with its fit. For the next"
+                f" fit, open it again, or another one: {_HOW_TO_OPEN}"
             )
         reader = _Reader(self)
         self._readers.add(reader)
@@ -287,8 +283,9 @@ class EventStream(Generic[E]):
                 self._suspended = False
         self.delivered += 1
         event = self._items.popleft()
-        self._blocked_since = None
-        self._has_room.set()
+        if self._blocked:
+            self._blocked, self._blocked_checks = False, 0
+            self._has_room.set()
         return event
 
     async def _wait_for_turn(self) -> None:
