@@ -13,8 +13,9 @@ from torch import nn, optim
 from torch.nn import functional as F
 
 from ..events import Bus, Callback
+from ..events.types import numbers_of
 from .checkpoint.preserve import preserved
-from .run.fit import Fit, numbers_of
+from .run.fit import Fit
 from .run.fittable import Fittable
 from .run.lr_finder import LRFinderCB
 from .run.mean_loss import RecordMeanLoss
@@ -186,6 +187,8 @@ class Learner(Fittable):
     async def validate(self, dl: Any = None) -> dict[str, Any]:
         """Run one validation epoch; return its "loss" and other metrics.
 
+        If a receiver cuts the epoch short, there are none: they would not be those of the loader.
+
         Args:
             dl: the loader to use, by default `dls.valid`.
 
@@ -196,7 +199,8 @@ class Learner(Fittable):
         result = await self._fit(
             FitPlan(train=False, cbs=cbs, purpose="validate", within=validating_on(self, dl))
         )
-        return numbers_of(result.history[-1]) if result.history else {}
+        row = result.history[-1] if result.history else {}
+        return {} if "status" in row else numbers_of(row)
 
     async def get_preds(self, dl: Any = None, with_targets: bool = False) -> Any:
         """Predict for every sample of a loader, without a loss.

@@ -12,7 +12,7 @@ import torch
 
 from ...engine.data.batches import targets_of
 from ...engine.run.mean_loss import MeanLoss
-from ...events import AfterBatch, AfterEpoch, BeforeEpoch, BeforeFit, Callback
+from ...events import AfterBatch, AfterEpoch, BeforeEpoch, BeforeFit, Callback, CleanupEpoch
 from .._checks import optional_import
 
 with warnings.catch_warnings():
@@ -37,8 +37,9 @@ class MetricsCB(Callback):
         named: the same, under names of your own.
 
     Attributes:
-        history: one dict per epoch and phase, over all fits: "epoch", "train" ("train" or
-            "eval"), a number (or nested list) per metric, and "loss".
+        history: one dict per completed epoch and phase, over all fits, but not over runs of
+            `validate` or `lr_find`: "epoch", "train" ("train" or "eval"), a number (or nested
+            list) per metric, and "loss".
 
     Raises:
         TypeError: an argument is not a torcheval metric.
@@ -70,7 +71,7 @@ class MetricsCB(Callback):
         for name, metric in [*((type(m).__name__, m) for m in metrics), *named.items()]:
             if not isinstance(metric, Metric):
                 raise TypeError(f"{name}={metric!r} is not a torcheval metric")
-            if name in self.metrics or name in ("epoch", "train", "loss"):
+            if name in self.metrics or name in ("epoch", "train", "status", "loss"):
                 raise ValueError(f"the name {name!r} is taken: pass the metric as yourname=...")
             self.metrics[name] = metric
         self.history: list[dict[str, Any]] = []
@@ -100,15 +101,22 @@ class MetricsCB(Callback):
             metric.update(preds, targets)
 
     def after_epoch(self, event: AfterEpoch) -> None:
+        numbers = self.measured()
+        event.learner.record.update(numbers)
+        if numbers and event.purpose == "fit":
+            phase = "train" if event.training else "eval"
+            self.history.append({"epoch": event.epoch, "train": phase, **numbers})
+
+    def cleanup_epoch(self, event: CleanupEpoch) -> None:
+        self._loss = MeanLoss()  # an epoch that is cut short before it begins has measured nothing
+
+    def measured(self) -> dict[str, Any]:
+        """The metrics and the loss so far; the host waits for the device here, once per epoch."""
         loss = self._loss.item()
         if loss is None:  # no batch was completed
-            return
-        # The host waits for the device here, once per epoch.
+            return {}
         numbers = {name: _number(metric.compute()) for name, metric in self.metrics.items()}
-        numbers["loss"] = loss
-        event.learner.record.update(numbers)
-        phase = "train" if event.training else "eval"
-        self.history.append({"epoch": event.epoch, "train": phase, **numbers})
+        return {**numbers, "loss": loss}
 
     def plot(self, ax: Axes | None = None, names: str | Iterable[str] | None = None) -> Axes:
         """Draw the loss and the metrics by epoch, in training and in validation.

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 from ...engine.loop.loss import check_loss
+from ...engine.loop.parameters import optimizer_parameters
 from ...events import (
     AfterBackward,
     AfterEpoch,
@@ -70,7 +71,7 @@ class GradientAccumulationCB(Callback):
         if self._waiting < self._group and not self._flushing:
             raise CancelStepException(f"accumulating, {self._waiting} of {self._group}")
         if not math.isclose(self._weight, 1):
-            for p in event.learner.model.parameters():
+            for p in optimizer_parameters(event.learner.opt):
                 if p.grad is not None:
                     p.grad /= self._weight
         self._forget()

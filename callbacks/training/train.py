@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from ...engine import TrainLearner
-from ...events import Backward, Callback, GetLoss, Predict, Step, ZeroGrad
+from ...events import ActionEvent, Backward, Callback, Event, GetLoss, Predict, Step, ZeroGrad
 
 _METHODS: Any = TrainLearner  # Any, because they work on every learner
 
@@ -13,7 +14,8 @@ _METHODS: Any = TrainLearner  # Any, because they work on every learner
 class TrainCB(Callback):
     """Performs the actions as the methods of `TrainLearner` do.
 
-    It is the last in order: any other callback that performs an action takes precedence.
+    It performs those for which the learner has no method of its own. It is the last in order: any
+    other callback that performs an action takes precedence.
 
     Example:
         >>> import torch
@@ -28,6 +30,12 @@ class TrainCB(Callback):
     """
 
     order: float = 1000
+
+    def receivers(self, learner: Any) -> Iterator[tuple[type[Event], Callable[[Any], Any]]]:
+        """As for any callback, but without the actions that the learner has a method for."""
+        for event_type, method in super().receivers(learner):
+            if not (issubclass(event_type, ActionEvent) and hasattr(learner, event_type.hook)):
+                yield event_type, method
 
     def predict(self, event: Predict) -> None:
         _METHODS.predict(event.learner)

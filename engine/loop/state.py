@@ -86,6 +86,7 @@ class LoopState:
         "epochs",
         "fitting",
         "graceful_stop_due",
+        "gradients_pending",
         "history",
         "innermost_scope",
         "iter",
@@ -104,6 +105,7 @@ class LoopState:
         "run_id",
         "scope_end",
         "signals",
+        "step_lr",
         "training",
         "training_thread",
         "trains",
@@ -137,6 +139,10 @@ class LoopState:
     n_iter: int | None
     n_samples: int
     training: bool
+    step_lr: Any
+    """The learning rate of the first group that the step of this batch uses; None before."""
+    gradients_pending: bool
+    """Whether there has been a backward pass since the last ZeroGrad."""
     record: dict[str, Any]
     """The values recorded in this epoch: a row of the history, to which receivers may add."""
     done: Progress
@@ -172,14 +178,18 @@ class LoopState:
         self.async_wrapper = None
         self.dl = self.opt = None
         self.batch = self.preds = self.loss = None
-        self.n_iter = None
-        self.training = False
+        self.n_iter = self.step_lr = None
+        self.training = self.gradients_pending = False
         self.record = {}
         self.innermost_scope = None
         self.cleaning_up = False
         self.outer_continues = True
         self.graceful_stop_due = False
         self.begin_fit(reader)
+
+    def measured(self) -> dict[str, Any]:
+        """What has been measured in the current epoch so far; asked when it is cut short."""
+        return {}
 
     def begin_fit(
         self,

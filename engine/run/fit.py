@@ -14,10 +14,12 @@ from typing import Any
 import structlog
 
 from ...events import ScopeEnd
+from ...events.types import numbers_of
 from ..checkpoint.reader import Checkpoint
 from ..checkpoint.resume import ResumableBatchReader, ResumedBatchReader, last_checkpoint
 from ..data.dataloaders import loader_of
 from ..loop.actions import check_performers
+from ..loop.parameters import drop_unused_gradients
 from ..loop.state import COMPLETED
 from .fittable import Fittable
 from .graceful import GracefulStop
@@ -147,7 +149,11 @@ class Fit:
     def _run_loop(self) -> None:
         learner, resumed = self._learner, self._resumed
         learner.scope_end = COMPLETED
-        learner.one_fit()
+        try:
+            learner.one_fit()
+        finally:
+            if learner.trains:
+                drop_unused_gradients(learner)
         if resumed is not None and not resumed.loaded and learner.scope_end.status == "completed":
             error = resumed.never_loaded()
             learner.scope_end = ScopeEnd("failed", None, str(error))
@@ -239,8 +245,3 @@ def make_optimizer(learner: Fittable, lr: float) -> Any:
     if not callable(getattr(opt, "step", None)) or not hasattr(opt, "param_groups"):
         raise TypeError(f"opt_func={opt_func!r} returned {opt!r}, which is not an optimizer")
     return opt
-
-
-def numbers_of(row: dict[str, Any]) -> dict[str, Any]:
-    """The values that callbacks have recorded in a row of the history."""
-    return {key: value for key, value in row.items() if key not in ("epoch", "train")}

@@ -70,6 +70,9 @@ def _copy(total: torch.Tensor | None) -> torch.Tensor | None:
 class RecordMeanLoss(Callback):
     """Records the mean loss of every epoch as "loss"."""
 
+    def __init__(self) -> None:
+        self._loss = MeanLoss()
+
     def before_epoch(self, event: BeforeEpoch) -> None:
         self._loss = MeanLoss()
 
@@ -77,6 +80,9 @@ class RecordMeanLoss(Callback):
         self._loss.add(event)
 
     def after_epoch(self, event: AfterEpoch) -> None:
-        loss = self._loss.item()  # the host waits for the device here, once per epoch
-        if loss is not None:
-            event.learner.record["loss"] = loss
+        event.learner.record.update(self.measured())
+
+    def measured(self) -> dict[str, Any]:
+        """The loss so far; the host waits for the device here, once per epoch."""
+        loss = self._loss.item()
+        return {} if loss is None else {"loss": loss}

@@ -139,8 +139,10 @@ class Run:
 
     names: list[str] = field(default_factory=list)
     ends: list[tuple[str, ScopeEnd]] = field(default_factory=list)
-    completed: Counter[tuple[str, str]] = field(default_factory=Counter)
+    reached: Counter[tuple[str, str]] = field(default_factory=Counter)
     batches: Counter[tuple[int, str]] = field(default_factory=Counter)
+    cut: dict[tuple[int, str], str] = field(default_factory=dict)
+    """The status of the epochs that were not completed."""
     error: Raised | None = None
 
 
@@ -165,9 +167,11 @@ def model_of(injections: Injections) -> Run:
             open_scopes.append(OPENS[name])
         if closes:
             run.ends.append((name, pending.end if pending else ScopeEnd("completed")))
-            run.completed[name, phase] += pending is None
+            if name == "CleanupEpoch" and pending is not None:
+                run.cut[epoch, phase] = pending.end.status
         if name not in ACTIONS:
             run.names.append(name)
+        run.reached[name, phase] += 1
         run.batches[epoch, phase] += name == "AfterBatch"
         times[name, phase] += 1
         kinds = injections.get(Place(name, phase, times[name, phase]), ())
@@ -337,13 +341,14 @@ async def fit_and_compare(learner: TrainLearner, injections: Injections, carrier
     assert result is not None
     assert [result.n_epochs, result.epochs, result.batches, result.valid_batches, result.steps] == [
         N_EPOCHS,
-        expected.completed["CleanupEpoch", "train"],
-        expected.completed["CleanupBatch", "train"],
-        expected.completed["CleanupBatch", "valid"],
-        expected.completed["CleanupStep", "train"],
+        expected.reached["AfterEpoch", "train"],
+        expected.reached["AfterBatch", "train"],
+        expected.reached["AfterBatch", "valid"],
+        expected.reached["ZeroGrad", "train"],
     ]
     assert list(result.history) == [
         {"epoch": epoch, "train": {"train": "train", "valid": "eval"}[phase], "batches": n}
+        | ({"status": expected.cut[epoch, phase]} if (epoch, phase) in expected.cut else {})
         for (epoch, phase), n in expected.batches.items()
         if n
     ]
