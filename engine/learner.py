@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from ..events import Bus, Callback
 from ..events.types import numbers_of
 from .checkpoint.preserve import preserved
-from .run.fit import Fit, check_idle
+from .run.fit import Fit
 from .run.fittable import Fittable
 from .run.lr_finder import LRFinderCB
 from .run.mean_loss import RecordMeanLoss
@@ -197,9 +197,9 @@ class Learner(Fittable):
             RuntimeError, ValueError, TypeError: as `fit`.
         """
         cbs = () if any(cb.records_loss for cb in self.cbs) else RecordMeanLoss()
-        plan = FitPlan(train=False, cbs=cbs, purpose="validate")
-        with validating_on(self, dl):
-            result = await self._fit(plan)
+        result = await self._fit(
+            FitPlan(train=False, cbs=cbs, purpose="validate", within=validating_on(self, dl))
+        )
         row = result.history[-1] if result.history else {}
         return {} if "status" in row else numbers_of(row)
 
@@ -242,8 +242,9 @@ class Learner(Fittable):
             torch.Size([8, 2])
         """
         collected = CollectPredictions(with_targets, keep)
-        with validating_on(self, dl):
-            result = await self._fit(FitPlan(train=False, cbs=collected, purpose="predict"))
+        result = await self._fit(
+            FitPlan(train=False, cbs=collected, purpose="predict", within=validating_on(self, dl))
+        )
         return collected.result(result)
 
     async def lr_find(
@@ -264,11 +265,17 @@ class Learner(Fittable):
 
         Source: the post's `lr_find`, after fastai's.
         """
-        check_idle(self)
         finder = LRFinderCB(lr_mult)
-        plan = FitPlan(n_epochs=max_epochs, valid=False, cbs=finder, lr=start_lr, purpose="lr_find")
-        with preserved(self):
-            await self._fit(plan)
+        await self._fit(
+            FitPlan(
+                n_epochs=max_epochs,
+                valid=False,
+                cbs=finder,
+                lr=start_lr,
+                purpose="lr_find",
+                within=preserved(self),
+            )
+        )
         return finder
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -157,7 +157,7 @@ class LoopState:
     all_read: bool
     """Whether the loader of the current epoch is exhausted."""
     training: bool
-    trained_parameters: list[tuple[str, torch.Tensor]]
+    trained_parameters: Sequence[tuple[str, torch.Tensor]]
     """Until BeforeFit has been sent: the model's parameters that its optimizer has, by name."""
     step_lr: Any
     """The learning rate of the first group that the step of this batch uses; None before."""
@@ -272,4 +272,3 @@ class LoopState:
         self.progress = {True: Progress(), False: Progress()}
         self.done = self.progress[trains]
         self.scope_end = ScopeEnd("failed", None, "the training could not begin")
-        self.pending_requests.clear()
