@@ -56,6 +56,10 @@ class Callback:
         takes_over: the actions that this callback performs in place of a method of the user's
             learner class, on purpose; otherwise that is an error at `fit`. A callback that calls
             `event.proceed()` does not need it.
+        shareable: whether fits that run at the same time may use one instance. That is refused
+            unless its class says so itself (a subclass does not inherit it), because what it keeps
+            of one fit would be mixed with the other. A callback that only observes may always be
+            shared.
         records_loss: whether it records the loss of each epoch, as MetricsCB does. If no callback
             does, `Learner.validate` records it itself.
 
@@ -90,6 +94,7 @@ class Callback:
     state_key: str | None = None
     fit_purpose: ClassVar[Purpose] = "fit"
     takes_over: ClassVar[tuple[type[ActionEvent], ...]] = ()
+    shareable: ClassVar[bool] = False
     records_loss: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:

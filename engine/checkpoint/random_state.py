@@ -8,23 +8,25 @@ from typing import Any
 
 import torch
 
+from ..data.accelerator import initialized_accelerator
+
 RandomState = dict[str, Any]
-"""Plain values and tensors by source: "python", "numpy", "torch", "cuda" etc., "generators"."""
+"""Plain values and tensors by source: "python", "numpy", "torch", "generators", and the type of the
+accelerator, such as "cuda", with one state per device."""
 
 
 def random_state(dls: Any) -> RandomState:
-    """The states of Python, numpy, torch, its devices, and the generators of both loaders.
+    """The states of Python, numpy, torch, the accelerator, and the generators of both loaders.
 
-    A source that is not in use (numpy not imported, a device not initialized) is left out.
+    A source that is not in use (numpy not imported, an accelerator not initialized) is left out.
     """
     state: RandomState = {"python": random.getstate(), "torch": torch.get_rng_state()}
     if numpy := sys.modules.get("numpy"):
         name, key, *rest = numpy.random.get_state()
         state["numpy"] = [name, torch.from_numpy(key.copy()), *rest]
-    for name in _devices_in_use():
-        state[name] = getattr(torch, name).get_rng_state_all()
-    if torch.backends.mps.is_available():
-        state["mps"] = torch.mps.get_rng_state()
+    if accelerator := initialized_accelerator():
+        states = [_module(accelerator).get_rng_state(*device) for device in _devices(accelerator)]
+        state[accelerator.type] = states
     state["generators"] = [generator.get_state() for generator in generators(dls)]
     return state
 
@@ -38,11 +40,10 @@ def set_random_state(dls: Any, state: RandomState) -> None:
 
         name, key, *rest = state["numpy"]
         numpy.random.set_state((name, key.numpy(), *rest))
-    for name in _DEVICES:
-        if name in state:
-            getattr(torch, name).set_rng_state_all(state[name])
-    if "mps" in state:
-        torch.mps.set_rng_state(state["mps"])
+    accelerator = torch.accelerator.current_accelerator()
+    if accelerator is not None and accelerator.type in state:
+        for device, saved in zip(_devices(accelerator), state[accelerator.type], strict=True):
+            _module(accelerator).set_rng_state(saved, *device)
     for generator, saved in zip(generators(dls), state["generators"], strict=True):
         generator.set_state(saved)
 
@@ -52,13 +53,12 @@ def random_state_differs(dls: Any, state: RandomState) -> str | None:
     here, there = len(generators(dls)), len(state["generators"])
     if here != there:
         return f"the loaders have {here} random generators, but the checkpoint has {there}"
-    for name in _DEVICES:
-        module = getattr(torch, name)
-        here, there = module.device_count(), len(state.get(name, ()))
-        if there and here != there:
+    accelerator = torch.accelerator.current_accelerator()
+    for name in state.keys() - {"python", "torch", "numpy", "generators"}:
+        is_here = accelerator is not None and accelerator.type == name
+        here, there = torch.accelerator.device_count() if is_here else 0, len(state[name])
+        if there != here:
             return f"there are {here} {name} devices, but the checkpoint has {there}"
-    if "mps" in state and not torch.backends.mps.is_available():
-        return "there is no mps device, but the checkpoint has a state for one"
     return None
 
 
@@ -114,8 +114,12 @@ def _to_numpy(state: Any) -> Any:
     return state.numpy() if isinstance(state, torch.Tensor) else state
 
 
-_DEVICES = ("cuda", "xpu")
+def _module(accelerator: torch.device) -> Any:
+    return torch.get_device_module(accelerator)
 
 
-def _devices_in_use() -> list[str]:
-    return [name for name in _DEVICES if getattr(torch, name).is_initialized()]
+def _devices(accelerator: torch.device) -> list[tuple[str, ...]]:
+    """The arguments that name each device to `get_rng_state` and `set_rng_state`."""
+    if accelerator.type == "mps":
+        return [()]  # there is one, which those functions do not expect to be named
+    return [(f"{accelerator.type}:{i}",) for i in range(torch.accelerator.device_count())]

@@ -64,8 +64,10 @@ class ResumableBatchReader(BatchReader):
 
     def __init__(self) -> None:
         self._random_at_epoch: RandomState = {}
+        self._n_iter: int | None = None  # at the beginning of the epoch: it may turn out wrong
 
     def read(self, loop: LoopState) -> Iterator[int]:
+        self._n_iter = loop.n_iter
         self._random_at_epoch = random_state(loop.dls)
         return super().read(loop)
 
@@ -74,7 +76,7 @@ class ResumableBatchReader(BatchReader):
         by_state = resume_strategy(loop.dl).how == "state"
         return {
             "random_at_epoch": self._random_at_epoch,
-            "n_iter": loop.n_iter,
+            "n_iter": self._n_iter,
             "loader": loop.dl.state_dict() if by_state else None,
         }
 
@@ -139,6 +141,7 @@ class ResumedBatchReader(ResumableBatchReader):
                 " checkpoint was saved: in the middle of an epoch, a fit can only be resumed with"
                 " the same data"
             )
+        self._n_iter = loop.n_iter
         self._random_at_epoch = state["random_at_epoch"]
         set_random_state(loop.dls, self._random_at_epoch)
         batches = skip_to(loop.dl, position.batches, state["loader"])
