@@ -164,6 +164,11 @@ class KeptAttributes:
             if isinstance(value, list | dict) and len(value) <= _LONGEST
         }
 
+    def put_back_all(self) -> None:
+        """Put back every attribute, and remove new ones."""
+        for name in {*self._values, *vars(self._owner)}:
+            self.put_back(name)
+
     def put_back(self, name: str) -> None:
         """Put back an attribute, and what it held if it is a list or a dict."""
         if name in self._contents:

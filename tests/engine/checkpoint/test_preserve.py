@@ -161,6 +161,25 @@ async def test_a_part_that_cannot_be_put_back_does_not_keep_the_others_from_it(
     assert torch.equal(torch.get_rng_state(), random)
 
 
+class Scheduled(Callback):
+    """Has a state only when its first fit has begun."""
+
+    def before_fit(self, event: BeforeFit) -> None:
+        self.schedule = torch.optim.lr_scheduler.StepLR(event.learner.opt, 1)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.schedule.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.schedule.load_state_dict(state)
+
+
+async def test_a_callback_without_a_state_before_its_first_fit_is_as_it_was() -> None:
+    learner = TrainLearner(nn.Linear(1, 1), DataLoaders(list(SEQUENCES)), cbs=Scheduled())
+    await learner.lr_find(max_epochs=1)
+    assert vars(learner.cbs[0]) == {}
+
+
 class LateEma(Callback):
     """Makes its average with the first step."""
 

@@ -137,6 +137,33 @@ class Held(TrainLearner):
         agent.opt.step()
 
 
+class Together:
+    """Several optimizers in one, without a state of its own."""
+
+    def __init__(self, *optimizers: torch.optim.Optimizer) -> None:
+        self.optimizers = optimizers
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return [group for opt in self.optimizers for group in opt.param_groups]
+
+    def step(self) -> None:
+        for opt in self.optimizers:
+            opt.step()
+
+    def zero_grad(self) -> None:
+        for opt in self.optimizers:
+            opt.zero_grad()
+
+
+def with_two_optimizers(cbs: Any = None) -> TrainLearner:
+    def make(parameters: Any, lr: float) -> Together:
+        weight, *others = parameters
+        return Together(torch.optim.Adam([weight], lr), torch.optim.SGD(others, lr, momentum=0.9))
+
+    return TrainLearner(nn.Linear(3, 1), dls(), lr=0.1, cbs=cbs, opt_func=make)
+
+
 MAKERS: dict[str, Callable[..., TrainLearner]] = {
     "loss": with_loss,
     "method of a loss": with_method,
@@ -144,6 +171,7 @@ MAKERS: dict[str, Callable[..., TrainLearner]] = {
     "parameters of the optimizer alone": Shared,
     "average and generators of a callback": with_ema,
     "object of the user": Held,
+    "two optimizers in one": with_two_optimizers,
 }
 
 
