@@ -9,6 +9,7 @@ import pytest
 import torch
 from eventrain.callbacks import MetricsCB
 from eventrain.engine import DataLoaders, TrainLearner
+from eventrain.engine.checkpoint.preserve import preserved
 from eventrain.events import AfterBatch, AfterStep, BeforeFit, Callback, CleanupFit
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
@@ -219,18 +220,11 @@ async def test_hidden_states_and_late_averages_do_not_stay() -> None:
     assert scale.tolist() == [1.0, 1.0]
 
 
-class OtherDevice(Callback):
-    """Moves the model, and leaves it there."""
-
-    def before_fit(self, event: BeforeFit) -> None:
-        event.learner.model.to("meta")
-        event.learner.stop()
-
-
-async def test_a_model_that_was_moved_stays_there() -> None:
+def test_a_model_that_was_moved_stays_there() -> None:
     model = nn.Sequential(nn.Linear(1, 1), nn.BatchNorm1d(1))
-    learner = TrainLearner(model, DataLoaders(list(SEQUENCES)), cbs=OtherDevice())
-    await learner.lr_find()
+    with preserved(TrainLearner(model, DataLoaders(list(SEQUENCES)))):
+        model.to("meta")
+        model[1].register_buffer("another", torch.ones(1))
     devices = {t.device.type for t in (*model.parameters(), *model.buffers())}
     assert devices == {"meta"}
 
