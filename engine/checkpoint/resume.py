@@ -7,10 +7,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Protocol, cast, runtime_checkable
 
-import structlog
 import torch
 
 from ...events import Callback
+from .. import log
 from ..data.prefetch import Prefetcher
 from ..loop.reading import BatchReader, read_batches
 from ..loop.state import LoopState
@@ -20,8 +20,6 @@ from .random_state import RandomState, generators, random_state, set_random_stat
 from .reader import Checkpoint, checkpoints_in
 from .snapshot import Snapshot
 from .state import SavedLearner, State, set_state, state_of
-
-log = structlog.get_logger("eventrain")
 
 
 @runtime_checkable

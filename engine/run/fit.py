@@ -10,15 +10,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
-import structlog
-
 from ...events import Callback, ScopeEnd
+from .. import log
 from ..checkpoint.reader import Checkpoint
 from ..checkpoint.resume import ResumableBatchReader, ResumedBatchReader, last_checkpoint
 from ..data.dataloaders import loader_of
 from ..loop.actions import check_performers
 from ..loop.state import COMPLETED
 from .fittable import Fittable
+from .forks import HostLoop, is_left_in_parent
 from .graceful import GracefulStop
 from .plan import FitPlan, check_lr
 from .result import FitResult
@@ -136,7 +136,8 @@ class Fit:
             stream.begin()
         start = time.perf_counter()
         try:
-            await thread.run(self._work)
+            with HostLoop(learner):
+                await thread.run(self._work)
         finally:
             learner.async_wrapper = None
             for stream in learner.fit_streams:
@@ -144,9 +145,7 @@ class Fit:
             learner.result = result = self._make_result(time.perf_counter() - start)
             learner.fit_streams = []
             if result.dropped:
-                structlog.get_logger("eventrain").warning(
-                    "events_dropped", run_id=learner.run_id, dropped=dict(result.dropped)
-                )
+                log.warning("events_dropped", run_id=learner.run_id, dropped=dict(result.dropped))
         return result
 
     def _make_result(self, seconds: float) -> FitResult:
@@ -173,6 +172,11 @@ class Fit:
 
 def check_idle(learner: Fittable) -> None:
     """Raise a RuntimeError if the learner is fitting."""
+    if is_left_in_parent(learner):
+        raise RuntimeError(
+            f"this learner was fitting (run {learner.run_id}) when this process was forked, and"
+            " may be in the middle of a batch: make another learner here, or fork between two fits"
+        )
     if learner.fitting:
         raise RuntimeError(
             f"this learner is fitting already (run {learner.run_id}); await that fit, or use"
