@@ -14,7 +14,6 @@ written per batch.
 from __future__ import annotations
 
 import asyncio
-import contextvars
 import inspect
 import logging
 import threading
@@ -25,6 +24,7 @@ from typing import Any
 import structlog
 
 from ..events import CancelException
+from .context import caller_context
 
 PATIENCE = 1.0
 """Seconds for which a caller waits until its line is written."""
@@ -66,17 +66,17 @@ class _Line(threading.Thread):
         self.waiting: int = 1 if previous is None else previous.waiting + 1
         self.left = False
         self.error: BaseException | None = None
-        self._arguments = contextvars.copy_context(), level, event, fields
+        self._arguments = caller_context(), level, event, fields
 
     def run(self) -> None:
         if self.previous is not None:
             self.previous.join()  # at once in a forked child, where that thread does not exist
-        context, *line = self._arguments
+        context, level, event, fields = self._arguments
         try:
-            context.run(_log, *line)
+            context.run(_log, level, event, fields)
         except BaseException as exc:
             self.error = exc
-        del self.previous, self._arguments, context, line  # they may hold an exception's frames
+        del self.previous, self._arguments, fields  # they may hold an exception, and so its frames
 
 
 _last: _Line | None = None

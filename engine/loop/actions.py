@@ -10,7 +10,7 @@ from .state import LoopState
 
 def performers(loop: LoopState, action: type[ActionEvent]) -> list[Subscription]:
     """The receivers that could perform an action; the first one does."""
-    return [s for s in loop.bus.signal(action).ordered if s.matches(loop) and not s.closed]
+    return [s for s in loop.signals[action].ordered if s.matches(loop) and not s.closed]
 
 
 def check_performers(loop: LoopState, actions: Iterable[type[ActionEvent]]) -> None:

@@ -11,9 +11,7 @@ after a native `Task.cancel()` it returns at once while the worker continues to 
 
 from __future__ import annotations
 
-import contextvars
 import math
-import sys
 import threading
 import time
 from collections.abc import Callable, Coroutine
@@ -28,6 +26,7 @@ import anyio.lowlevel
 from ...events import Event
 from ...events.errors import unwrap
 from .. import log
+from ..context import caller_context
 from ..data.thread_state import torch_state
 from ..listeners.observers import Observer
 from ..loop.requests import InterruptedFit
@@ -77,8 +76,7 @@ class TrainingThread:
 
         Raises the error of `work`, or else the exception that interrupted it.
         """
-        context = contextvars.copy_context()
-        context.run(_leave_event_loop)
+        context = caller_context()
         thread = threading.Thread(
             target=context.run,
             args=(self._main, work, torch_state()),
@@ -294,9 +292,3 @@ class TrainingThread:
             stream.end()
         for scope in self._observing.values():
             scope.deadline = deadline
-
-
-def _leave_event_loop() -> None:
-    """Mark the thread's context as outside of the caller's event loop, which it was copied from."""
-    if sniffio := sys.modules.get("sniffio"):  # if trio is installed, anyio asks sniffio
-        sniffio.current_async_library_cvar.set(None)
