@@ -18,6 +18,7 @@ from .run.fit import Fit, check_idle, numbers_of
 from .run.fittable import Fittable
 from .run.lr_finder import LRFinderCB
 from .run.mean_loss import RecordMeanLoss
+from .run.optimizer import check_opt_func
 from .run.plan import FitPlan
 from .run.predictions import CollectPredictions, concatenate
 from .run.result import FitResult
@@ -87,7 +88,7 @@ class Learner(Fittable):
         self.dls = dls
         self.loss_func = loss_func
         self.lr = lr
-        self.opt_func = opt_func
+        self.opt_func = check_opt_func(opt_func)
         self.add_cbs(cbs)
 
     async def fit(
@@ -112,7 +113,8 @@ class Learner(Fittable):
             train: whether to train.
             valid: whether to validate.
             cbs: callbacks for this fit only.
-            lr: the learning rate for this fit only.
+            lr: the learning rate for this fit only. An optimizer that is kept over fits
+                (`opt_func=None`) gets it in its first group, and in the others in proportion.
             run_id: identifies the fit in its events, logs and result; by default a new random one,
                 or the one of the run that is resumed.
             resume: a checkpoint to resume from as if the run had not been interrupted: its path,

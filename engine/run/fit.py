@@ -6,8 +6,7 @@ import os
 import time
 import uuid
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import structlog
@@ -20,6 +19,7 @@ from ..loop.actions import check_performers
 from ..loop.state import COMPLETED
 from .fittable import Fittable
 from .graceful import GracefulStop
+from .optimizer import make_optimizer, temporary_lr
 from .plan import FitPlan, check_lr
 from .result import FitResult
 from .thread import TrainingThread
@@ -53,7 +53,11 @@ class Fit:
             temporary = learner.add_cbs(plan.cbs)
             check_performers(learner, plan.actions)
             self._prepare()
-            with self._temporary_lr(), self._graceful or nullcontext():
+            kept = plan.train and learner.opt_func is None and plan.lr is not None
+            with (
+                temporary_lr(learner.opt, plan.lr) if kept else nullcontext(),
+                self._graceful or nullcontext(),
+            ):
                 return await self._run_thread()
         finally:
             learner.remove_cbs(cb for cb in temporary if any(cb is other for other in learner.cbs))
@@ -68,8 +72,10 @@ class Fit:
         for training in [True] * plan.train + [False] * plan.valid:
             loader_of(learner.dls, training)
         check_lr(plan.lr)
+        learner.fit_lr = plan.lr
         if plan.train and learner.opt_func is not None:
-            learner.opt = make_optimizer(learner, learner.lr if plan.lr is None else plan.lr)
+            learner.fit_lr = learner.lr if plan.lr is None else plan.lr
+            learner.opt = make_optimizer(learner, learner.fit_lr)
         if plan.train and learner.opt is None:
             raise ValueError(
                 "opt_func is None, which keeps learner.opt, but that is not set: set one of them"
@@ -83,21 +89,6 @@ class Fit:
             purpose=next((purpose for purpose in purposes if purpose != "fit"), "fit"),
         )
         learner.run_id = plan.run_id or uuid.uuid4().hex[:12]
-
-    @contextmanager
-    def _temporary_lr(self) -> Iterator[None]:
-        """If the optimizer is kept, give it the plan's learning rate for the length of the fit."""
-        learner, lr = self._learner, self._plan.lr
-        kept = self._plan.train and learner.opt_func is None and lr is not None
-        groups = learner.opt.param_groups if kept else []
-        previous = [group["lr"] for group in groups]
-        for group in groups:
-            group["lr"] = lr
-        try:
-            yield
-        finally:
-            for group, previous_lr in zip(groups, previous, strict=True):
-                group["lr"] = previous_lr
 
     # ---------------------------------------------------------------- in the training thread
 
@@ -178,29 +169,6 @@ def check_idle(learner: Fittable) -> None:
             f"this learner is fitting already (run {learner.run_id}); await that fit, or use"
             " another learner: a learner runs one fit at a time"
         )
-
-
-def make_optimizer(learner: Fittable, lr: float) -> Any:
-    """Call the learner's `opt_func`.
-
-    Raises:
-        ValueError: `lr` is negative.
-        TypeError: it returned something that is not an optimizer.
-        Exception: any error of `opt_func`, with a note.
-    """
-    check_lr(lr)
-    opt_func = learner.opt_func
-    assert opt_func is not None
-    try:
-        opt = opt_func(learner.model.parameters(), lr)
-    except Exception as exc:
-        exc.add_note(
-            f"raised by opt_func={opt_func!r}, called as opt_func(model.parameters(), {lr!r})"
-        )
-        raise
-    if not callable(getattr(opt, "step", None)) or not hasattr(opt, "param_groups"):
-        raise TypeError(f"opt_func={opt_func!r} returned {opt!r}, which is not an optimizer")
-    return opt
 
 
 def numbers_of(row: dict[str, Any]) -> dict[str, Any]:
