@@ -22,7 +22,7 @@ from ..engine.checkpoint.state import state_of, stateless
 from ..engine.loop.state import Position
 from ..events import BeforeFit, Callback, CleanupBatch, CleanupEpoch, CleanupFit, Event
 from ._checks import check_float, check_int
-from ._monitor import is_training
+from ._monitor import is_training, number_of
 
 log = structlog.get_logger("eventrain")
 
@@ -176,7 +176,9 @@ class CheckpointCB(Callback):
         if learner.graceful_stop_due or due:
             after = Position(done, learner.trains) if is_over else Position(event.epoch, False)
             measured = is_over and event.end.status == "completed"  # over all batches
-            self._save(learner, after, event.metrics if measured else {})
+            metrics = event.metrics if measured else {}
+            numbers = {name: number_of(value) for name, value in metrics.items()}
+            self._save(learner, after, numbers)
 
     def cleanup_fit(self, event: CleanupFit) -> None:
         if self._checkpoints is not None and self._saves(event):
@@ -189,7 +191,7 @@ class CheckpointCB(Callback):
     # ------------------------------------------------------------------------------- how to save
 
     def _save(
-        self, learner: Learner, position: Position, metrics: Mapping[str, Any] | None = None
+        self, learner: Learner, position: Position, metrics: Mapping[str, float | None] | None = None
     ) -> None:
         assert self._checkpoints is not None
         state = state_of(learner)
@@ -204,7 +206,7 @@ class CheckpointCB(Callback):
         self,
         checkpoints: CheckpointFolder,
         position: Position,
-        metrics: Mapping[str, Any],
+        metrics: Mapping[str, float | None],
         copy: Snapshot,
     ) -> None:
         checkpoints.put(position, metrics, copy.wait())
