@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from ..events import Bus, Callback
 from .checkpoint.preserve import preserved
-from .run.fit import Fit, check_idle, numbers_of
+from .run.fit import Fit, numbers_of
 from .run.fittable import Fittable
 from .run.lr_finder import LRFinderCB
 from .run.mean_loss import RecordMeanLoss
@@ -195,9 +195,9 @@ class Learner(Fittable):
             RuntimeError, ValueError, TypeError: as `fit`.
         """
         cbs = () if any(cb.records_loss for cb in self.cbs) else RecordMeanLoss()
-        plan = FitPlan(train=False, cbs=cbs, purpose="validate")
-        with validating_on(self, dl):
-            result = await self._fit(plan)
+        result = await self._fit(
+            FitPlan(train=False, cbs=cbs, purpose="validate", within=validating_on(self, dl))
+        )
         return numbers_of(result.history[-1]) if result.history else {}
 
     async def get_preds(self, dl: Any = None, with_targets: bool = False) -> Any:
@@ -215,8 +215,9 @@ class Learner(Fittable):
             RuntimeError, ValueError, TypeError: as `fit`.
         """
         collected = CollectPredictions(with_targets)
-        with validating_on(self, dl):
-            result = await self._fit(FitPlan(train=False, cbs=collected, purpose="predict"))
+        result = await self._fit(
+            FitPlan(train=False, cbs=collected, purpose="predict", within=validating_on(self, dl))
+        )
         if not collected.preds:
             cause = f"{result.who} ended the run before the first ({result.reason})"
             raise RuntimeError(
@@ -243,11 +244,17 @@ class Learner(Fittable):
 
         Source: the post's `lr_find`, after fastai's.
         """
-        check_idle(self)
         finder = LRFinderCB(lr_mult)
-        plan = FitPlan(n_epochs=max_epochs, valid=False, cbs=finder, lr=start_lr, purpose="lr_find")
-        with preserved(self):
-            await self._fit(plan)
+        await self._fit(
+            FitPlan(
+                n_epochs=max_epochs,
+                valid=False,
+                cbs=finder,
+                lr=start_lr,
+                purpose="lr_find",
+                within=preserved(self),
+            )
+        )
         return finder
 
 

@@ -201,4 +201,3 @@ class LoopState:
         self.progress = {True: Progress(), False: Progress()}
         self.done = self.progress[trains]
         self.scope_end = ScopeEnd("failed", None, "the training could not begin")
-        self.pending_requests.clear()
