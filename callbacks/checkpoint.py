@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from time import monotonic
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 import structlog
 
@@ -191,7 +191,10 @@ class CheckpointCB(Callback):
     # ------------------------------------------------------------------------------- how to save
 
     def _save(
-        self, learner: Learner, position: Position, metrics: Mapping[str, float | None] | None = None
+        self,
+        learner: Learner,
+        position: Position,
+        metrics: Mapping[str, float | None] | None = None,
     ) -> None:
         assert self._checkpoints is not None
         state = state_of(learner)

@@ -4,28 +4,25 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
-from functools import partial
 from typing import Any
 
-import anyio
-import anyio.lowlevel
 from torch import nn, optim
 from torch.nn import functional as F
 
 from ..events import Bus, Callback
 from .checkpoint.preserve import preserved
 from .run.fit import Fit, numbers_of
-from .run.fittable import Fittable
 from .run.lr_finder import LRFinderCB
 from .run.mean_loss import RecordMeanLoss
 from .run.optimizer import check_opt_func
 from .run.plan import FitPlan
 from .run.predictions import CollectPredictions, concatenate
 from .run.result import FitResult
+from .run.script import ScriptForms, has_script_form
 from .run.validation import validating_on
 
 
-class Learner(Fittable):
+class Learner(ScriptForms):
     """Trains a model and emits events. A subclass or callbacks define what is done in a batch.
 
     The loop, in full (`engine/loop/loop.py`):
@@ -91,6 +88,7 @@ class Learner(Fittable):
         self.opt_func = check_opt_func(opt_func)
         self.add_cbs(cbs)
 
+    @has_script_form("run")
     async def fit(
         self,
         n_epochs: int = 1,
@@ -150,41 +148,7 @@ class Learner(Fittable):
     async def _fit(self, plan: FitPlan) -> FitResult:
         return await Fit(self, plan).run()
 
-    def run(
-        self,
-        n_epochs: int = 1,
-        train: bool = True,
-        valid: bool = True,
-        cbs: Callback | Iterable[Callback] | None = None,
-        lr: float | None = None,
-        *,
-        run_id: str | None = None,
-        resume: str | os.PathLike[str] | None = None,
-        graceful: bool | float = False,
-        backend: str = "asyncio",
-        backend_options: dict[str, Any] | None = None,
-    ) -> FitResult:
-        """`fit` for scripts: starts an event loop, fits, and ends the event loop.
-
-        Args:
-            n_epochs, train, valid, cbs, lr, run_id, resume, graceful: as in `fit`.
-            backend: "asyncio" or "trio".
-            backend_options: for `anyio.run`, such as {"use_uvloop": True}.
-
-        Raises:
-            RuntimeError: an event loop is running in this thread.
-            KeyboardInterrupt: on Ctrl-C, after the training has stopped and cleaned up.
-        """
-        if _event_loop_runs():
-            raise RuntimeError(
-                "run() starts an event loop, and one is running in this thread already: use"
-                " `await learner.fit(...)` here"
-            )
-        fit = partial(self.fit, run_id=run_id, resume=resume, graceful=graceful)
-        return anyio.run(
-            fit, n_epochs, train, valid, cbs, lr, backend=backend, backend_options=backend_options
-        )
-
+    @has_script_form("run_validate")
     async def validate(self, dl: Any = None) -> dict[str, Any]:
         """Run one validation epoch; return its "loss" and other metrics.
 
@@ -200,6 +164,7 @@ class Learner(Fittable):
         )
         return numbers_of(result.history[-1]) if result.history else {}
 
+    @has_script_form("run_get_preds")
     async def get_preds(self, dl: Any = None, with_targets: bool = False) -> Any:
         """Predict for every sample of a loader, without a loss.
 
@@ -226,8 +191,13 @@ class Learner(Fittable):
         preds = concatenate(collected.preds)
         return (preds, concatenate(collected.targets)) if with_targets else preds
 
+    @has_script_form("run_lr_find")
     async def lr_find(
-        self, lr_mult: float = 1.3, start_lr: float = 1e-5, max_epochs: int = 10
+        self,
+        lr_mult: float = 1.3,
+        start_lr: float = 1e-5,
+        max_epochs: int = 10,
+        end_lr: float = 10.0,
     ) -> LRFinderCB:
         """Try increasing learning rates; restore model, optimizer and random states afterwards.
 
@@ -244,7 +214,7 @@ class Learner(Fittable):
 
         Source: the post's `lr_find`, after fastai's.
         """
-        finder = LRFinderCB(lr_mult)
+        finder = LRFinderCB(lr_mult, end_lr)
         await self._fit(
             FitPlan(
                 n_epochs=max_epochs,
@@ -256,11 +226,3 @@ class Learner(Fittable):
             )
         )
         return finder
-
-
-def _event_loop_runs() -> bool:
-    try:
-        anyio.lowlevel.current_token()
-    except anyio.NoEventLoopError:
-        return False
-    return True

@@ -46,7 +46,7 @@ class LRFinderCB(Callback):
     order: float = 10  # after metrics
     fit_purpose = "lr_find"
 
-    def __init__(self, lr_mult: float = 1.3) -> None:
+    def __init__(self, lr_mult: float = 1.3, end_lr: float = 10.0) -> None:
         if not lr_mult > 1:
             raise ValueError(f"lr_mult={lr_mult!r}: give a factor above 1")
         self.lr_mult = lr_mult

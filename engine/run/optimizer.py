@@ -99,7 +99,8 @@ def _described(opt: Any) -> str:
             )
         if any(map(_is_optimizer, items)):
             return what + (
-                "A learning-rate scheduler is given to SchedulerCB: cbs=SchedulerCB(lambda opt: ...)"
+                "A learning-rate scheduler goes into the callbacks:"
+                " cbs=SchedulerCB(lambda opt: ...)"
             )
     hint = ": add a return statement" if opt is None else ""
     return f"{opt!r}, which is not an optimizer with step() and param_groups{hint}"
