@@ -204,7 +204,9 @@ class Learner(ScriptForms):
         Args:
             lr_mult: the factor from one step to the next.
             start_lr: the first learning rate.
-            max_epochs: the most epochs; the search ends earlier when the loss explodes.
+            max_epochs: the most epochs. If they end first, higher learning rates are not tried:
+                by default, the search takes 53 steps.
+            end_lr: the highest learning rate. The search ends earlier when the loss explodes.
 
         Returns:
             The finder: its `suggestion("valley")`, `suggestions`, `lrs`, `losses`, `plot()`.
