@@ -18,7 +18,8 @@ from ..engine.checkpoint.folder import CheckpointFolder
 from ..engine.checkpoint.loader_position import resume_strategy
 from ..engine.checkpoint.resume import ResumableBatchReader
 from ..engine.checkpoint.snapshot import Snapshot
-from ..engine.checkpoint.state import state_of, stateless
+from ..engine.checkpoint.state import state_of
+from ..engine.checkpoint.unsaved import unsaved_tensors
 from ..engine.loop.state import Position
 from ..events import BeforeFit, Callback, CleanupBatch, CleanupEpoch, CleanupFit, Event
 from ._checks import check_float, check_int
@@ -136,6 +137,8 @@ class CheckpointCB(Callback):
             return
         Snapshot(state_of(learner))  # raises now for what cannot be saved, before work is lost
         self._log_caveats(learner)
+        self._told: set[str] = set()
+        self._tell_unsaved(learner)
         self._checkpoints = CheckpointFolder(
             self.folder, event.run_id, self.keep_last, self.keep_best
         )
@@ -197,6 +200,8 @@ class CheckpointCB(Callback):
         metrics: Mapping[str, float | None] | None = None,
     ) -> None:
         assert self._checkpoints is not None
+        if self._copy is None:  # the first save: a hidden state has come with the first batch
+            self._tell_unsaved(learner)
         state = state_of(learner)
         if position.batches:
             state |= _reader_of(learner).position_state(learner)
@@ -224,12 +229,20 @@ class CheckpointCB(Callback):
             for loader in (learner.dls.train, *([learner.dls.valid] if learner.validates else [])):
                 if caveat := resume_strategy(loader).caveat:
                     log.warning("resume_may_not_be_exact", run_id=learner.run_id, reason=caveat)
-        if found := stateless(learner):
+
+    def _tell_unsaved(self, learner: Learner) -> None:
+        """Log what no checkpoint will hold, each attribute once per fit."""
+        found = [name for name in unsaved_tensors(learner) if name not in self._told]
+        self._told.update(found)
+        if found:
             log.warning(
-                "callback_state_not_saved",
+                "state_not_saved",
                 run_id=learner.run_id,
                 found=found,
-                hint="give the callback state_dict and load_state_dict",
+                hint=(
+                    "if they change while training: register them as buffers of a module, or give"
+                    " the class that holds them state_dict() and load_state_dict(state)"
+                ),
             )
 
 

@@ -10,13 +10,14 @@ from torch import nn, optim
 from torch.nn import functional as F
 
 from ..events import Bus, Callback
+from ..events.types import numbers_of
 from .checkpoint.preserve import preserved
-from .run.fit import Fit, numbers_of
+from .run.fit import Fit
 from .run.lr_finder import LRFinderCB
 from .run.mean_loss import RecordMeanLoss
 from .run.optimizer import check_opt_func
 from .run.plan import FitPlan
-from .run.predictions import CollectPredictions, concatenate
+from .run.predictions import CollectPredictions, Keep
 from .run.result import FitResult
 from .run.script import ScriptForms, has_script_form
 from .run.validation import validating_on
@@ -125,7 +126,8 @@ class Learner(ScriptForms):
                 For scripts; a host with its own signal handlers calls `stop(graceful=True)`.
 
         Raises:
-            RuntimeError: this learner is fitting already.
+            RuntimeError: this learner is fitting already, or another learner is fitting with one
+                of the callbacks, which is not `shareable`.
             TypeError, ValueError: an argument, callback or loader is missing or wrong; raised
                 before any work.
             CheckpointError: there is no checkpoint to resume from, or it is damaged.
@@ -152,6 +154,8 @@ class Learner(ScriptForms):
     async def validate(self, dl: Any = None) -> dict[str, Any]:
         """Run one validation epoch; return its "loss" and other metrics.
 
+        If a receiver cuts the epoch short, there are none: they would not be those of the loader.
+
         Args:
             dl: the loader to use, by default `dls.valid`.
 
@@ -162,34 +166,53 @@ class Learner(ScriptForms):
         result = await self._fit(
             FitPlan(train=False, cbs=cbs, purpose="validate", within=validating_on(self, dl))
         )
-        return numbers_of(result.history[-1]) if result.history else {}
+        row = result.history[-1] if result.history else {}
+        return {} if "status" in row else numbers_of(row)
 
     @has_script_form("run_get_preds")
-    async def get_preds(self, dl: Any = None, with_targets: bool = False) -> Any:
+    async def get_preds(
+        self, dl: Any = None, with_targets: bool = False, *, keep: Keep = None
+    ) -> Any:
         """Predict for every sample of a loader, without a loss.
+
+        Outputs in containers (tuples, mappings, dataclasses, a model's output class) are collected
+        part by part. A list with as many items as the batch has samples is a list of samples, such
+        as the dicts of a detector: the result is a list, too. What cannot be collected, such as a
+        loss among the outputs, is an error at the first batch.
 
         Args:
             dl: the loader to use, by default `dls.valid`.
             with_targets: whether to return the targets as well.
+            keep: what to collect of the predictions: a key, the name of an attribute, or the index
+                of an item; several of these, for a tuple of as many; or a function of the
+                predictions of a batch. By default all.
 
         Returns:
-            The predictions on the CPU, concatenated along their first dimension; with targets,
-            a tuple of both.
+            The predictions on the CPU, concatenated along their first dimension, with floats of
+            less than 32 bits as float32; with targets, a tuple of both. Where rows differ in shape
+            between batches, such as sequences padded to the longest of their batch, a list with
+            one tensor per sample.
 
         Raises:
-            RuntimeError, ValueError, TypeError: as `fit`.
+            RuntimeError: a receiver has ended the run before the last batch; or as `fit`.
+            ValueError, TypeError: the predictions cannot be collected; or as `fit`.
+
+        Example:
+            >>> import anyio, torch
+            >>> from eventrain.engine import DataLoaders, TrainLearner
+            >>> class Model(torch.nn.Linear):
+            ...     def forward(self, x):
+            ...         logits = super().forward(x)
+            ...         return {"logits": logits, "norm": logits.norm()}
+            >>> learner = TrainLearner(Model(3, 2), DataLoaders(valid=[torch.ones(4, 3)] * 2))
+            >>> anyio.run(lambda: learner.get_preds(keep="logits")).shape
+            torch.Size([8, 2])
         """
-        collected = CollectPredictions(with_targets)
+        collected = CollectPredictions(with_targets, keep)
         result = await self._fit(
             FitPlan(train=False, cbs=collected, purpose="predict", within=validating_on(self, dl))
         )
-        if not collected.preds:
-            cause = f"{result.who} ended the run before the first ({result.reason})"
-            raise RuntimeError(
-                f"no predictions: {cause if result.who else 'every batch was skipped'}"
-            )
-        preds = concatenate(collected.preds)
-        return (preds, concatenate(collected.targets)) if with_targets else preds
+        return collected.result(result)
 
     @has_script_form("run_lr_find")
     async def lr_find(

@@ -9,16 +9,18 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from typing import Any
 
 import structlog
 
 from ...events import ScopeEnd
+from ...events.types import numbers_of
 from ..checkpoint.reader import Checkpoint
 from ..checkpoint.resume import ResumableBatchReader, ResumedBatchReader, last_checkpoint
 from ..data.dataloaders import loader_of
 from ..loop.actions import check_performers
+from ..loop.parameters import drop_unused_gradients
 from ..loop.state import COMPLETED
+from ..loop.trained_parameters import trained_parameters
 from .fittable import Fittable
 from .graceful import GracefulStop
 from .optimizer import make_optimizer, temporary_lr
@@ -66,6 +68,8 @@ class Fit:
             if self._result is None:
                 learner.run_id = previous_run_id
             learner.pending_requests.clear()
+            learner.lengths.clear()
+            learner.end_use_of_cbs()
             learner.fitting = False
         assert self._result is not None
         return self._result
@@ -115,9 +119,10 @@ class Fit:
     def _prepare(self) -> None:
         """Check what can be checked before the fit, and set the loop to its beginning."""
         learner, plan = self._learner, self._plan
+        learner.begin_use_of_cbs()
         check_performers(learner, plan.actions)
         for training in [True] * plan.train + [False] * plan.valid:
-            loader_of(learner.dls, training)
+            learner.lengths[training] = loader_of(learner.dls, training)
         check_lr(plan.lr)
         learner.fit_lr = plan.lr
         if plan.train and learner.opt_func is not None:
@@ -151,8 +156,14 @@ class Fit:
 
     def _run_loop(self) -> None:
         learner, resumed = self._learner, self._resumed
+        if learner.trains:
+            learner.trained_parameters = trained_parameters(learner)
         learner.scope_end = COMPLETED
-        learner.one_fit()
+        try:
+            learner.one_fit()
+        finally:
+            if learner.trains:
+                drop_unused_gradients(learner)
         if resumed is not None and not resumed.loaded and learner.scope_end.status == "completed":
             error = resumed.never_loaded()
             learner.scope_end = ScopeEnd("failed", None, str(error))
@@ -206,8 +217,3 @@ def check_idle(learner: Fittable) -> None:
             f"this learner is fitting already (run {learner.run_id}); await that fit, or use"
             " another learner: a learner runs one fit at a time"
         )
-
-
-def numbers_of(row: dict[str, Any]) -> dict[str, Any]:
-    """The values that callbacks have recorded in a row of the history."""
-    return {key: value for key, value in row.items() if key not in ("epoch", "train")}

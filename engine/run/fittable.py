@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,14 @@ class Fittable(Loop, EventSource):
     drain_timeout: float = 2.0
     result: FitResult | None = None
     metrics: Any
+
+    def measured(self) -> dict[str, Any]:
+        """The numbers of the current epoch so far, from all callbacks that measure it."""
+        numbers: dict[str, Any] = {}
+        for cb in self.cbs:
+            with suppress(Exception):  # the error that cut the epoch short is the one to raise
+                numbers.update(cb.measured())
+        return numbers
 
     @property
     def resumed_from(self) -> Path | None:

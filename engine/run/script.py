@@ -14,6 +14,7 @@ import anyio.lowlevel
 from ...events import Callback
 from .fittable import Fittable
 from .lr_finder import LRFinderCB
+from .predictions import Keep
 from .result import FitResult
 
 R = TypeVar("R")
@@ -110,11 +111,12 @@ class ScriptForms(Fittable):
         dl: Any = None,
         with_targets: bool = False,
         *,
+        keep: Keep = None,
         backend: str = "asyncio",
         backend_options: dict[str, Any] | None = None,
     ) -> Any:
         """`get_preds` for scripts; see `run`."""
-        get_preds = partial(self.get_preds, dl, with_targets)
+        get_preds = partial(self.get_preds, dl, with_targets, keep=keep)
         return _run("run_get_preds", "get_preds", get_preds, backend, backend_options)
 
     def run_lr_find(

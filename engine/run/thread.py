@@ -277,6 +277,7 @@ class TrainingThread:
                 self._start_observers()
                 for stream in tuple(self._learner.fit_streams):
                     stream.wake()
+                    stream.check_reader()
                 if self._graceful is not None:
                     self._graceful.check_deadline()
                 await anyio.sleep(PUMP_INTERVAL)
