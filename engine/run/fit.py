@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from typing import Any
 
 from ...events import ScopeEnd
 from ...events.types import numbers_of
@@ -24,6 +23,7 @@ from ..loop.trained_parameters import trained_parameters
 from .fittable import Fittable
 from .forks import HostLoop, is_left_in_parent
 from .graceful import GracefulStop
+from .optimizer import make_optimizer, temporary_lr
 from .plan import FitPlan, check_lr
 from .result import FitResult
 from .thread import TrainingThread
@@ -108,9 +108,11 @@ class Fit:
 
     def _work(self) -> None:
         """Prepare, run the loop, and restore what was changed for this fit alone."""
-        with self._plan.within, self._temporary_callbacks():
+        learner, plan = self._learner, self._plan
+        with plan.within, self._temporary_callbacks():
             self._prepare()
-            with self._temporary_lr():
+            kept = plan.train and learner.opt_func is None and plan.lr is not None
+            with temporary_lr(learner.opt, plan.lr) if kept else nullcontext():
                 self._train()
 
     def _prepare(self) -> None:
@@ -121,8 +123,10 @@ class Fit:
         for training in [True] * plan.train + [False] * plan.valid:
             learner.lengths[training] = loader_of(learner.dls, training)
         check_lr(plan.lr)
+        learner.fit_lr = plan.lr
         if plan.train and learner.opt_func is not None:
-            learner.opt = make_optimizer(learner, learner.lr if plan.lr is None else plan.lr)
+            learner.fit_lr = learner.lr if plan.lr is None else plan.lr
+            learner.opt = make_optimizer(learner, learner.fit_lr)
         if plan.train and learner.opt is None:
             raise ValueError(
                 "opt_func is None, which keeps learner.opt, but that is not set: set one of them"
@@ -185,21 +189,6 @@ class Fit:
         finally:
             learner.remove_cbs(cb for cb in added if any(cb is other for other in learner.cbs))
 
-    @contextmanager
-    def _temporary_lr(self) -> Iterator[None]:
-        """If the optimizer is kept, give it the plan's learning rate for the length of the fit."""
-        learner, lr = self._learner, self._plan.lr
-        kept = self._plan.train and learner.opt_func is None and lr is not None
-        groups = learner.opt.param_groups if kept else []
-        previous = [group["lr"] for group in groups]
-        for group in groups:
-            group["lr"] = lr
-        try:
-            yield
-        finally:
-            for group, previous_lr in zip(groups, previous, strict=True):
-                group["lr"] = previous_lr
-
     def _make_result(self, seconds: float) -> FitResult:
         """The result but for the events that its observers lost, some of which still wait."""
         learner, end = self._learner, self._learner.scope_end
@@ -232,26 +221,3 @@ def check_idle(learner: Fittable) -> None:
             f"this learner is fitting already (run {learner.run_id}); await that fit, or use"
             " another learner: a learner runs one fit at a time"
         )
-
-
-def make_optimizer(learner: Fittable, lr: float) -> Any:
-    """Call the learner's `opt_func`.
-
-    Raises:
-        ValueError: `lr` is negative.
-        TypeError: it returned something that is not an optimizer.
-        Exception: any error of `opt_func`, with a note.
-    """
-    check_lr(lr)
-    opt_func = learner.opt_func
-    assert opt_func is not None
-    try:
-        opt = opt_func(learner.model.parameters(), lr)
-    except Exception as exc:
-        exc.add_note(
-            f"raised by opt_func={opt_func!r}, called as opt_func(model.parameters(), {lr!r})"
-        )
-        raise
-    if not callable(getattr(opt, "step", None)) or not hasattr(opt, "param_groups"):
-        raise TypeError(f"opt_func={opt_func!r} returned {opt!r}, which is not an optimizer")
-    return opt
