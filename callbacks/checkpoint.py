@@ -8,11 +8,9 @@ from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from time import monotonic
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
-import structlog
-
-from ..engine import Learner
+from ..engine import Learner, log
 from ..engine.checkpoint.background import BackgroundWriter
 from ..engine.checkpoint.folder import CheckpointFolder
 from ..engine.checkpoint.loader_position import resume_strategy
@@ -23,9 +21,7 @@ from ..engine.checkpoint.unsaved import unsaved_tensors
 from ..engine.loop.state import Position
 from ..events import BeforeFit, Callback, CleanupBatch, CleanupEpoch, CleanupFit, Event
 from ._checks import check_float, check_int
-from ._monitor import is_training
-
-log = structlog.get_logger("eventrain")
+from ._monitor import is_training, number_of
 
 
 class CheckpointCB(Callback):
@@ -182,7 +178,9 @@ class CheckpointCB(Callback):
         if learner.graceful_stop_due or due:
             after = Position(done, learner.trains) if is_over else Position(event.epoch, False)
             measured = is_over and event.end.status == "completed"  # over all batches
-            self._save(learner, after, event.metrics if measured else {})
+            metrics = event.metrics if measured else {}
+            numbers = {name: number_of(value) for name, value in metrics.items()}
+            self._save(learner, after, numbers)
 
     def cleanup_fit(self, event: CleanupFit) -> None:
         if self._checkpoints is not None and self._saves(event):
@@ -195,7 +193,10 @@ class CheckpointCB(Callback):
     # ------------------------------------------------------------------------------- how to save
 
     def _save(
-        self, learner: Learner, position: Position, metrics: Mapping[str, Any] | None = None
+        self,
+        learner: Learner,
+        position: Position,
+        metrics: Mapping[str, float | None] | None = None,
     ) -> None:
         assert self._checkpoints is not None
         if self._copy is None:  # the first save: a hidden state has come with the first batch
@@ -212,7 +213,7 @@ class CheckpointCB(Callback):
         self,
         checkpoints: CheckpointFolder,
         position: Position,
-        metrics: Mapping[str, Any],
+        metrics: Mapping[str, float | None],
         copy: Snapshot,
     ) -> None:
         checkpoints.put(position, metrics, copy.wait())
