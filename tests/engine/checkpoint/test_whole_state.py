@@ -15,7 +15,7 @@ import torch
 from eventrain.callbacks import CheckpointCB, GradientAccumulationCB, MetricsCB
 from eventrain.engine import Checkpoint, DataLoaders, MomentumLearner, TrainLearner
 from eventrain.engine.checkpoint.parts import parts_of
-from eventrain.events import AfterStep, BeforeFit, Callback
+from eventrain.events import AfterBatch, AfterStep, BeforeBatch, BeforeFit, Callback
 from structlog.testing import capture_logs
 from torch import nn
 from torch.nn import functional as F
@@ -368,3 +368,20 @@ def test_an_optimizer_that_cannot_be_saved_is_an_error_before_any_work(tmp_path:
     with pytest.raises(TypeError, match=r"the optimizer is .*Bare.* give its class state_dict\(\)"):
         learner.run(1, valid=False, cbs=CheckpointCB(tmp_path))
     assert learner.result.batches == 0
+
+
+def test_whether_gradients_are_pending_is_restored(tmp_path: Path) -> None:
+    """In the middle of a group, they are of a step that is still to come."""
+
+    def make() -> TrainLearner:
+        cbs = [GradientAccumulationCB(4), CheckpointCB(tmp_path, every_batches=2)]
+        return TrainLearner(nn.Linear(3, 1), dls(), lr=0.1, cbs=cbs)
+
+    first = make()
+    first.subscribe(AfterBatch, lambda event: event.learner.stop(graceful=True), once=True)
+    first.run(1, valid=False)
+    assert Checkpoint.load(tmp_path).state["gradients_pending"] is True
+    second, pending = make(), []
+    second.subscribe(BeforeBatch, lambda event: pending.append(event.learner.gradients_pending))
+    second.run(1, valid=False, resume="last")
+    assert pending == [True, True, True, False]
