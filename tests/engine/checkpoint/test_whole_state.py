@@ -116,6 +116,23 @@ def with_ema(cbs: Any = None) -> TrainLearner:
     return learner
 
 
+class AveragingMetrics(MetricsCB):
+    """Adds an average to a callback that has a state of its own."""
+
+    def before_fit(self, event: BeforeFit) -> None:
+        super().before_fit(event)
+        self.averages = [AveragedModel(event.learner.model)]
+
+    def after_step(self, event: AfterStep) -> None:
+        self.averages[0].update_parameters(event.learner.model)
+
+
+def with_subclass(cbs: Any = None) -> TrainLearner:
+    learner = TrainLearner(nn.Linear(3, 1), dls(), lr=0.1, cbs=AveragingMetrics())
+    learner.add_cbs(cbs)
+    return learner
+
+
 class Holder:
     """An object of the user's."""
 
@@ -170,6 +187,7 @@ MAKERS: dict[str, Callable[..., TrainLearner]] = {
     "GAN": Gan,
     "parameters of the optimizer alone": Shared,
     "average and generators of a callback": with_ema,
+    "average added to a callback of eventrain": with_subclass,
     "object of the user": Held,
     "two optimizers in one": with_two_optimizers,
 }
