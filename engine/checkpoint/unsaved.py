@@ -66,4 +66,4 @@ def _memory(tensor: torch.Tensor) -> Any:
     """The address of its memory; None if it has none."""
     if is_lazy(tensor) or tensor.layout is not torch.strided:
         return None
-    return tensor.untyped_storage().data_ptr() or None
+    return tensor.data_ptr() or None

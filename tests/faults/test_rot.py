@@ -14,6 +14,7 @@ import pytest
 from eventrain.callbacks import CheckpointCB
 from eventrain.engine import Checkpoint
 from eventrain.engine.checkpoint.reader import (
+    FORMAT,
     CheckpointDamagedError,
     CheckpointError,
     checkpoints_in,
@@ -183,10 +184,11 @@ def test_a_checkpoint_that_lost_both_its_files_is_passed_over(folder: Path) -> N
 def test_another_format_is_reported_with_the_versions_and_not_skipped(folder: Path) -> None:
     versions = {"eventrain": "9.1", "torch": "4.0", "python": "3.20"}
     last = checkpoints_in(folder)[-1]
-    forge_manifest(last, format=3, versions=versions, files=None)
+    forge_manifest(last, format=FORMAT + 1, versions=versions, files=None)
     for path in (last, folder):
         with pytest.raises(
-            CheckpointError, match=r"format 3, but .* reads 2: .* eventrain 9\.1"
+            CheckpointError,
+            match=rf"format {FORMAT + 1}, but .* reads {FORMAT}: .* eventrain 9\.1",
         ) as e:
             Checkpoint.load(path)
         assert not isinstance(e.value, CheckpointDamagedError)
