@@ -9,6 +9,7 @@ from .learner import Learner
 from .learners import MomentumLearner, TrainLearner
 from .listeners.observers import Observer
 from .listeners.streams import EventStream
+from .loop.actions import replaceable
 from .loop.state import Position, Progress
 from .run.result import FitResult
 from .seeding import seed_everything
@@ -29,5 +30,6 @@ __all__ = [
     "Progress",
     "TensorLoader",
     "TrainLearner",
+    "replaceable",
     "seed_everything",
 ]

@@ -11,7 +11,9 @@ from torch.nn import functional as F
 from ..events import Bus, Callback
 from .data.batches import inputs_of, targets_of
 from .learner import Learner
+from .loop.actions import replaceable
 from .loop.loss import check_loss
+from .loop.parameters import optimizer_parameters
 
 
 class TrainLearner(Learner):
@@ -29,12 +31,15 @@ class TrainLearner(Learner):
     Source: the post's `TrainLearner`.
     """
 
+    @replaceable
     def predict(self) -> None:
         self.preds = self.model(inputs_of(self.batch))
 
+    @replaceable
     def get_loss(self) -> None:
         self.loss = self.loss_func(self.preds, targets_of(self.batch))
 
+    @replaceable
     def backward(self) -> None:
         try:
             self.loss.backward()
@@ -42,15 +47,20 @@ class TrainLearner(Learner):
             check_loss(self.loss)
             raise
 
+    @replaceable
     def step(self) -> None:
         self.opt.step()
 
+    @replaceable
     def zero_grad(self) -> None:
         self.opt.zero_grad()
 
 
 class MomentumLearner(TrainLearner):
     """A TrainLearner whose gradients decay instead of being zeroed.
+
+    A parameter that has been frozen (`requires_grad_(False)`) loses its gradient, so that the
+    optimizer no longer moves it.
 
     Args:
         mom: the factor by which the gradients decay from one step to the next; 0 zeroes them.
@@ -73,7 +83,18 @@ class MomentumLearner(TrainLearner):
         super().__init__(model, dls, loss_func, lr, cbs, opt_func, bus=bus)
         self.mom = mom
 
+    @replaceable
+    def backward(self) -> None:
+        for p in optimizer_parameters(self.opt):
+            if not p.requires_grad:
+                p.grad = None
+        super().backward()
+
     def zero_grad(self) -> None:
-        for p in self.model.parameters():
-            if p.grad is not None:
+        for p in optimizer_parameters(self.opt):
+            if p.grad is None:
+                continue
+            if p.grad.is_sparse:  # the next backward pass appends its rows
+                p.grad = p.grad.coalesce() * self.mom
+            else:
                 p.grad *= self.mom

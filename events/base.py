@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+import threading
 from dataclasses import dataclass, field
 from time import time
 from typing import Any, ClassVar, Literal, Self
 
 import torch
 
-from .learner import LearnerLike
+from .learner import LearnerLike, Purpose
 
 HOOKS: dict[str, tuple[type[Event], ...]] = {}
 """The event classes by the name of the callback method that receives them.
@@ -41,6 +42,8 @@ class Event:
         learner: the live learner that emitted it.
         run_id: identifies the fit; shared by all of its events.
         time: when it was emitted, seconds since the epoch (`time.time()`).
+        purpose: what the run is for: "fit"; or "validate", "predict" or "lr_find" in a run of
+            `validate`, `get_preds` or `lr_find`, whose numbers are not those of a training.
     """
 
     hook: ClassVar[str]
@@ -51,6 +54,7 @@ class Event:
     learner: LearnerLike = field(repr=False)
     run_id: str
     time: float
+    purpose: Purpose
 
     def __init_subclass__(cls) -> None:
         # `slots=True` makes a second class, which replaces the first. It has no qualified name
@@ -72,7 +76,7 @@ class Event:
     @staticmethod
     def _position(learner: Any) -> tuple[Any, ...]:
         """The values of the fields for the learner's current position, in their order."""
-        return learner, learner.run_id, time()
+        return learner, learner.run_id, time(), learner.purpose
 
 
 def hook_name(class_name: str) -> str:
@@ -112,7 +116,7 @@ class FitEvent(Event):
 
     @staticmethod
     def _position(learner: Any) -> tuple[Any, ...]:
-        return learner, learner.run_id, time(), learner.n_epochs
+        return learner, learner.run_id, time(), learner.purpose, learner.n_epochs
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -128,6 +132,7 @@ class _InEpoch(Event):
             learner,
             learner.run_id,
             time(),
+            learner.purpose,
             learner.n_epochs,
             learner.epoch,
             learner.training,
@@ -161,12 +166,15 @@ class _InBatch(_InEpoch):
 
     @staticmethod
     def _position(learner: Any) -> tuple[Any, ...]:
-        lr = None if learner.opt is None else learner.opt.param_groups[0]["lr"]
+        lr = learner.step_lr
+        if lr is None and learner.opt is not None:
+            lr = learner.opt.param_groups[0].get("lr")
         loss = learner.loss
         return (
             learner,
             learner.run_id,
             time(),
+            learner.purpose,
             learner.n_epochs,
             learner.epoch,
             learner.training,
@@ -185,7 +193,9 @@ class BatchEvent(_InBatch):
     Attributes:
         iter: the index of the batch in the epoch, from 0.
         n_samples: samples seen in this epoch so far, including this batch.
-        lr: the learning rate of the first parameter group, None without an optimizer.
+        lr: the learning rate of the first parameter group, None without an optimizer. After the
+            optimizer has stepped in this batch, it is the rate that the step used, even if a
+            scheduler has set the next one.
         loss: the loss of this batch, detached, on its device; None before `GetLoss`. Reading
             its value (`.item()`, `float`) makes the host wait for the device.
     """
@@ -198,15 +208,58 @@ class StepEvent(_InBatch):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ActionEvent(_InEpoch):
-    """A request to do one part of a batch; exactly one receiver performs it.
+    """A request to do one part of a batch.
+
+    Its receivers perform it in their order: one that calls `proceed` wraps the next, one that does
+    not takes the action over. The last in this chain is the learner's own method.
 
     Attributes:
         iter: the index of the batch in the epoch, from 0; the other fields are those of an
             `EpochEvent`.
+        following: the receivers that come after the one that gets this event.
     """
 
     iter: int
+    following: tuple[Any, ...] = field(repr=False)
+
+    @classmethod
+    def of(cls, learner: Any, *extra: Any) -> Self:
+        return cls(*cls._position(learner), *(extra or ((),)))
 
     @staticmethod
     def _position(learner: Any) -> tuple[Any, ...]:
         return (*_InEpoch._position(learner), learner.iter)
+
+    def proceed(self) -> None:
+        """Have the next receiver perform this action, or else the learner's own method.
+
+        Call it in the training thread, so not from an `async def`.
+
+        Raises:
+            RuntimeError: it is called in another thread, which would then do the training's work.
+            TypeError: nobody comes next, and the learner has no method for this action.
+
+        Example:
+            >>> import torch
+            >>> from eventrain.engine import DataLoaders, TrainLearner
+            >>> from eventrain.events import Step
+            >>> batches = [(torch.ones(2, 3), torch.zeros(2, 1))] * 2
+            >>> learner = TrainLearner(torch.nn.Linear(3, 1), DataLoaders(batches))
+            >>> @learner.on(Step)
+            ... def around(event):
+            ...     print("before step", event.iter)
+            ...     event.proceed()
+            ...     print("after step", event.iter)
+            >>> learner.run(1, valid=False).steps
+            before step 0
+            after step 0
+            before step 1
+            after step 1
+            2
+        """
+        if threading.get_ident() != self.learner.training_thread:
+            raise RuntimeError(
+                f"{type(self).__name__}.proceed() was called outside of the training thread: call"
+                " it from a plain receiver, not from an `async def`, which the event loop runs"
+            )
+        self.learner.perform(type(self), self.following)

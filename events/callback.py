@@ -2,14 +2,15 @@
 
 Its methods named after events (`before_batch`, `after_loss`, ...) receive them while it is
 attached to a learner; a method named after an action (`predict`, `get_loss`, `backward`,
-`step`, `zero_grad`) performs it. Either may be an `async def`.
+`step`, `zero_grad`) performs it, or wraps it: `event.proceed()` has the next one in order do it,
+last the learner's own method. Either may be an `async def`, but `proceed` needs a plain method.
 """
 
 from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any, ClassVar, Literal, Protocol, get_args
@@ -48,8 +49,17 @@ class Callback:
         observes: event classes that are passed to the method `observe(event)`, plain or async, on
             the host's event loop, concurrently with the training.
         buffer, overflow: the buffer for observed events; see `Learner.observe`.
+        state_key: a name of its own for its state in checkpoints. Callbacks of one class are told
+            apart by it or, if it is None, by the arguments that they were made with.
         fit_purpose: the purpose of a fit while this callback is attached: "lr_find" in LRFinderCB.
             A fit whose purpose is not "fit" is not saved, scheduled or stopped early.
+        takes_over: the actions that this callback performs in place of a method of the user's
+            learner class, on purpose; otherwise that is an error at `fit`. A callback that calls
+            `event.proceed()` does not need it.
+        shareable: whether fits that run at the same time may use one instance. That is refused
+            unless its class says so itself (a subclass does not inherit it), because what it keeps
+            of one fit would be mixed with the other. A callback that only observes may always be
+            shared.
         records_loss: whether it records the loss of each epoch, as MetricsCB does. If no callback
             does, `Learner.validate` records it itself.
 
@@ -81,7 +91,10 @@ class Callback:
     observes: tuple[type[Event], ...] = ()
     buffer: int = 1024
     overflow: Overflow = "drop_oldest"
+    state_key: str | None = None
     fit_purpose: ClassVar[Purpose] = "fit"
+    takes_over: ClassVar[tuple[type[ActionEvent], ...]] = ()
+    shareable: ClassVar[bool] = False
     records_loss: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -114,6 +127,14 @@ class Callback:
             if callable(method) and hook not in _NEVER_RECEIVED:
                 yield _event_class(type(self), hook, method), method
 
+    def measured(self) -> Mapping[str, Any]:
+        """The numbers that it has measured in the current epoch so far.
+
+        It is called when an epoch is cut short by a cancel or an error, before CleanupEpoch, so
+        that the event and `FitResult.history` have them. By default there are none.
+        """
+        return {}
+
     def wants(self, event: Event) -> bool:
         """Whether to pass an event of `observes` to `observe`. Called in the training thread, so
         it must be quick."""
@@ -141,8 +162,8 @@ def _event_class(cls: type[Callback], name: str, method: Callable[..., Any]) -> 
     """
     if name in _NEVER_RECEIVED:
         raise TypeError(
-            f"{cls.__qualname__}.{name} would never be called: exactly one receiver performs each"
-            " action, in a method with the name of that action"
+            f"{cls.__qualname__}.{name} would never be called: an action is received by a method"
+            " with its own name, such as `step`"
         )
     classes = HOOKS[name]
     if len(classes) == 1:

@@ -43,6 +43,7 @@ class LearnerLike(Protocol):
             own cancel, so that the scope around it continues.
         graceful_stop_due: for Cleanup* receivers: whether a graceful `stop` takes effect when they
             have returned.
+        training_thread: the identifier of the thread that runs the fit.
         metrics: the `MetricsCB` of the fit, which sets it.
     """
 
@@ -70,6 +71,7 @@ class LearnerLike(Protocol):
     history: list[dict[str, Any]]
     outer_continues: bool
     graceful_stop_due: bool
+    training_thread: int | None
     metrics: Any
 
     @property
@@ -108,11 +110,13 @@ class LearnerLike(Protocol):
 
     def emit(self, event_type: type[Any], *extra: Any) -> None: ...
 
-    def perform(self, action: type[Any]) -> None: ...
+    def perform(self, action: type[Any], following: tuple[Any, ...] | None = None) -> None: ...
 
     def one_batch(self) -> None: ...
 
     def one_step(self) -> None: ...
+
+    def batch_size(self, batch: Any) -> int: ...
 
     def scope(self, cancel: type[Any], cleanup: type[Any]) -> Any: ...
 

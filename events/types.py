@@ -11,8 +11,8 @@ holds a batch, predictions or a graph, so a buffer full of events keeps no memor
     ├── StepEvent     BeforeStep   AfterStep    CleanupStep
     └── ActionEvent   Predict  GetLoss  Backward  Step  ZeroGrad
 
-Subscribing to a class subscribes to all of its subclasses, except the five actions: exactly one
-receiver performs each action, so subscribe to an action by its own class.
+Subscribing to a class subscribes to all of its subclasses, except the five actions: an action
+is a request to do something, so subscribe to it by its own class.
 
 Source: the hooks of fastai's miniai; the one-line docstring of each event as in pytorch-ignite.
 """
@@ -60,12 +60,28 @@ class AfterEpoch(EpochEvent):
     """The loader is exhausted; not emitted if the epoch was cancelled or failed."""
 
 
+def numbers_of(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The values that callbacks have recorded in a row of the history."""
+    return {k: v for k, v in row.items() if k not in ("epoch", "train", "status")}
+
+
+class _Metrics(dict[str, Any]):
+    """The metrics of an epoch; the error for a missing one names those that there are."""
+
+    def __missing__(self, name: str) -> Any:
+        raise KeyError(
+            f"no {name!r} was recorded in this epoch, but {', '.join(self) or 'nothing'}: use"
+            " event.metrics.get(), or check event.purpose and event.end first"
+        )
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class CleanupEpoch(EpochEvent):
     """The epoch is over, however it ended (`end`), with the metrics measured in it.
 
     Attributes:
-        metrics: the values that callbacks put into `learner.record` during the epoch.
+        metrics: the values that callbacks put into `learner.record` during the epoch; if it was cut
+            short, those measured until then.
         n_samples: samples seen in the epoch.
     """
 
@@ -76,8 +92,7 @@ class CleanupEpoch(EpochEvent):
 
     @classmethod
     def of(cls, learner: Any, *extra: Any) -> Self:
-        recorded = {k: v for k, v in learner.record.items() if k not in ("epoch", "train")}
-        metrics = MappingProxyType(recorded)
+        metrics = MappingProxyType(_Metrics(numbers_of(learner.record)))
         # Not a bare super(): that refers to this class, which `slots=True` replaces by another.
         return super(CleanupEpoch, cls).of(learner, *extra, metrics, learner.n_samples)
 

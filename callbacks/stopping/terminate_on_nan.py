@@ -8,7 +8,15 @@ from typing import Any
 import torch
 
 from ...engine.loop.loss import check_scalar
-from ...events import AfterLoss, BeforeFit, BeforeStep, Callback, CancelFitException
+from ...engine.loop.parameters import optimizer_parameters, parameter_names
+from ...events import (
+    AfterLoss,
+    BeforeFit,
+    BeforeStep,
+    Callback,
+    CancelFitException,
+    LearnerLike,
+)
 from .._checks import check_int
 
 
@@ -71,7 +79,7 @@ class TerminateOnNaNCB(Callback):
         self._due = False
         learner = event.learner
         scaled = any(getattr(cb, "scales_gradients", False) for cb in learner.cbs)
-        if not scaled and (found := _not_finite(learner.model)):
+        if not scaled and (found := _not_finite(learner)):
             learner.opt.zero_grad()  # not ZeroGrad, which may keep gradients for the next fit
             raise CancelFitException(f"{found}, in batch {event.iter} of epoch {event.epoch}")
 
@@ -85,9 +93,14 @@ class TerminateOnNaNCB(Callback):
         self._due = state["due"]
 
 
-def _not_finite(model: torch.nn.Module) -> str | None:
-    """Which gradients are not finite, as text; None if all are."""
-    named = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
+def _not_finite(learner: LearnerLike) -> str | None:
+    """Which gradients that the step would use are not finite, as text; None if all are."""
+    names = parameter_names(learner)
+    named = [
+        (names.get(id(p), "a parameter outside of the model"), p.grad)
+        for p in optimizer_parameters(learner.opt)
+        if p.grad is not None
+    ]
     values = [_values(grad) for _, grad in named]
     # The largest absolute value: if all are finite it is finite; their 2-norm could overflow.
     largest = torch.nn.utils.get_total_norm([v for v in values if v.numel()], math.inf)

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import torch
+
+from ...engine.loop.loss import check_loss
+from ...engine.loop.parameters import optimizer_parameters
+from ...events import LearnerLike
 
 
 class GradientScaling:
@@ -13,36 +21,47 @@ class GradientScaling:
 
     Args:
         scaler: the scaler of the fit.
-        model: the model whose gradients there are.
+        opt: the optimizer, whose gradients are scaled.
 
     Attributes:
         unscaled: set it when the gradients have been unscaled for a step.
         updated: set it when the scaler has been updated in that step.
     """
 
-    def __init__(self, scaler: torch.amp.GradScaler, model: torch.nn.Module) -> None:
+    def __init__(self, scaler: torch.amp.GradScaler, opt: Any) -> None:
         self.scaler = scaler
-        self._scale(model)
+        self._scale(opt)
         self._scaled = True
 
-    def end_step(self, model: torch.nn.Module) -> None:
+    @contextmanager
+    def scaled_loss(self, learner: LearnerLike) -> Iterator[None]:
+        """While this context is entered, `learner.loss` is scaled: for its backward pass."""
+        loss = check_loss(learner.loss)
+        learner.loss = scaled = self.scaler.scale(loss)
+        try:
+            yield
+        finally:
+            if learner.loss is scaled:
+                learner.loss = loss
+
+    def end_step(self, opt: Any) -> None:
         """Scale again the gradients that the step has left."""
         if not self.unscaled:
             return
         if not self.updated:  # another receiver cancelled the step
             self.scaler.update()
-        self._scale(model)
+        self._scale(opt)
 
-    def end_fit(self, model: torch.nn.Module) -> None:
+    def end_fit(self, opt: Any) -> None:
         """Undo the scaling of the gradients that are kept, once."""
         if self._scaled:
-            for p in model.parameters():
+            for p in optimizer_parameters(opt):
                 if p.grad is not None:
                     p.grad /= self.scaler.get_scale()
         self._scaled = False
 
-    def _scale(self, model: torch.nn.Module) -> None:
-        for p in model.parameters():
+    def _scale(self, opt: Any) -> None:
+        for p in optimizer_parameters(opt):
             if p.grad is not None:
                 p.grad = self.scaler.scale(p.grad)
         self.unscaled = self.updated = False

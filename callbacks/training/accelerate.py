@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 
 from ...engine import DataLoaders
-from ...engine.loop.loss import check_loss
 from ...events import (
     ActionEvent,
     Backward,
@@ -30,20 +30,22 @@ class AccelerateCB(TrainCB):
     """Trains through an `accelerate.Accelerator`.
 
     The accelerator prepares model, optimizer and loaders for the duration of the fit; afterwards
-    the learner has its own again. The callback performs Backward and Step, and the other actions
-    only for a learner that has no methods for them, such as a plain `Learner`. A step skipped
-    because of overflow cancels the step scope, as with `MixedTrainingCB`.
+    the learner has its own again. The callback wraps Backward and Step, so that methods of the
+    learner's own are called, and performs the actions that a plain `Learner` has no methods for. A
+    step skipped because of overflow cancels the step scope, as with `MixedTrainingCB`.
 
     Args:
-        mixed_precision: "no", "fp16" or "bf16"; by default "fp16" where CUDA is available, as in
-            the post, and "no" elsewhere.
-        kwargs: further arguments of `Accelerator`.
+        mixed_precision: "no", "fp16" or "bf16"; by default "fp16" with a GPU, as in the post, and
+            "no" on the CPU.
+        kwargs: further arguments of `Accelerator`, but not those that change what the loop does,
+            such as `gradient_accumulation_steps`: use `GradientAccumulationCB`.
 
     Attributes:
         accelerator: the `accelerate.Accelerator`.
 
     Raises:
         ImportError: accelerate is not installed.
+        ValueError: an argument, or accelerate's environment, would change what the loop does.
 
     Source: the post's `AccelerateCB`.
     """
@@ -54,8 +56,9 @@ class AccelerateCB(TrainCB):
         with optional_import("AccelerateCB", "accelerate", "accelerate"):
             from accelerate import Accelerator
         if mixed_precision is None:
-            mixed_precision = "fp16" if torch.cuda.is_available() else "no"
+            mixed_precision = "fp16" if torch.accelerator.is_available() else "no"
         self.accelerator = Accelerator(mixed_precision=mixed_precision, **kwargs)
+        _check_loop_is_ours(self.accelerator)
         self._own: tuple[Any, Any, Any] | None = None
         self._marks: dict[str, Any] = {}
         self._scaling: GradientScaling | None = None  # of the scaler, if there is one
@@ -66,11 +69,13 @@ class AccelerateCB(TrainCB):
         return self.accelerator.scaler is not None
 
     def receivers(self, learner: Any) -> Iterator[tuple[type[Event], Callable[[Any], Any]]]:
-        """As for any callback, but only those actions that it has to perform."""
+        """Those of a TrainCB that the learner has no method for, and around them the wrappers."""
+        yield Backward, self.backward
+        yield Step, self.step
+        inside: dict[type[Event], Any] = {Backward: super().backward, Step: super().step}
         for event_type, method in super().receivers(learner):
-            own = issubclass(event_type, ActionEvent) and hasattr(learner, event_type.hook)
-            if not own or event_type in (Backward, Step):
-                yield event_type, method
+            if not (issubclass(event_type, ActionEvent) and hasattr(learner, event_type.hook)):
+                yield event_type, inside.get(event_type, method)
 
     def before_fit(self, event: BeforeFit) -> None:
         learner = event.learner
@@ -83,8 +88,8 @@ class AccelerateCB(TrainCB):
         learner.dls = DataLoaders(
             *(self._prepare(getattr(learner.dls, name, None)) for name in ("train", "valid"))
         )
-        if self.accelerator.scaler is not None:
-            self._scaling = GradientScaling(self.accelerator.scaler, learner.model)
+        if self.accelerator.scaler is not None and learner.trains:
+            self._scaling = GradientScaling(self.accelerator.scaler, learner.opt)
 
     def _prepare(self, x: Any) -> Any:
         return None if x is None else self.accelerator.prepare(x)
@@ -96,7 +101,9 @@ class AccelerateCB(TrainCB):
             event.learner.dl.iteration = event.epoch
 
     def backward(self, event: Backward) -> None:
-        self.accelerator.backward(check_loss(event.learner.loss))
+        # As `Accelerator.backward` does, but with the learner's own method inside.
+        with nullcontext() if self._scaling is None else self._scaling.scaled_loss(event.learner):
+            event.proceed()
 
     def before_step(self, event: BeforeStep) -> None:
         if self._scaling is not None:
@@ -104,7 +111,7 @@ class AccelerateCB(TrainCB):
             self._scaling.unscaled = True
 
     def step(self, event: Step) -> None:
-        event.learner.opt.step()
+        event.proceed()  # `learner.opt` is accelerate's, which skips a step that overflowed
         if self._scaling is not None:
             self._scaling.updated = True
         if self.accelerator.optimizer_step_was_skipped:
@@ -113,14 +120,15 @@ class AccelerateCB(TrainCB):
 
     def cleanup_step(self, event: CleanupStep) -> None:
         if self._scaling is not None:
-            self._scaling.end_step(event.learner.model)
+            self._scaling.end_step(event.learner.opt)
 
     def cleanup_fit(self, event: CleanupFit) -> None:
         if self._own is None:
             return
         learner = event.learner
         if self._scaling is not None:
-            self._scaling.end_fit(learner.model)
+            self._scaling.end_fit(learner.opt)
+            self._scaling = None
         self.accelerator.unwrap_model(learner.model, keep_fp32_wrapper=False)
         self.accelerator.free_memory()  # it keeps references to all that it has prepared
         learner.model, learner.opt, learner.dls = self._own
@@ -142,3 +150,19 @@ class AccelerateCB(TrainCB):
 
 _MARKS = ("forward", "_original_forward", "_is_accelerate_prepared")
 """Attributes that `prepare` leaves in a model. With the last one, it is not prepared again."""
+
+
+def _check_loop_is_ours(accelerator: Any) -> None:
+    """Raise a ValueError for settings that would have accelerate change what the loop does."""
+    if (n := accelerator.gradient_accumulation_steps) != 1:
+        raise ValueError(
+            f"AccelerateCB(gradient_accumulation_steps={n}): the loop decides when to step, and"
+            f" accelerate would only divide the loss: add GradientAccumulationCB({n}) instead"
+            " (ACCELERATE_GRADIENT_ACCUMULATION_STEPS in the environment has the same effect)"
+        )
+    kind = str(accelerator.distributed_type).rpartition(".")[2]
+    if kind in ("DEEPSPEED", "MEGATRON_LM"):
+        raise ValueError(
+            f"AccelerateCB with {kind}: its engine has a backward pass and a step of its own,"
+            " which the loop would bypass; give AccelerateCB no plugin for it"
+        )

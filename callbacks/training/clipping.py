@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import torch
 
+from ...engine.loop.parameters import optimizer_parameters
 from ...events import BeforeStep, Callback
 
 
 class GradientClippingCB(Callback):
     """Scales the gradients down to a norm of at most `max_norm` before each optimizer step.
 
-    It sees the gradients that the step uses: accumulated over all batches of the step, and
-    unscaled in mixed precision.
+    It sees the gradients that the step uses: those of the optimizer's parameters, accumulated over
+    all batches of the step, and unscaled in mixed precision.
 
     Args:
         max_norm: the largest norm that is allowed.
@@ -37,5 +38,5 @@ class GradientClippingCB(Callback):
 
     def before_step(self, event: BeforeStep) -> None:
         self.total_norm = torch.nn.utils.clip_grad_norm_(
-            event.learner.model.parameters(), self.max_norm, self.norm_type
+            optimizer_parameters(event.learner.opt), self.max_norm, self.norm_type
         )

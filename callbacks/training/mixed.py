@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from ...engine.loop.loss import check_loss
 from ...events import (
     AfterLoss,
     Backward,
@@ -31,15 +30,16 @@ _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 class MixedTrainingCB(Callback):
     """Runs prediction and loss under autocast; with float16 it also scales the loss.
 
-    With float16 it performs Backward and Step: the loss is scaled, and the gradients are unscaled
-    before the step, so that clipping, logging (`before_step`) and momentum see the true values.
+    With float16 it wraps Backward and Step: the loss is scaled for the backward pass, and the
+    gradients are unscaled before the step, so that clipping, logging (`before_step`) and momentum
+    see the true values. A `backward` or `step` of the learner's own is called inside.
     A step with infinite or NaN gradients is skipped: its step scope is cancelled, so
     `CleanupStep.end` reports it, with the scale, and no `AfterStep` is emitted. With bfloat16 no
-    scaler is needed, and this callback does not perform Backward and Step.
+    scaler is needed, and this callback does not wrap Backward and Step.
 
     Args:
-        dtype: "fp16" or "bf16", or torch's dtypes; by default "fp16" where CUDA is available, as in
-            the post, and "bf16" elsewhere.
+        dtype: "fp16" or "bf16", or torch's dtypes; by default the one of torch's autocast for
+            `def_device`: "fp16" with a GPU, as in the post, and "bf16" on the CPU.
         init_scale: the initial factor of the scaler. It is halved by every skipped step, and
             doubled after 2,000 steps in a row without a skipped one.
 
@@ -57,7 +57,7 @@ class MixedTrainingCB(Callback):
 
     def __init__(self, dtype: torch.dtype | str | None = None, init_scale: float = 65536.0) -> None:
         if dtype is None:
-            dtype = torch.float16 if def_device == "cuda" else torch.bfloat16
+            dtype = torch.get_autocast_dtype(def_device)
         if dtype not in {*_DTYPES, *_DTYPES.values()}:
             raise ValueError(f"dtype={dtype!r}: choose 'fp16' or 'bf16'")
         self.dtype = _DTYPES[dtype] if isinstance(dtype, str) else dtype
@@ -67,6 +67,7 @@ class MixedTrainingCB(Callback):
         self._device = "cpu"
         self._autocast: torch.autocast | None = None
         self._scaling: GradientScaling | None = None  # of the scaler, if there is one
+        self._stepper: Any = None  # of the current step; Any, because it is not an Optimizer
 
     @property
     def scales_gradients(self) -> bool:
@@ -74,7 +75,7 @@ class MixedTrainingCB(Callback):
         return self.scaler is not None
 
     def receivers(self, learner: Any) -> Iterator[tuple[type[Event], Callable[[Any], Any]]]:
-        """As for any callback, but it performs the actions only where there is a scaler."""
+        """As for any callback, but it wraps the actions only where there is a scaler."""
         for event_type, method in super().receivers(learner):
             if self.dtype == torch.float16 or event_type not in (Backward, Step):
                 yield event_type, method
@@ -85,7 +86,8 @@ class MixedTrainingCB(Callback):
         self.skipped_steps = 0
         if self.dtype == torch.float16:
             self.scaler = torch.amp.GradScaler(self._device, init_scale=self.init_scale)
-            self._scaling = GradientScaling(self.scaler, model)
+            if event.learner.trains:
+                self._scaling = GradientScaling(self.scaler, event.learner.opt)
 
     def before_batch(self, event: BeforeBatch) -> None:
         self._autocast = torch.autocast(self._device, dtype=self.dtype)
@@ -103,12 +105,18 @@ class MixedTrainingCB(Callback):
             self._autocast = None
 
     def backward(self, event: Backward) -> None:
-        assert self.scaler is not None
-        self.scaler.scale(check_loss(event.learner.loss)).backward()
+        if self._scaling is None:
+            raise RuntimeError(
+                "MixedTrainingCB was attached in the middle of a fit, but makes its scaler at the"
+                " beginning: pass it to the learner, or to fit(cbs=...)"
+            )
+        with self._scaling.scaled_loss(event.learner):
+            event.proceed()
 
     def before_step(self, event: BeforeStep) -> None:
         if self._scaling is not None:
-            self._scaling.scaler.unscale_(event.learner.opt)
+            self._stepper = _Stepper(event.learner.opt)
+            self._scaling.scaler.unscale_(self._stepper)
             self._scaling.unscaled = True
 
     def step(self, event: Step) -> None:
@@ -116,7 +124,8 @@ class MixedTrainingCB(Callback):
         assert self._scaling is not None
         # The host waits for the device here: the scaler asks whether any gradient overflowed.
         before = self.scaler.get_scale()
-        self.scaler.step(event.learner.opt)
+        self._stepper.step = event.proceed
+        self.scaler.step(self._stepper)
         self.scaler.update()
         self._scaling.updated = True
         after = self.scaler.get_scale()
@@ -129,11 +138,12 @@ class MixedTrainingCB(Callback):
 
     def cleanup_step(self, event: CleanupStep) -> None:
         if self._scaling is not None:
-            self._scaling.end_step(event.learner.model)
+            self._scaling.end_step(event.learner.opt)
 
     def cleanup_fit(self, event: CleanupFit) -> None:
         if self._scaling is not None:
-            self._scaling.end_fit(event.learner.model)
+            self._scaling.end_fit(event.learner.opt)
+            self._scaling = None
 
     def state_dict(self) -> dict[str, Any]:
         """The number of skipped steps and, if there is a scaler, its state."""
@@ -145,3 +155,12 @@ class MixedTrainingCB(Callback):
         self.skipped_steps = state.get("skipped_steps", 0)
         if self.scaler is not None and "scaler" in state:
             self.scaler.load_state_dict(state["scaler"])
+
+
+class _Stepper:
+    """The optimizer as `GradScaler` sees it, whose `step` performs the Step of the learner."""
+
+    step: Callable[[], None]
+
+    def __init__(self, opt: Any) -> None:
+        self.param_groups = opt.param_groups

@@ -36,7 +36,7 @@ from ...events import (
 )
 from ...events.base import HOOKS
 from ...events.subscription import name_of
-from ..loop.actions import performers
+from ..loop.actions import chain, performers, wraps
 from ..loop.state import LoopState
 from .streams import EventStream
 
@@ -92,10 +92,14 @@ def _event_lines(loop: LoopState, event_type: type[Event]) -> list[str]:
 
 
 def _action_lines(loop: LoopState, action: type[ActionEvent]) -> list[str]:
-    names = [f"{s.name} (order {s.key[0]:g})" for s in performers(loop, action)]
+    called, passed_over = chain(performers(loop, action))
+    inside, outside = (
+        [f"{s.name} (order {s.key[0]:g})" for s in part] for part in (called, passed_over)
+    )
     if hasattr(loop, action.hook):
-        names.append(name_of(getattr(loop, action.hook)))
-    if not names:
+        taken_over = called and not wraps(called[-1])
+        (outside if taken_over else inside).append(name_of(getattr(loop, action.hook)))
+    if not inside:
         return [f"{action.__name__}: nobody"]
-    passed_over = f", instead of {', '.join(names[1:])}" if names[1:] else ""
-    return [f"{action.__name__}: performed by {names[0]}{passed_over}"]
+    instead = f", instead of {', '.join(outside)}" if outside else ""
+    return [f"{action.__name__}: performed by {', around '.join(inside)}{instead}"]

@@ -39,15 +39,18 @@ from ...events import (
     GetLoss,
     Predict,
     Step,
+    Subscription,
     ZeroGrad,
 )
 from ...events.errors import annotate_error
 from ..data.dataloaders import length_of
-from .actions import nobody_performs
+from .actions import nobody_performs, performers
+from .parameters import current_lr
 from .reading import BatchReader
 from .requests import CANCELS, Request, scope_for
 from .scope import scope, scope_within
 from .state import LoopState
+from .trained_parameters import check_trained_parameters
 
 
 class Loop(LoopState):
@@ -56,6 +59,7 @@ class Loop(LoopState):
     @scope(CancelFitException, CleanupFit)
     def one_fit(self) -> None:
         self.emit(BeforeFit)
+        check_trained_parameters(self)
         self.batch_reader.begin(self)
         for self.epoch in self.epochs:
             if self.trains and self._start_epoch(training=True):
@@ -75,13 +79,14 @@ class Loop(LoopState):
 
     @scope(CancelBatchException, CleanupBatch)
     def one_batch(self) -> None:
-        self.loss = None
+        self.loss = self.step_lr = None
         self.emit(BeforeBatch)
         self.perform(Predict)
         self.emit(AfterPredict)
         self.perform(GetLoss)
         self.emit(AfterLoss)
         if self.training:
+            self.gradients_pending = True
             self.perform(Backward)
             self.emit(AfterBackward)
             self.one_step()
@@ -91,10 +96,12 @@ class Loop(LoopState):
     @scope(CancelStepException, CleanupStep)
     def one_step(self) -> None:
         self.emit(BeforeStep)
+        self.step_lr = current_lr(self.opt)
         self.perform(Step)
-        self.perform(ZeroGrad)
-        self.emit(AfterStep)
         self.done.steps += 1
+        self.perform(ZeroGrad)
+        self.gradients_pending = False
+        self.emit(AfterStep)
 
     # ------------------------------------------------------------------- used by the loop above
 
@@ -122,9 +129,16 @@ class Loop(LoopState):
         if signal.receivers:
             signal.send(event_type.of(self, *extra), _async_wrapper=self.async_wrapper)
 
-    def perform(self, action: type[ActionEvent]) -> None:
-        """Perform an action: by the first receiver in order, or else by the learner's method."""
-        if action not in self.without_receivers and self._delegate(action):
+    def perform(
+        self, action: type[ActionEvent], following: tuple[Subscription, ...] | None = None
+    ) -> None:
+        """Perform an action: by its first receiver in order, or else by the learner's method.
+
+        Args:
+            action: the class of the action.
+            following: the receivers that are left, when one of them proceeds; by default all.
+        """
+        if action not in self.without_receivers and self._delegate(action, following):
             return
         try:
             result = getattr(self, action.hook)()
@@ -136,13 +150,15 @@ class Loop(LoopState):
             annotate_error(exc, f"{type(self).__qualname__}.{action.hook}", action.of(self))
             raise
 
-    def _delegate(self, action: type[ActionEvent]) -> bool:
-        """Have a receiver perform an action, if there is one for this learner."""
-        signal = self.signals[action]
-        performer = signal.performer(self)
-        if performer is None:
+    def _delegate(
+        self, action: type[ActionEvent], following: tuple[Subscription, ...] | None
+    ) -> bool:
+        """Have the first receiver perform an action, if there is one for this learner."""
+        found = performers(self, action) if following is None else following
+        if not found:
             return False
-        signal.send_to(performer, action.of(self), self.async_wrapper)
+        first, *others = found
+        self.signals[action].send_to(first, action.of(self, tuple(others)), self.async_wrapper)
         return True
 
     def _await(self, coroutine: CoroutineType[Any, Any, Any], action: type[ActionEvent]) -> None:
@@ -161,8 +177,10 @@ class Loop(LoopState):
         self.done = self.progress[training]
         self.model.train(training)
         self.dl = self.dls.train if training else self.dls.valid
-        self.n_iter = length_of(self.dl)
+        loader, length = self.lengths.pop(training, (None, None))  # asked before the fit
+        self.n_iter = length if loader is self.dl else length_of(self.dl)
         self.iter = self.n_samples = 0
+        self.all_read = False
         self.loss = None
         self.record = {"epoch": self.epoch, "train": "train" if training else "eval"}
         self.history.append(self.record)

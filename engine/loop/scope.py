@@ -11,6 +11,7 @@ from ...events import (
     CancelBatchException,
     CancelEpochException,
     CancelException,
+    CleanupEpoch,
     Event,
     ScopeEnd,
 )
@@ -83,6 +84,8 @@ def _leave(
     error = None if exc is None else _refuse_stray_cancel(exc, entered)
     loop.scope_end = _end_of(error)
     loop.outer_continues = error is None or isinstance(error, cancel)
+    if error is not None and cleanup is CleanupEpoch:
+        loop.record_cut_epoch(loop.scope_end.status)
     loop.graceful_stop_due = bool(loop.pending_requests) and _is_between_batches(loop, entered)
     signal = loop.signals[cleanup]
     if signal.receivers:
@@ -101,8 +104,9 @@ def _leave(
         loop.scope_end = outer_end
     try:
         if error is None or isinstance(error, cancel):
-            if loop.graceful_stop_due:
-                loop.pending_requests.raise_due(outer, between_batches=True)
+            # Here, not at the next event: before it, the loader would be asked for a batch.
+            if outer is not None and loop.pending_requests and not loop.cleaning_up:
+                loop.pending_requests.raise_due(outer, between_batches=loop.graceful_stop_due)
             return True
         if error is exc:
             return False  # the caller re-raises it, with its traceback

@@ -23,7 +23,8 @@ class FitResult:
         steps: optimizer steps taken; skipped and accumulated steps do not count.
         seconds: wall time, from before the first event to after the last.
         history: one dict per epoch and phase: "epoch", "train" ("train" or "eval") and the values
-            that callbacks recorded, such as "loss" by `MetricsCB`.
+            that callbacks recorded, such as "loss" by `MetricsCB`. The row of an epoch that was
+            cut short has what was measured until then, and "status": "cancelled" or "failed".
         dropped: the number of events that an observer did not get, by its name; observers that
             got all of them are left out.
         resumed_from: the checkpoint from which the fit resumed; all other fields except `seconds`

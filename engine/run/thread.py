@@ -65,6 +65,7 @@ class TrainingThread:
         self._reported: BaseException | None = None
         self._host = threading.get_ident()
         self._begun = threading.Event()
+        self._observing_begun = False
         self._interrupted = False
         self._log_at = math.inf
         self._pump_scope = anyio.CancelScope(shield=True)
@@ -187,6 +188,10 @@ class TrainingThread:
         with suppress(anyio.RunFinishedError):  # the event loop has ended
             anyio.from_thread.run_sync(self._finished.set, token=self._token)
 
+    def begin_observing(self) -> None:
+        """Serve the observers from now on: the fit is prepared, and was not refused."""
+        self._observing_begun = True
+
     def async_wrapper(
         self, receiver: Callable[[Any], Coroutine[Any, Any, Any]]
     ) -> Callable[[Any], Any]:
@@ -264,11 +269,14 @@ class TrainingThread:
                 self._start_observers()
                 for stream in tuple(self._learner.fit_streams):
                     stream.wake()
+                    stream.check_reader()
                 if self._graceful is not None:
                     self._graceful.check_deadline()
                 await anyio.sleep(PUMP_INTERVAL)
 
     def _start_observers(self) -> None:
+        if not self._observing_begun:
+            return
         for stream in tuple(self._learner.fit_streams):
             if isinstance(stream, Observer) and stream not in self._observing:
                 self._observing[stream] = anyio.CancelScope(shield=True)
@@ -286,6 +294,8 @@ class TrainingThread:
 
     def _finish_observers(self) -> None:
         """Let the observers drain their buffers, until a deadline."""
+        if not self._observing_begun:
+            return
         deadline = anyio.current_time() + self._learner.drain_timeout
         self._start_observers()  # those that were opened after the last turn of the pump
         for stream in tuple(self._learner.fit_streams):

@@ -43,7 +43,7 @@ MakeEvent = Callable[..., Any]
 
 
 def fit_event(number: float = 0.0) -> BeforeFit:
-    return BeforeFit(learner=None, run_id="r1", time=number, n_epochs=1)
+    return BeforeFit(None, "r1", time=number, purpose="fit", n_epochs=1)
 
 
 # --------------------------------------------------------------------------------------- order

@@ -52,11 +52,11 @@ from eventrain.events import (
 from eventrain.events.base import HOOKS
 from torch import nn
 
-EVENT = ["learner", "run_id", "time"]
+EVENT = ["learner", "run_id", "time", "purpose"]
 FIT = [*EVENT, "n_epochs"]
 EPOCH = [*FIT, "epoch", "training", "n_iter"]
 BATCH = [*EPOCH, "iter", "n_samples", "lr", "loss"]
-ACTION = [*EPOCH, "iter"]
+ACTION = [*EPOCH, "iter", "following"]
 
 FIELDS: dict[type[Event], list[str]] = {
     Event: EVENT,
@@ -141,11 +141,12 @@ def test_an_event_is_frozen_and_slotted(
 
 
 @each_class
-def test_the_repr_of_an_event_shows_all_but_the_learner(
+def test_the_repr_of_an_event_shows_its_values_and_no_learner_or_receivers(
     event_type: type[Event], make_event: Callable[..., Any]
 ) -> None:
     event = make_event(event_type, learner=nn.Linear(1, 1))
-    shown = ", ".join(f"{name}={getattr(event, name)!r}" for name in FIELDS[event_type][1:])
+    names = [name for name in FIELDS[event_type] if name not in ("learner", "following")]
+    shown = ", ".join(f"{name}={getattr(event, name)!r}" for name in names)
     assert repr(event) == f"{event_type.__name__}({shown})"
 
 

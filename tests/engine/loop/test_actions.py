@@ -16,7 +16,7 @@ from eventrain.callbacks import (
     MixedTrainingCB,
     TrainCB,
 )
-from eventrain.engine import DataLoaders, Learner, MomentumLearner, TrainLearner
+from eventrain.engine import DataLoaders, Learner, MomentumLearner, TrainLearner, replaceable
 from eventrain.events import (
     ActionEvent,
     AfterBatch,
@@ -44,7 +44,7 @@ MakeModel = Callable[[], nn.Module]
 
 
 class Spoken(Learner):
-    """Performs the actions, and says so."""
+    """Performs the actions, and says so. Callbacks may take them over."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -55,18 +55,23 @@ class Spoken(Learner):
         self.said.append(f"{by}.{action.hook}")
         getattr(self.train_cb, action.hook)(action.of(self))
 
+    @replaceable
     def predict(self) -> None:
         self.do(Predict, "method")
 
+    @replaceable
     def get_loss(self) -> None:
         self.do(GetLoss, "method")
 
+    @replaceable
     def backward(self) -> None:
         self.do(Backward, "method")
 
+    @replaceable
     def step(self) -> None:
         self.do(Step, "method")
 
+    @replaceable
     def zero_grad(self) -> None:
         self.do(ZeroGrad, "method")
 
@@ -334,10 +339,39 @@ def test_train_cb_next_to_a_train_learner_performs_each_action_once(
     assert_same(learner.model, trained_by_hand(make_model, dls))
 
 
-def test_whoever_performs_an_action_does_so_before_train_cb(learner: Spoken) -> None:
-    learner.add_cbs([TrainCB(), taking_over(Backward, "callback", order=999)])
+def test_whoever_performs_an_action_does_so_before_train_cb(
+    make_model: MakeModel, dls: DataLoaders
+) -> None:
+    said: list[str] = []
+
+    class Backwards(Callback):
+        order = 999
+
+        def backward(self, event: Backward) -> None:
+            said.append("callback.backward")
+            event.learner.loss.backward()
+
+    learner = Learner(make_model(), dls, cbs=[TrainCB(), Backwards()])
     learner.run(1, valid=False)
-    assert learner.said == ["callback.backward"] * 3
+    assert said == ["callback.backward"] * 3
+    assert_same(learner.model, trained_by_hand(make_model, dls))
+
+
+def test_train_cb_leaves_to_a_learner_what_its_own_class_has_a_method_for(
+    make_model: MakeModel, dls: DataLoaders
+) -> None:
+    """G18."""
+
+    class Own(TrainLearner):
+        calls = 0
+
+        def get_loss(self) -> None:
+            self.calls += 1
+            super().get_loss()
+
+    learner = Own(make_model(), dls, cbs=TrainCB())
+    learner.run(1)
+    assert learner.calls == 3 + 2
 
 
 def test_momentum_learner_does_not_shadow_mixed_precision(
@@ -354,7 +388,7 @@ def test_momentum_learner_does_not_shadow_mixed_precision(
 
     explained = learner.explain().splitlines()
     assert (
-        "Backward: performed by MixedTrainingCB.backward (order 60), instead of"
+        "Backward: performed by MixedTrainingCB.backward (order 60), around"
         " MomentumLearner.backward" in explained
     )
     assert "ZeroGrad: performed by MomentumLearner.zero_grad" in explained

@@ -141,6 +141,8 @@ class Run:
     ends: list[tuple[str, ScopeEnd]] = field(default_factory=list)
     completed: Counter[tuple[str, str]] = field(default_factory=Counter)
     batches: Counter[tuple[int, str]] = field(default_factory=Counter)
+    cut: dict[tuple[int, str], str] = field(default_factory=dict)
+    """The status of the epochs that were not completed."""
     error: Raised | None = None
 
 
@@ -157,6 +159,7 @@ def model_of(injections: Injections) -> Run:
     pending: Raised | None = None
     open_scopes: list[str] = []
     times: Counter[tuple[str, str]] = Counter()
+    previous = ""
     for epoch, name, phase in script():
         closes = CLOSES.get(name)
         if pending is not None and closes != open_scopes[-1]:
@@ -166,10 +169,14 @@ def model_of(injections: Injections) -> Run:
         if closes:
             run.ends.append((name, pending.end if pending else ScopeEnd("completed")))
             run.completed[name, phase] += pending is None
+            if name == "CleanupEpoch" and previous != "AfterEpoch" and pending is not None:
+                run.cut[epoch, phase] = pending.end.status
         if name not in ACTIONS:
             run.names.append(name)
+        run.completed[name, phase] += name == "ZeroGrad"  # the optimizer has stepped
         run.batches[epoch, phase] += name == "AfterBatch"
         times[name, phase] += 1
+        previous = name
         kinds = injections.get(Place(name, phase, times[name, phase]), ())
         raised: Raised | None = None
         for by, kind in zip(BY, kinds if closes else kinds[:1], strict=False):
@@ -340,10 +347,11 @@ async def fit_and_compare(learner: TrainLearner, injections: Injections, carrier
         expected.completed["CleanupEpoch", "train"],
         expected.completed["CleanupBatch", "train"],
         expected.completed["CleanupBatch", "valid"],
-        expected.completed["CleanupStep", "train"],
+        expected.completed["ZeroGrad", "train"],
     ]
     assert list(result.history) == [
         {"epoch": epoch, "train": {"train": "train", "valid": "eval"}[phase], "batches": n}
+        | ({"status": expected.cut[epoch, phase]} if (epoch, phase) in expected.cut else {})
         for (epoch, phase), n in expected.batches.items()
         if n
     ]
