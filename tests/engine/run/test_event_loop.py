@@ -15,7 +15,7 @@ import anyio.lowlevel
 import pytest
 import torch
 from eventrain.callbacks import CheckpointCB
-from eventrain.engine import DataLoaders, TrainLearner
+from eventrain.engine import TrainLearner
 from eventrain.events import AfterFit, BeforeFit, Callback, CleanupFit, record_events
 from torch import nn, optim
 
@@ -156,13 +156,15 @@ async def test_what_is_refused_is_refused_without_work_on_the_loop(
     learner.dls.__class__.valid = None
     try:
         with record_events(learner) as events, anyio.fail_after(GUARD):
-            with pytest.raises(ValueError, match="valid=True needs data, but dls.valid is missing"):
+            with pytest.raises(
+                ValueError, match=r"valid=True needs data, but dls\.valid is missing"
+            ):
                 await learner.fit()
             with pytest.raises(ValueError, match="lr=-1: give a learning rate of 0 or more"):
                 await learner.fit(lr=-1, valid=False)
             with pytest.raises(TypeError, match="'nothing' is not a Callback"):
                 await learner.fit(cbs="nothing")
-            with pytest.raises(ValueError, match="this needs a loader, but dls.valid is missing"):
+            with pytest.raises(ValueError, match=r"this needs a loader, but dls\.valid is missing"):
                 await learner.validate()
     finally:
         learner.dls.__class__.valid = Loaders.train
