@@ -25,7 +25,7 @@ BACKENDS: dict[str, dict[str, Any]] = {
 async def tick_during(
     work: Callable[[], Awaitable[object]], late: list[float], interval: float = TICK
 ) -> float:
-    """Tick every `interval` seconds until `work` is done, and add to `late` by how many seconds each tick was late.
+    """Tick until `work` is done, and add to `late` by how many seconds each tick was late.
 
     Returns:
         The largest value of `late`.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import json
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,16 +17,6 @@ from typing import Any
 
 import anyio
 import torch
-from eventrain.callbacks import (
-    CheckpointCB,
-    LossCurveCB,
-    MetricsCB,
-    OpenTelemetryCB,
-    ProgressCB,
-    PrometheusCB,
-    StructlogCB,
-    TensorBoardCB,
-)
 from eventrain.engine import DataLoaders, TrainLearner
 from eventrain.events import Event
 from structlog.testing import capture_logs
@@ -44,18 +34,14 @@ def measure(backend: str, megabytes: int, n_batches: int) -> dict[str, list[floa
     """Run each work once, in turn."""
     late: dict[str, list[float]] = {}
     with capture_logs(), TemporaryDirectory() as folder:
-        for name, work in _works(megabytes, n_batches, Path(folder)).items():
+        for name, work in _works(megabytes, n_batches, Path(folder)):
             late[name] = []
             anyio.run(partial(tick_during, work, late[name], TICK), **BACKENDS[backend])
     return late
 
 
-def _works(megabytes: int, n_batches: int, folder: Path) -> dict[str, Work]:
+def _works(megabytes: int, n_batches: int, folder: Path) -> Iterator[tuple[str, Work]]:
     small = [(torch.ones(2, 3), torch.zeros(2, 1))] * n_batches
-    large = nn.Sequential(*[nn.Linear(512, 512) for _ in range(megabytes)])
-    rows = [(torch.ones(16, 512), torch.zeros(16, 512))] * 4
-    wide = nn.Linear(3, 512 * megabytes // 4, bias=False)  # its predictions are as large
-    samples = [(torch.ones(64, 3), torch.zeros(1))] * 8
 
     def learner(*cbs: Any) -> TrainLearner:
         return TrainLearner(nn.Linear(3, 1), DataLoaders(small, small), lr=1e-3, cbs=cbs)
@@ -66,38 +52,47 @@ def _works(megabytes: int, n_batches: int, folder: Path) -> dict[str, Work]:
             observed.observe(lambda event: None, Event)
         return observed
 
+    yield "nothing", partial(anyio.sleep, 0.5)
+    yield "the first fit of the process", lambda: learner().fit(1)
+    yield "the second fit", lambda: learner().fit(1)
+    yield "ten observers of every event", lambda: observed().fit(1)
+    yield from _large_works(megabytes, folder)
+    for repeat in ("", ", again"):
+        yield f"all reporters{repeat}", lambda: learner(*_reporters(folder)).fit(2)
+
+
+def _large_works(megabytes: int, folder: Path) -> Iterator[tuple[str, Work]]:
+    from eventrain.callbacks import CheckpointCB  # not earlier: it imports much of torch
+
+    rows = [(torch.ones(4, 512), torch.zeros(4, 512))] * 2
+    samples = [(torch.ones(64, 3), torch.zeros(1))] * 8
+    model = nn.Sequential(*[nn.Linear(512, 512) for _ in range(megabytes)])
     # Adam, whose state is twice as large as the model.
-    big = TrainLearner(large, DataLoaders(rows, rows), lr=1e-5, opt_func=torch.optim.Adam)
-    predicting = TrainLearner(wide, DataLoaders(None, samples))
-    checkpointed = CheckpointCB(folder / "checkpoints")
-    return {
-        "nothing": partial(anyio.sleep, 0.5),
-        "the first fit of the process": lambda: learner().fit(1),
-        "the second fit": lambda: learner().fit(1),
-        "a fit of the large model": lambda: big.fit(1),
-        "`lr_find` of the large model": lambda: big.lr_find(max_epochs=1),
-        "`validate` of the large model": big.validate,
-        "`get_preds`, predictions of that size": predicting.get_preds,
-        "a fit with a checkpoint of the large model": lambda: big.fit(1, cbs=checkpointed),
-        "a fit that resumes from it": lambda: big.fit(2, cbs=checkpointed, resume="last"),
-        "ten observers of every event": lambda: observed().fit(1),
-        "all reporters": lambda: learner(*_reporters(folder)).fit(2),
-        "all reporters, again": lambda: learner(*_reporters(folder)).fit(2),
-    }
+    large = TrainLearner(model, DataLoaders(rows, rows), lr=1e-5, opt_func=torch.optim.Adam)
+    wide = TrainLearner(nn.Linear(3, 512 * megabytes // 4), DataLoaders(None, samples))
+    saved = CheckpointCB(folder / "checkpoints")
+
+    yield "a fit of the large model", lambda: large.fit(1)
+    yield "`lr_find` of the large model", lambda: large.lr_find(max_epochs=1)
+    yield "`validate` of the large model", large.validate
+    yield "`get_preds`, predictions of that size", wide.get_preds
+    yield "a fit with a checkpoint of the large model", lambda: large.fit(1, cbs=saved)
+    yield "a fit that resumes from it", lambda: large.fit(2, cbs=saved, resume="last")
 
 
 def _reporters(folder: Path) -> list[Any]:
+    from eventrain import callbacks
     from prometheus_client import CollectorRegistry
     from rich.console import Console
 
     return [
-        MetricsCB(),
-        StructlogCB(format="json", file=io.StringIO()),
-        ProgressCB(Console(file=io.StringIO(), force_terminal=True)),
-        TensorBoardCB(folder / "tensorboard"),
-        LossCurveCB(),
-        PrometheusCB(CollectorRegistry()),
-        OpenTelemetryCB(),
+        callbacks.MetricsCB(),
+        callbacks.StructlogCB(format="json", file=io.StringIO()),
+        callbacks.ProgressCB(Console(file=io.StringIO(), force_terminal=True)),
+        callbacks.TensorBoardCB(folder / "tensorboard"),
+        callbacks.LossCurveCB(),
+        callbacks.PrometheusCB(CollectorRegistry()),
+        callbacks.OpenTelemetryCB(),
     ]
 
 
