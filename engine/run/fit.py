@@ -9,20 +9,21 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from typing import Any
-
-import structlog
 
 from ...events import ScopeEnd
 from ...events.types import numbers_of
+from .. import log
 from ..checkpoint.reader import Checkpoint
 from ..checkpoint.resume import ResumableBatchReader, ResumedBatchReader, last_checkpoint
 from ..data.dataloaders import loader_of
 from ..loop.actions import check_performers
 from ..loop.parameters import drop_unused_gradients
 from ..loop.state import COMPLETED
+from ..loop.trained_parameters import trained_parameters
 from .fittable import Fittable
+from .forks import HostLoop, is_left_in_parent
 from .graceful import GracefulStop
+from .optimizer import make_optimizer, temporary_lr
 from .plan import FitPlan, check_lr
 from .result import FitResult
 from .thread import TrainingThread
@@ -67,6 +68,8 @@ class Fit:
             if self._result is None:
                 learner.run_id = previous_run_id
             learner.pending_requests.clear()
+            learner.lengths.clear()
+            learner.end_use_of_cbs()
             learner.fitting = False
         assert self._result is not None
         return self._result
@@ -81,7 +84,8 @@ class Fit:
         for stream in learner.fit_streams:
             stream.begin()
         try:
-            await self._thread.run(self._work)
+            with HostLoop(learner):
+                await self._thread.run(self._work)
         finally:
             learner.async_wrapper = None
             if self._result is not None:
@@ -98,28 +102,31 @@ class Fit:
         dropped = +dropped  # without the zeros
         learner.result = self._result = replace(result, dropped=dict(dropped))
         if dropped:
-            structlog.get_logger("eventrain").warning(
-                "events_dropped", run_id=learner.run_id, dropped=dict(dropped)
-            )
+            log.warning("events_dropped", run_id=learner.run_id, dropped=dict(dropped))
 
     # ---------------------------------------------------------------- in the training thread
 
     def _work(self) -> None:
         """Prepare, run the loop, and restore what was changed for this fit alone."""
-        with self._plan.within, self._temporary_callbacks():
+        learner, plan = self._learner, self._plan
+        with plan.within, self._temporary_callbacks():
             self._prepare()
-            with self._temporary_lr():
+            kept = plan.train and learner.opt_func is None and plan.lr is not None
+            with temporary_lr(learner.opt, plan.lr) if kept else nullcontext():
                 self._train()
 
     def _prepare(self) -> None:
         """Check what can be checked before the fit, and set the loop to its beginning."""
         learner, plan = self._learner, self._plan
+        learner.begin_use_of_cbs()
         check_performers(learner, plan.actions)
         for training in [True] * plan.train + [False] * plan.valid:
-            loader_of(learner.dls, training)
+            learner.lengths[training] = loader_of(learner.dls, training)
         check_lr(plan.lr)
+        learner.fit_lr = plan.lr
         if plan.train and learner.opt_func is not None:
-            learner.opt = make_optimizer(learner, learner.lr if plan.lr is None else plan.lr)
+            learner.fit_lr = learner.lr if plan.lr is None else plan.lr
+            learner.opt = make_optimizer(learner, learner.fit_lr)
         if plan.train and learner.opt is None:
             raise ValueError(
                 "opt_func is None, which keeps learner.opt, but that is not set: set one of them"
@@ -148,6 +155,8 @@ class Fit:
 
     def _run_loop(self) -> None:
         learner, resumed = self._learner, self._resumed
+        if learner.trains:
+            learner.trained_parameters = trained_parameters(learner)
         learner.scope_end = COMPLETED
         try:
             learner.one_fit()
@@ -180,21 +189,6 @@ class Fit:
         finally:
             learner.remove_cbs(cb for cb in added if any(cb is other for other in learner.cbs))
 
-    @contextmanager
-    def _temporary_lr(self) -> Iterator[None]:
-        """If the optimizer is kept, give it the plan's learning rate for the length of the fit."""
-        learner, lr = self._learner, self._plan.lr
-        kept = self._plan.train and learner.opt_func is None and lr is not None
-        groups = learner.opt.param_groups if kept else []
-        previous = [group["lr"] for group in groups]
-        for group in groups:
-            group["lr"] = lr
-        try:
-            yield
-        finally:
-            for group, previous_lr in zip(groups, previous, strict=True):
-                group["lr"] = previous_lr
-
     def _make_result(self, seconds: float) -> FitResult:
         """The result but for the events that its observers lost, some of which still wait."""
         learner, end = self._learner, self._learner.scope_end
@@ -217,31 +211,13 @@ class Fit:
 
 def check_idle(learner: Fittable) -> None:
     """Raise a RuntimeError if the learner is fitting."""
+    if is_left_in_parent(learner):
+        raise RuntimeError(
+            f"this learner was fitting (run {learner.run_id}) when this process was forked, and"
+            " may be in the middle of a batch: make another learner here, or fork between two fits"
+        )
     if learner.fitting:
         raise RuntimeError(
             f"this learner is fitting already (run {learner.run_id}); await that fit, or use"
             " another learner: a learner runs one fit at a time"
         )
-
-
-def make_optimizer(learner: Fittable, lr: float) -> Any:
-    """Call the learner's `opt_func`.
-
-    Raises:
-        ValueError: `lr` is negative.
-        TypeError: it returned something that is not an optimizer.
-        Exception: any error of `opt_func`, with a note.
-    """
-    check_lr(lr)
-    opt_func = learner.opt_func
-    assert opt_func is not None
-    try:
-        opt = opt_func(learner.model.parameters(), lr)
-    except Exception as exc:
-        exc.add_note(
-            f"raised by opt_func={opt_func!r}, called as opt_func(model.parameters(), {lr!r})"
-        )
-        raise
-    if not callable(getattr(opt, "step", None)) or not hasattr(opt, "param_groups"):
-        raise TypeError(f"opt_func={opt_func!r} returned {opt!r}, which is not an optimizer")
-    return opt

@@ -8,6 +8,8 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from ...events import ActionEvent, Callback, GetLoss, Predict
 from ...events.checks import is_int
 from ...events.learner import Purpose
@@ -61,5 +63,6 @@ class FitPlan:
 
 def check_lr(lr: Any) -> None:
     """Raise a ValueError for a learning rate that is negative or NaN."""
-    if isinstance(lr, int | float) and not lr >= 0:
+    is_number = isinstance(lr, int | float) or (isinstance(lr, torch.Tensor) and lr.numel() == 1)
+    if is_number and not lr >= 0:
         raise ValueError(f"lr={lr!r}: give a learning rate of 0 or more")
