@@ -92,6 +92,11 @@ class ProgressCB(Callback):
 
     def watcher(self, event: Event) -> Watcher:
         """The object that shows one fit."""
+        # Imported here, in the training thread: later imports would hold up the event loop.
+        from rich import box, live, progress_bar, table, text  # noqa: F401
+        from rich.emoji import Emoji
+
+        Emoji.replace("")  # which imports its table
         return _FitWatcher(self, event)
 
     def close(self) -> None:
