@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -12,11 +13,13 @@ import anyio
 import pytest
 import torch
 from eventrain.callbacks import MetricsCB, TrainCB
-from eventrain.engine import DataLoaders, Learner, TrainLearner
+from eventrain.engine import DataLoaders, Learner, MomentumLearner, TrainLearner
 from eventrain.events import (
     AfterBatch,
+    AfterLoss,
     BeforeBatch,
     Callback,
+    GetLoss,
     record_events,
 )
 from torch import nn
@@ -696,3 +699,82 @@ async def test_a_receiver_that_fits_its_own_learner_is_refused(learner: TrainLea
 async def test_run_inside_an_event_loop_says_what_to_call_there(learner: TrainLearner) -> None:
     with refused(learner, RuntimeError, "run() starts an event loop", "await learner.fit(...)"):
         learner.run(1)
+
+
+# ------------------------------------------------------------------------------ first mistakes
+
+
+@pytest.mark.parametrize("cls", [Learner, TrainLearner, MomentumLearner])
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        (
+            {"opt": torch.optim.SGD([nn.Parameter(torch.ones(1))])},
+            "opt_func=lambda params, lr: opt",
+        ),
+        ({"optimizer": torch.optim.Adam}, "opt_func=torch.optim.AdamW"),
+        ({"callbacks": [MetricsCB()]}, "cbs=..."),
+        ({"loss": F.mse_loss}, "loss_func=..."),
+        ({"criterion": F.mse_loss}, "loss_func=..."),
+        ({"metrics": []}, "cbs=MetricsCB(accuracy=...)"),
+        ({"device": "cpu"}, "cbs=DeviceCB(...)"),
+        ({"scheduler": None}, "cbs=SchedulerCB(lambda opt: ...)"),
+        ({"train": []}, "dls=DataLoaders(train, valid)"),
+        ({"epochs": 3}, "learner.fit(n_epochs)"),
+        ({"colour": 3}, None),
+    ],
+    ids=lambda wrong: next(iter(wrong)) if isinstance(wrong, dict) else "",
+)
+def test_an_argument_by_another_name_is_told_its_own(
+    wrong: dict[str, Any], says: str | None, cls: Any, make_model: MakeModel, dls: DataLoaders
+) -> None:
+    with pytest.raises(TypeError) as raised:
+        cls(make_model(), dls, **wrong)
+    start = f"{cls.__name__}() got an unexpected keyword argument '{next(iter(wrong))}'"
+    assert str(raised.value).startswith(start)
+    assert (says or start) in str(raised.value)
+
+
+def test_train_cb_with_several_inputs_says_what_to_write() -> None:
+    with pytest.raises(ValueError, match=r"n_inp=2: .* derive a class from TrainCB") as raised:
+        TrainCB(n_inp=2)
+    assert "learner.model(*learner.batch[:2])" in str(raised.value)
+
+
+class PerformsItself(TrainLearner):
+    def get_loss(self) -> None:
+        self.perform(GetLoss)
+
+
+class PerformsItselfCB(Callback):
+    def get_loss(self, event: GetLoss) -> None:
+        event.learner.perform(GetLoss)
+
+
+class EmitsItselfCB(Callback):
+    def after_loss(self, event: AfterLoss) -> None:
+        event.learner.emit(AfterLoss)
+
+
+@pytest.mark.parametrize(
+    ("cls", "cbs", "who", "says"),
+    [
+        (PerformsItself, None, "PerformsItself.get_loss", "super().get_loss()"),
+        (TrainLearner, PerformsItselfCB(), "PerformsItselfCB.get_loss", "event.proceed()"),
+        (TrainLearner, EmitsItselfCB(), "EmitsItselfCB.after_loss", "emit another event"),
+    ],
+    ids=["learner", "callback", "emits"],
+)
+def test_a_receiver_that_calls_itself_without_end_is_one_clear_error(
+    cls: Any, cbs: Any, who: str, says: str, make_model: MakeModel, dls: DataLoaders
+) -> None:
+    learner = cls(make_model(), dls)
+    with pytest.raises(RecursionError) as raised:
+        learner.run(1, cbs=cbs)
+    assert str(raised.value).startswith(f"{who} ")
+    assert "which calls it again, without end" in str(raised.value)
+    assert says in str(raised.value)
+    assert len(raised.value.__notes__) == 1
+    assert len("".join(traceback.format_exception(raised.value)).splitlines()) < 80
+    assert learner.result is not None
+    assert learner.result.who == who
