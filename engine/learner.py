@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Never
 
 from torch import nn, optim
 from torch.nn import functional as F
@@ -13,6 +13,7 @@ from ..events import Bus, Callback
 from ..events.types import numbers_of
 from .checkpoint.preserve import preserved
 from .run.fit import Fit
+from .run.keywords import check_no_unknown
 from .run.lr_finder import LRFinderCB
 from .run.mean_loss import RecordMeanLoss
 from .run.optimizer import check_opt_func
@@ -80,7 +81,9 @@ class Learner(ScriptForms):
         opt_func: Callable[..., Any] | None = optim.SGD,
         *,
         bus: Bus | None = None,
+        **unknown: Never,
     ) -> None:
+        check_no_unknown(type(self).__name__, unknown)
         super().__init__(bus)
         self.model = model
         self.dls = dls
