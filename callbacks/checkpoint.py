@@ -10,9 +10,7 @@ from pathlib import Path
 from time import monotonic
 from typing import Literal, cast
 
-import structlog
-
-from ..engine import Learner
+from ..engine import Learner, log
 from ..engine.checkpoint.background import BackgroundWriter
 from ..engine.checkpoint.folder import CheckpointFolder
 from ..engine.checkpoint.loader_position import resume_strategy
@@ -24,8 +22,6 @@ from ..engine.loop.state import Position
 from ..events import BeforeFit, Callback, CleanupBatch, CleanupEpoch, CleanupFit, Event
 from ._checks import check_float, check_int
 from ._monitor import is_training, number_of
-
-log = structlog.get_logger("eventrain")
 
 
 class CheckpointCB(Callback):

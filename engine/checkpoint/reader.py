@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import structlog
 import torch
 
+from .. import log
 from ..loop.state import Position
 from .sparse import decode_sparse
 from .validate import disallowed_names, incomplete_shapes
@@ -105,9 +105,7 @@ class Checkpoint:
             try:
                 return cls._load_one(candidate)
             except CheckpointDamagedError as exc:
-                structlog.get_logger("eventrain").warning(
-                    "checkpoint_damaged", path=str(candidate), error=str(exc)
-                )
+                log.warning("checkpoint_damaged", path=str(candidate), error=str(exc))
         if found:
             raise CheckpointDamagedError(f"all {len(found)} checkpoints in {path} are damaged")
         raise CheckpointError(f"there is no checkpoint in {path}")

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol, cast, runtime_checkable
 
-import structlog
 import torch
 
 from ...events import Callback
+from .. import log
 from ..data.prefetch import Prefetcher
 from ..loop.reading import BatchReader, read_batches
 from ..loop.state import LoopState
@@ -20,8 +20,6 @@ from .preserve import KeptLearner
 from .random_state import RandomState, generators, random_state, set_random_state
 from .reader import Checkpoint, checkpoints_in
 from .state import State, set_state
-
-log = structlog.get_logger("eventrain")
 
 
 @runtime_checkable

@@ -19,12 +19,12 @@ from typing import Any, Generic, Protocol, Self, TypeVar
 import anyio
 import anyio.from_thread
 import anyio.lowlevel
-import structlog
 
 from ...events import CancelException, Event, Subscription
 from ...events.callback import Overflow
 from ...events.checks import is_int
 from ...events.subscription import check_event_type
+from .. import log
 from ..loop.requests import Requests
 from .turns import Turns, turns_of_this_loop
 
@@ -144,11 +144,15 @@ class EventStream(Generic[E]):
     def fail(self, exc: BaseException) -> None:
         """Detach a reader that raised, or whose `where` raised, and log the error."""
         self.close()
-        structlog.get_logger("eventrain").error(
+        try:
+            error = repr(exc)
+        except Exception:  # it is the user's class
+            error = type(exc).__qualname__
+        log.error(
             "observer_failed",
             run_id=self._owner.run_id,
             observer=self.name,
-            error=repr(exc),
+            error=error,
             exc_info=exc,
         )
 
@@ -220,7 +224,6 @@ class EventStream(Generic[E]):
         self._blocked_checks += 1
         if self._blocked_checks != PATIENCE:
             return
-        log = structlog.get_logger("eventrain")
         details = {"run_id": self._owner.run_id, "observer": self.name, "buffer": self.buffer}
         if self._is_read():
             hint = "its buffer is full, and with overflow='block' the training waits for it"

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-import structlog
-
+from .. import log
 from ..data.batches import check_batch
 from ..data.dataloaders import why_empty
 from .state import LoopState
-
-log = structlog.get_logger("eventrain")
 
 
 class BatchReader:

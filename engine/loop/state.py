@@ -189,8 +189,8 @@ class LoopState:
 
     def __init__(self, bus: Bus | None, reader: AnyBatchReader) -> None:
         self.bus = Bus() if bus is None else bus
-        self.signals = self.bus.signals
-        self.without_receivers = self.bus.without_receivers
+        self.signals = self.bus.signals_of(self)
+        self.without_receivers = self.signals.without_receivers
         self.pending_requests = Requests()
         self.run_id = ""
         self.fitting = False

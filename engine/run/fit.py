@@ -10,10 +10,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
-import structlog
-
 from ...events import ScopeEnd
 from ...events.types import numbers_of
+from .. import log
 from ..checkpoint.reader import Checkpoint
 from ..checkpoint.resume import ResumableBatchReader, ResumedBatchReader, last_checkpoint
 from ..data.dataloaders import loader_of
@@ -22,6 +21,7 @@ from ..loop.parameters import drop_unused_gradients
 from ..loop.state import COMPLETED
 from ..loop.trained_parameters import trained_parameters
 from .fittable import Fittable
+from .forks import HostLoop, is_left_in_parent
 from .graceful import GracefulStop
 from .optimizer import make_optimizer, temporary_lr
 from .plan import FitPlan, check_lr
@@ -84,7 +84,8 @@ class Fit:
         for stream in learner.fit_streams:
             stream.begin()
         try:
-            await self._thread.run(self._work)
+            with HostLoop(learner):
+                await self._thread.run(self._work)
         finally:
             learner.async_wrapper = None
             if self._result is not None:
@@ -101,9 +102,7 @@ class Fit:
         dropped = +dropped  # without the zeros
         learner.result = self._result = replace(result, dropped=dict(dropped))
         if dropped:
-            structlog.get_logger("eventrain").warning(
-                "events_dropped", run_id=learner.run_id, dropped=dict(dropped)
-            )
+            log.warning("events_dropped", run_id=learner.run_id, dropped=dict(dropped))
 
     # ---------------------------------------------------------------- in the training thread
 
@@ -212,6 +211,11 @@ class Fit:
 
 def check_idle(learner: Fittable) -> None:
     """Raise a RuntimeError if the learner is fitting."""
+    if is_left_in_parent(learner):
+        raise RuntimeError(
+            f"this learner was fitting (run {learner.run_id}) when this process was forked, and"
+            " may be in the middle of a batch: make another learner here, or fork between two fits"
+        )
     if learner.fitting:
         raise RuntimeError(
             f"this learner is fitting already (run {learner.run_id}); await that fit, or use"

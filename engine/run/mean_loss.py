@@ -7,15 +7,13 @@ from contextlib import suppress
 from functools import partial
 from typing import Any, Literal
 
-import structlog
 import torch
 
 from ...events import AfterBatch, AfterEpoch, BeforeEpoch, BeforeFit, Callback
 from ...events.learner import LearnerLike
+from .. import log
 from ..data.accelerator import has_float64
 from ..loop.loss import check_scalar
-
-log = structlog.get_logger("eventrain")
 
 Reduction = Literal["auto", "mean", "sum"]
 
