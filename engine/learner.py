@@ -12,8 +12,8 @@ from torch.nn import functional as F
 from ..events import Bus, Callback
 from ..events.types import numbers_of
 from .checkpoint.preserve import preserved
+from .run.arguments import check_loss_func, check_model, check_no_unknown
 from .run.fit import Fit
-from .run.keywords import check_no_unknown
 from .run.lr_finder import LRFinderCB
 from .run.mean_loss import RecordMeanLoss
 from .run.optimizer import check_opt_func
@@ -85,9 +85,9 @@ class Learner(ScriptForms):
     ) -> None:
         check_no_unknown(type(self).__name__, unknown)
         super().__init__(bus)
-        self.model = model
+        self.model = check_model(model)
         self.dls = dls
-        self.loss_func = loss_func
+        self.loss_func = check_loss_func(loss_func)
         self.lr = lr
         self.opt_func = check_opt_func(opt_func)
         self.add_cbs(cbs)

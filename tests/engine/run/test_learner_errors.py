@@ -735,6 +735,50 @@ def test_an_argument_by_another_name_is_told_its_own(
     assert (says or start) in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"model": nn.ReLU}, "is a class: pass an instance"),
+        ({"model": lambda x: x}, "is not a torch.nn.Module"),
+        ({"loss_func": nn.MSELoss}, "loss_func=MSELoss is a class: pass an instance, MSELoss()"),
+        ({"loss_func": "mse"}, "loss_func='mse' cannot be called"),
+    ],
+    ids=["model class", "function", "loss class", "loss name"],
+)
+def test_a_model_or_loss_that_cannot_be_used_is_refused_when_the_learner_is_made(
+    wrong: dict[str, Any], says: str, make_model: MakeModel, dls: DataLoaders
+) -> None:
+    with pytest.raises(TypeError) as raised:
+        TrainLearner(**{"model": make_model(), "dls": dls, **wrong})
+    assert says in str(raised.value)
+
+
+@pytest.mark.parametrize("lr", ["1e-3", torch.optim.SGD], ids=["text", "class"])
+def test_a_learning_rate_that_is_text_or_a_class_is_refused(lr: Any, learner: TrainLearner) -> None:
+    learner.lr = lr
+    with refused(learner, TypeError, f"lr={lr!r}: give a number"):
+        learner.run(1)
+
+
+def test_a_callback_or_a_loader_in_the_place_of_train_is_refused(learner: TrainLearner) -> None:
+    with refused(learner, TypeError, "train is a MetricsCB: give True or False", "cbs=..."):
+        learner.run(1, MetricsCB())  # type: ignore[arg-type]
+    with refused(learner, TypeError, "valid is a list: give True or False"):
+        learner.run(1, True, learner.dls.valid)
+
+
+def test_a_loader_in_the_place_of_dls_is_refused_with_the_way_out(learner: TrainLearner) -> None:
+    learner.dls = DataLoader(TensorDataset(torch.ones(3, 3), torch.ones(3, 1)))
+    with refused(learner, ValueError, "dls is a DataLoader. Give DataLoaders(train, valid)"):
+        learner.run(1)
+
+
+def test_on_without_its_event_is_refused(learner: TrainLearner) -> None:
+    """`@learner.on` would make a decorator of the function, which then is never called."""
+    with refused(learner, TypeError, "is not an event class"):
+        learner.on(lambda event: None)  # type: ignore[arg-type]
+
+
 def test_train_cb_with_several_inputs_says_what_to_write() -> None:
     with pytest.raises(ValueError, match=r"n_inp=2: .* derive a class from TrainCB") as raised:
         TrainCB(n_inp=2)
