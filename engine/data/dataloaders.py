@@ -110,6 +110,11 @@ def loader_of(dls: Any, training: bool) -> tuple[Any, int | None]:
     phase = "train" if training else "valid"
     loader = getattr(dls, phase, None)
     if loader is None:
+        if isinstance(dls, Iterable) and not hasattr(dls, phase):
+            raise ValueError(
+                f"{phase}=True needs data, but dls.{phase} is missing: dls is a"
+                f" {type(dls).__name__}. Give DataLoaders(train, valid), two iterables of batches"
+            )
         raise ValueError(
             f"{phase}=True needs data, but dls.{phase} is missing. Give DataLoaders a {phase}"
             f" loader, or call fit({phase}=False)"

@@ -7,6 +7,7 @@ from typing import Any, Literal, TextIO, TypeVar
 
 from ...events import Bus, Callback, Event, Subscription
 from ...events.callback import Overflow
+from ...events.subscription import check_event_type
 from ..loop.state import AnyBatchReader, LoopState
 from .attachments import Attachments
 from .explain import explain
@@ -109,6 +110,8 @@ class EventSource(LoopState):
             batch 2 of 4
             batch 4 of 4
         """
+
+        check_event_type(event_type)  # now: `@learner.on` without arguments passes a function
 
         def decorate(receiver: R) -> R:
             self.subscribe(event_type, receiver, order=order, every=every, once=once, where=where)
