@@ -35,8 +35,8 @@ class AccelerateCB(TrainCB):
     step skipped because of overflow cancels the step scope, as with `MixedTrainingCB`.
 
     Args:
-        mixed_precision: "no", "fp16" or "bf16"; by default "fp16" where CUDA is available, as in
-            the post, and "no" elsewhere.
+        mixed_precision: "no", "fp16" or "bf16"; by default "fp16" with a GPU, as in the post, and
+            "no" on the CPU.
         kwargs: further arguments of `Accelerator`, but not those that change what the loop does,
             such as `gradient_accumulation_steps`: use `GradientAccumulationCB`.
 
@@ -56,7 +56,7 @@ class AccelerateCB(TrainCB):
         with optional_import("AccelerateCB", "accelerate", "accelerate"):
             from accelerate import Accelerator
         if mixed_precision is None:
-            mixed_precision = "fp16" if torch.cuda.is_available() else "no"
+            mixed_precision = "fp16" if torch.accelerator.is_available() else "no"
         self.accelerator = Accelerator(mixed_precision=mixed_precision, **kwargs)
         _check_loop_is_ours(self.accelerator)
         self._own: tuple[Any, Any, Any] | None = None

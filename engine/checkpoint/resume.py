@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Protocol, cast, runtime_checkable
 
-import structlog
 import torch
 
 from ...events import Callback
+from .. import log
 from ..data.prefetch import Prefetcher
 from ..loop.reading import BatchReader, read_batches
 from ..loop.state import LoopState
 from .compatibility import CheckpointMismatchError, check_state
 from .loader_position import resume_strategy, skip_to
+from .parts import SavedLearner
+from .preserve import KeptLearner
 from .random_state import RandomState, generators, random_state, set_random_state
 from .reader import Checkpoint, checkpoints_in
-from .snapshot import Snapshot
-from .state import SavedLearner, State, set_state, state_of
-
-log = structlog.get_logger("eventrain")
+from .state import State, set_state
 
 
 @runtime_checkable
@@ -166,12 +164,11 @@ class ResumedBatchReader(ResumableBatchReader):
 
     def _load(self, loop: LoopState, state: State) -> None:
         learner = cast(SavedLearner, loop)
-        before = Snapshot(state_of(learner)).wait()
+        before = KeptLearner(learner)
         try:
             set_state(learner, state)
         except BaseException:
-            with suppress(Exception):  # the first error is the one to raise
-                set_state(learner, before)
+            before.put_back()  # its own errors are not raised: the first one is
             raise
         self.loaded = True
         self.drop_checkpoint()

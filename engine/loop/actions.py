@@ -47,7 +47,7 @@ def may_replace(method: Callable[..., Any] | None) -> bool:
 
 def performers(loop: LoopState, action: type[ActionEvent]) -> tuple[Subscription, ...]:
     """The open receivers of an action, in order."""
-    return tuple(s for s in loop.bus.signal(action).ordered if s.matches(loop) and not s.closed)
+    return tuple(s for s in loop.signals[action].ordered if s.matches(loop) and not s.closed)
 
 
 def chain(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -71,7 +71,7 @@ class AnyBatchReader(Protocol):
 
     def read(self, loop: LoopState) -> Iterator[int]: ...
 
-    def note_guess(self, size: int, why: str) -> None: ...
+    def note_guess(self, loop: LoopState, size: int, why: str) -> None: ...
 
 
 class LoopState:
@@ -116,6 +116,7 @@ class LoopState:
         "scope_end",
         "signals",
         "step_lr",
+        "trained_parameters",
         "training",
         "training_thread",
         "trains",
@@ -156,6 +157,8 @@ class LoopState:
     all_read: bool
     """Whether the loader of the current epoch is exhausted."""
     training: bool
+    trained_parameters: Sequence[tuple[str, torch.Tensor]]
+    """Until BeforeFit has been sent: the model's parameters that its optimizer has, by name."""
     step_lr: Any
     """The learning rate of the first group that the step of this batch uses; None before."""
     gradients_pending: bool
@@ -186,8 +189,8 @@ class LoopState:
 
     def __init__(self, bus: Bus | None, reader: AnyBatchReader) -> None:
         self.bus = Bus() if bus is None else bus
-        self.signals = self.bus.signals
-        self.without_receivers = self.bus.without_receivers
+        self.signals = self.bus.signals_of(self)
+        self.without_receivers = self.signals.without_receivers
         self.pending_requests = Requests()
         self.run_id = ""
         self.fitting = False
@@ -235,7 +238,7 @@ class LoopState:
                     return shape[0]
         size, guess = size_of(batch)
         if guess is not None:
-            self.batch_reader.note_guess(size, guess)
+            self.batch_reader.note_guess(self, size, guess)
         return size
 
     def measured(self) -> dict[str, Any]:
@@ -265,7 +268,7 @@ class LoopState:
         self.epochs = range(n_epochs)
         self.epoch = self.iter = self.n_samples = 0
         self.history = []
+        self.trained_parameters = []
         self.progress = {True: Progress(), False: Progress()}
         self.done = self.progress[trains]
         self.scope_end = ScopeEnd("failed", None, "the training could not begin")
-        self.pending_requests.clear()

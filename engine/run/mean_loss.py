@@ -7,14 +7,13 @@ from contextlib import suppress
 from functools import partial
 from typing import Any, Literal
 
-import structlog
 import torch
 
 from ...events import AfterBatch, AfterEpoch, BeforeEpoch, BeforeFit, Callback
 from ...events.learner import LearnerLike
+from .. import log
+from ..data.accelerator import has_float64
 from ..loop.loss import check_scalar
-
-log = structlog.get_logger("eventrain")
 
 Reduction = Literal["auto", "mean", "sum"]
 
@@ -85,8 +84,7 @@ class MeanLoss:
     def _place(self, device: torch.device) -> None:
         """Accumulate on the device of the losses, from zero or from a loaded state."""
         if self._sum is None:
-            # Apple's devices do not have float64.
-            dtype = torch.float32 if device.type == "mps" else torch.float64
+            dtype = torch.float64 if has_float64(device) else torch.float32
             self._sum = torch.zeros((), dtype=dtype, device=device)
         self._sum = self._sum.to(device)
         self._placed = True

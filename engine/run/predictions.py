@@ -6,18 +6,16 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
-import structlog
 import torch
 
 from ...events import AfterPredict, Callback, CancelBatchException, CleanupEpoch
+from .. import log
 from ..data.batch_size import parts_of
 from ..data.batches import targets_of
 from ..data.containers import map_tensors
 from ..data.outputs import Layouts, in_common, is_ambiguous, join, layouts_of, why_not_collected
 from ..loop.state import LoopState
 from .result import FitResult
-
-log = structlog.get_logger("eventrain")
 
 Keep = str | int | Sequence[str | int] | Callable[[Any], Any] | None
 

@@ -166,6 +166,20 @@ async def test_a_callback_is_free_again_however_its_fit_ended(end: str) -> None:
     assert in_use._users == {}
 
 
+async def test_a_search_that_is_refused_does_not_restore_what_another_fit_is_counting() -> None:
+    metrics = MetricsCB()
+    a, b = learner(metrics, 1.0), learner(metrics, 100.0)
+    metrics.history.append({"epoch": 0, "train": "train", "loss": 7.0})
+
+    async def second() -> None:
+        a.subscribe(AfterBatch, lambda event: metrics.history.clear(), once=True)
+        with pytest.raises(RuntimeError, match="cannot use this MetricsCB"):
+            await b.lr_find()
+
+    await while_fitting(a, second)
+    assert [row["loss"] for row in metrics.history] == [1.0, 1.0]
+
+
 class Counts(Callback):
     """A callback of the user's own, that counts what it has seen."""
 
