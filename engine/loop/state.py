@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -140,7 +140,7 @@ class LoopState:
     n_iter: int | None
     n_samples: int
     training: bool
-    trained_parameters: list[tuple[str, torch.Tensor]]
+    trained_parameters: Sequence[tuple[str, torch.Tensor]]
     """Until BeforeFit has been sent: the model's parameters that its optimizer has, by name."""
     step_lr: Any
     """The learning rate of the first group that the step of this batch uses; None before."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import nn
@@ -10,7 +10,7 @@ from torch import nn
 from .parameters import optimizer_parameters
 from .state import LoopState
 
-NamedParameters = list[tuple[str, torch.Tensor]]
+NamedParameters = Sequence[tuple[str, torch.Tensor]]
 
 
 def trained_parameters(loop: LoopState) -> NamedParameters:
