@@ -7,13 +7,19 @@ from collections.abc import Iterable, Iterator
 from ..data.batches import batch_size, check_batch
 from ..data.dataloaders import why_empty
 from .state import LoopState
+from .trained_parameters import check_trained_parameters
 
 
 class BatchReader:
     """Reads every epoch of a fit from its first batch."""
 
     def begin(self, loop: LoopState) -> None:
-        """Prepare for the fit. Called after BeforeFit."""
+        """Check what receivers of BeforeFit have left. Called after it.
+
+        Raises:
+            RuntimeError: the optimizer has parameters that the model no longer has.
+        """
+        check_trained_parameters(loop)
 
     def includes(self, epoch: int, training: bool) -> bool:
         """Whether the training (or validation) of this epoch is to be run."""
