@@ -46,6 +46,8 @@ class LayerSummary:
 class SummaryCB(Callback):
     """Prints the model's layers: output shapes, parameters and multiply-adds, once per fit.
 
+    Not in runs of `validate`, `get_preds` and `lr_find`.
+
     It records the first batch of the fit, training or validating, that has predictions; it makes
     no forward pass of its own. A layer called several times is listed once, as "Linear x2", with
     the multiply-adds of all its calls. Matrix products, convolutions and attention are counted, as
@@ -102,7 +104,7 @@ class SummaryCB(Callback):
         return sum(row.multiply_adds for row in self.rows)
 
     def before_fit(self, event: BeforeFit) -> None:
-        self._done = False
+        self._done = event.purpose != "fit"
 
     def before_batch(self, event: BeforeBatch) -> None:
         if not self._done:

@@ -58,13 +58,17 @@ class Meters:
         if seconds is not None:
             self._sampled.record(seconds, _kind(event.training, event.end.status))
 
-    def end_epoch(self, event: CleanupEpoch, seconds: float | None) -> None:
+    def end_epoch(
+        self, event: CleanupEpoch, seconds: float | None, numbers: dict[str, Any]
+    ) -> None:
         self._count(event)
+        if event.end.status == "completed":
+            self._set_gauges(event, numbers)
         self.n_samples = 0
         if seconds is not None:
             self._epochs.record(seconds, _kind(event.training, event.end.status))
 
-    def set_gauges(self, event: CleanupEpoch, numbers: dict[str, Any]) -> None:
+    def _set_gauges(self, event: CleanupEpoch, numbers: dict[str, Any]) -> None:
         which = {"eventrain.phase": event.phase}
         for key, number in numbers.items():
             if isinstance(number, str):

@@ -39,7 +39,7 @@ class LossCurveCB(Callback):
     displayed, but `figure` can be saved. For a long fit it shows every 2nd, 4th, ... batch, and
     always the first and the last.
 
-    An instance shows one fit at a time. Fits that do not train are ignored.
+    An instance shows one fit at a time. Fits that do not train, and `lr_find`, are ignored.
 
     Args:
         ax: the axes to draw on; by default those of a new figure for every fit. Displaying your
@@ -93,7 +93,7 @@ class LossCurveCB(Callback):
     def watcher(self, event: Event) -> Watcher:
         """The object that collects and draws the losses of one fit."""
         fit = _FitCurve(self._canvas)
-        if isinstance(event, BeforeFit) and event.learner.trains:
+        if isinstance(event, BeforeFit) and event.purpose == "fit" and event.learner.trains:
             self._fit.shown, fit.shown = False, True
             self._fit = fit
         return fit

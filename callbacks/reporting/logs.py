@@ -14,7 +14,7 @@ import structlog
 from structlog.typing import EventDict, Processor
 
 from ...events import BeforeFit
-from .jsonable import escape_control, to_jsonable
+from .jsonable import Conversion, escape_control
 from .records import RecordCB
 
 _LEVELS = {"completed": "info", "cancelled": "warning", "failed": "error"}
@@ -26,14 +26,17 @@ class StructlogCB(RecordCB):
     It observes: lines are written on the host's event loop, several at a time, and never hold up
     the training. Each is a record of `docs/record.schema.json`, together with the context
     variables that are bound where `fit` is called, which structlog's own loggers add by default.
-    A number that is not finite is null, and "nonfinite" has its text by its key. Log lines of your
+    A number that is not finite is null, and "nonfinite" has its text by its key. A structlog logger
+    of the host also gets the timestamp as "emitted_at", because its `TimeStamper` would replace it
+    by the time at which the line is written (`MaybeTimeStamper` does not). Log lines of your
     own receivers in the training thread have the `run_id` of the fit.
 
     Args:
         every: write a line for every n-th training batch of the fit; 0 for none.
         every_seconds: leave out batches within this many seconds of the last one with a line.
         format: "json" for machines, "console" for people; None leaves it to `logger`.
-        file: the file that "json" and "console" write to; standard error by default.
+        file: the file that "json" and "console" write to; by default what is standard error when
+            a line is written.
         logger: the structlog logger to use, by default the host's own, as configured; its methods
             may be async. Or a `logging.Logger`, or an adapter of one, which gets the line as JSON,
             and the record in `extra`, under "eventrain". For all of these, control characters in
@@ -58,6 +61,7 @@ class StructlogCB(RecordCB):
     """
 
     order: float = -math.inf  # the context variable is set before other receivers log
+    shareable = True
 
     def __init__(
         self,
@@ -74,8 +78,9 @@ class StructlogCB(RecordCB):
         if file is not None and format is None:
             raise ValueError("a file needs a format: 'json' or 'console'")
         self._escaped = format is None
+        self._stamped = False  # whether a processor of the host may replace the timestamp
         if format is not None:
-            self.logger = _logger(format, sys.stderr if file is None else file)
+            self.logger = _logger(format, file)
         elif isinstance(logger, logging.Logger | logging.LoggerAdapter):
             extra: Mapping[str, object] = {}
             if isinstance(logger, logging.LoggerAdapter):  # it would replace our `extra` by its own
@@ -83,8 +88,10 @@ class StructlogCB(RecordCB):
             self.logger = _wrap(logger, [partial(_to_stdlib, extra=extra)])
         elif logger is None:
             self.logger = structlog.get_logger("eventrain")
+            self._stamped = True
         elif all(callable(getattr(logger, level, None)) for level in _LEVELS.values()):
             self.logger = logger
+            self._stamped = True
         else:
             raise TypeError(
                 f"logger={logger!r}: give a logger, of structlog or of the standard library"
@@ -98,23 +105,64 @@ class StructlogCB(RecordCB):
         """Write one line."""
         if self._escaped:
             record = _escaped(record)
+        if self._stamped:
+            record["emitted_at"] = record["timestamp"]
         log = getattr(self.logger, _LEVELS[record.get("status", "completed")])
         written: Awaitable[Any] | None = log(record.pop("event"), **record)
         return written  # awaitable if the methods of the logger are async
 
 
-def _logger(format: str, file: TextIO) -> Any:  # noqa: A002 - as above
+def _logger(format: str, file: TextIO | None) -> Any:  # noqa: A002 - as above
     """A structlog logger of our own, whatever the host has configured."""
+    out = _File(file)
     if format == "json":
         render: list[Processor] = [_to_json]
     elif format == "console":
-        render = [
-            _for_console,
-            structlog.dev.ConsoleRenderer(colors=file.isatty(), sort_keys=False),
-        ]
+        render = [_for_console, _ConsoleRenderer(out)]
     else:
         raise ValueError(f"format={format!r}: choose 'json' or 'console'")
-    return _wrap(structlog.WriteLogger(file), [structlog.processors.add_log_level, *render])
+    return _wrap(out, [structlog.processors.add_log_level, *render])
+
+
+class _File:
+    """Writes lines to a file, or to what is standard error when a line is written: a progress bar,
+    a notebook or a test replaces it for a while."""
+
+    def __init__(self, file: TextIO | None) -> None:
+        self._file = file
+
+    @property
+    def current(self) -> TextIO | None:
+        return sys.stderr if self._file is None else self._file
+
+    @property
+    def colors(self) -> bool:
+        return self.current is not None and self.current.isatty()
+
+    def msg(self, line: str) -> None:
+        # Not structlog's WriteLogger, which keeps every file, with a lock, for good.
+        if (file := self.current) is not None:  # a process without a console has none
+            file.write(line + "\n")
+            file.flush()
+
+    def __deepcopy__(self, memo: object) -> _File:
+        return self
+
+    info = warning = error = msg
+
+
+class _ConsoleRenderer:
+    """Structlog's renderer, with colors where the line is written to a terminal."""
+
+    def __init__(self, out: _File) -> None:
+        self._out = out
+        self._renderers = {
+            colors: structlog.dev.ConsoleRenderer(colors=colors, sort_keys=False)
+            for colors in (False, True)
+        }
+
+    def __call__(self, logger: Any, method: str, record: EventDict) -> str:
+        return self._renderers[self._out.colors](logger, method, record)
 
 
 def _wrap(logger: Any, processors: list[Processor]) -> Any:
@@ -127,23 +175,28 @@ def _wrap(logger: Any, processors: list[Processor]) -> Any:
     )
 
 
+_FIRST = ("event", "schema_version", "timestamp", "run_id", "purpose")
+_NOT_IN_ALL = ("who", "reason", "nonfinite", "left_out")
+
+
 def _in_context(logger: Any, method: str, record: EventDict) -> EventDict:
     """Add the host's context variables, except those with the name of a key of records."""
-    first = {key: record.pop(key) for key in ("event", "schema_version", "timestamp", "run_id")}
-    own = {*first, *record, "who", "reason", "nonfinite"}  # not every record has the last three
-    context = structlog.contextvars.get_contextvars().items()
-    return {**first, **{key: value for key, value in context if key not in own}, **record}
+    first = {key: record.pop(key) for key in _FIRST}
+    own = {*first, *record, *_NOT_IN_ALL}
+    bound = structlog.contextvars.get_contextvars()
+    # They may be anything, and have a budget of their own.
+    others = {key: value for key, value in bound.items() if key not in own}
+    context = Conversion().first_of(others, "")
+    return {**first, **context, **record}
 
 
 def _to_json(logger: Any, method: str, record: EventDict) -> str:
-    # The host's context variables, which are in it by now, may be anything.
-    return json.dumps(to_jsonable(record), allow_nan=False)
+    return json.dumps(record, allow_nan=False)
 
 
 def _to_stdlib(
     logger: Any, method: str, record: EventDict, *, extra: Mapping[str, object]
 ) -> tuple[Any, Any]:
-    record = to_jsonable(record)
     return (json.dumps(record, allow_nan=False),), {"extra": {**extra, "eventrain": record}}
 
 

@@ -43,7 +43,7 @@ class OpenTelemetryCB(Callback):
 
     | span | attributes, each beginning with `eventrain.` |
     |---|---|
-    | fit | run_id, n_epochs |
+    | fit, or validate, predict, lr_find | run_id, n_epochs, purpose |
     | train epoch, valid epoch | run_id, epoch, phase, n_iter; n_samples, metric.NAME |
     | train batch | run_id, epoch, phase, iter; n_samples, lr, loss |
     | all | status; who and reason unless completed |
@@ -65,6 +65,9 @@ class OpenTelemetryCB(Callback):
     | eventrain.metric, numbers of the last epoch | | metric.name, phase |
     | eventrain.metrics.left_out, as there are 50 other names already | {value} | phase |
     | eventrain.nonfinite, numbers left out because they are not finite | {value} | phase |
+
+    Instruments count fits alone, not runs of `validate`, `get_preds` and `lr_find`; and
+    `eventrain.metric` shows epochs that were completed.
 
     Numbers are scalars, as doubles. A number that is not finite makes exporters lose whole batches
     of spans: it is left out, and its text is `eventrain.nonfinite.NAME` of the span.
@@ -178,7 +181,7 @@ class _FitWatcher:
     def wants(self, event: Event) -> bool:
         """All events but most of the batches, which are only counted."""
         if isinstance(event, CleanupBatch):
-            self._meters.done[event.training, event.end.status] += 1
+            self._meters.done[event.training, event.end.status] += event.purpose == "fit"
         if self._callback._fit is not self:
             return False
         if isinstance(event, BeforeBatch):
@@ -208,12 +211,14 @@ class _FitWatcher:
             self._callback._fit = None
 
     def _record(self, event: Any) -> None:
-        spans, meters = self._spans, self._meters
+        spans = self._spans
+        meters = self._meters if event.purpose == "fit" else None
         if not self._begun:  # also where its BeforeFit was not emitted, or dropped
             self._begun = True
             spans.close()  # those of a fit whose end was not observed
-            meters.n_samples = 0
-            spans.begin(_FIT, "fit", event, {"eventrain.n_epochs": event.n_epochs})
+            self._meters.n_samples = 0
+            about = {"eventrain.n_epochs": event.n_epochs, "eventrain.purpose": event.purpose}
+            spans.begin(_FIT, event.purpose, event, about)
         match event:
             case BeforeEpoch():
                 known = {} if event.n_iter is None else {"eventrain.n_iter": event.n_iter}
@@ -224,15 +229,20 @@ class _FitWatcher:
             case CleanupBatch():
                 found = numbers_of("eventrain.", {"lr": event.lr, "loss": self._loss_of(event)})
                 found["eventrain.n_samples"] = event.n_samples
-                meters.end_batch(event, spans.end(_BATCH, event, event.end, found))
+                seconds = spans.end(_BATCH, event, event.end, found)
+                if meters is not None:
+                    meters.end_batch(event, seconds)
             case CleanupEpoch():
                 found = numbers_of("eventrain.metric.", event.metrics)
-                meters.set_gauges(event, found)
+                measured = dict(found)
                 found["eventrain.n_samples"] = event.n_samples
-                meters.end_epoch(event, spans.end(_EPOCH, event, event.end, found))
+                seconds = spans.end(_EPOCH, event, event.end, found)
+                if meters is not None:
+                    meters.end_epoch(event, seconds, measured)
             case CleanupFit():
                 spans.end(_FIT, event, event.end, {})
-                meters.end_fit(event)
+                if meters is not None:
+                    meters.end_fit(event)
                 self._callback.close()
 
     def _loss_of(self, event: CleanupBatch) -> float | None:

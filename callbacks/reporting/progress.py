@@ -43,6 +43,8 @@ class ProgressCB(Callback):
     draws on standard output, other output appears above it. In a notebook it is one output of the
     cell, updated in place and finally replaced by the table.
 
+    In runs of `validate`, `get_preds` and `lr_find` it shows the bars alone.
+
     The table has a row for every epoch, counted from 1, with the numbers that callbacks such as
     MetricsCB put into `learner.record`; the line below it says how the fit ended, who ended it and
     why. An instance shows one fit at a time.
@@ -83,7 +85,8 @@ class ProgressCB(Callback):
 
     def __init__(self, console: Console | None = None) -> None:
         with optional_import("ProgressCB", "rich", "progress"):
-            from rich import get_console
+            # All of them now: later it would be on the host's event loop.
+            from rich import get_console, live, progress_bar, table, text  # noqa: F401
         self.console = console or get_console()
         self._fit: _FitWatcher | None = None  # the one whose display was made last
 
@@ -171,7 +174,8 @@ class _FitWatcher:
                 display.end_epoch(event)
             case CleanupFit():
                 self._callback.close()
-                display.report(event)  # where the bars were
+                if event.purpose == "fit":
+                    display.report(event)  # where the bars were
 
 
 class _Display:
@@ -180,6 +184,8 @@ class _Display:
 
     def __init__(self, console: Console, event: BeforeFit) -> None:
         from rich.live import Live
+
+        from ._redirect import Redirection
 
         self._console = console
         self._n_epochs = event.n_epochs
@@ -194,24 +200,29 @@ class _Display:
         self._speed = ""
         self._drawn = 0.0
         self._rows: dict[int, dict[str, float]] = {}
-        redirect = console.file in (sys.stdout, sys.stderr)
         self._live = Live(
             console=console,
             get_renderable=self._render,
             auto_refresh=False,  # without a thread: it is drawn when events arrive
             transient=True,
-            redirect_stdout=redirect,
-            redirect_stderr=redirect,
+            redirect_stdout=False,
+            redirect_stderr=False,
         )
+        self._redirection = Redirection(console)
         # For a notebook, in which rich's Live needs widgets, and printing makes other outputs.
         self._cell = CellOutput() if console.is_jupyter else None
 
     def start(self) -> None:
         if self._console.is_interactive:
+            if self._console.file in (sys.stdout, sys.stderr):
+                self._redirection.start()
             self._live.start()
 
     def stop(self) -> None:
-        self._live.stop()
+        try:
+            self._live.stop()
+        finally:
+            self._redirection.stop()
         if self._cell is not None:
             self._cell.clear()
 
@@ -233,6 +244,7 @@ class _Display:
     def show_batch(self, event: AfterBatch, loss: float | None) -> None:
         self._now = event.time
         self._done = event.iter + 1
+        self._n_iter = event.n_iter  # None, once there are more batches than the loader told
         self._loss = self._loss if loss is None else loss
         seconds = event.time - self._began
         if event.n_samples and seconds > 0:
@@ -240,6 +252,8 @@ class _Display:
         self._draw()
 
     def end_epoch(self, event: CleanupEpoch) -> None:
+        if event.end.status != "completed":
+            return  # what was measured in a part of it is not its result
         for name, value in event.metrics.items():
             if is_number(value):
                 row = self._rows.setdefault(event.epoch, {})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Awaitable, Mapping
 from contextlib import ExitStack
 from threading import Lock
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ from ...events import (
     Watcher,
 )
 from .._checks import optional_import
+from ._not_reported import NotReported
 from .jsonable import numbers
 from .records import CallbackRecords, RecordCB
 
@@ -51,7 +52,7 @@ class PrometheusCB(RecordCB):
     | `eventrain_epochs_total{phase,status}` | epochs that ended |
     | `eventrain_samples_total{phase}` | samples read, up to the last batch record or epoch |
     | `eventrain_epoch_duration_seconds{phase}` | histogram of completed epochs |
-    | `eventrain_loss{phase}` | loss of the last epoch that recorded one, as `MetricsCB` does |
+    | `eventrain_loss{phase}` | loss of the last completed epoch, if recorded, as by `MetricsCB` |
     | `eventrain_metric{phase,metric}` | every other number that it recorded |
     | `eventrain_metrics_left_out_total` | numbers not shown, as there are 50 other names already |
     | `eventrain_batch_loss{phase}` | loss of the last training batch that has a record |
@@ -60,7 +61,7 @@ class PrometheusCB(RecordCB):
 
     Not measured: lists and strings among the metrics, steps, gradients, memory, and anything per
     run, as each run id would add time series. The gauges keep their values when a fit ends.
-    `validate()` and `lr_find()` are fits, too. NaN and infinities are shown.
+    `validate()`, `get_preds()` and `lr_find()` count for nothing. NaN and infinities are shown.
 
     Args:
         registry: the `CollectorRegistry` to use, prometheus_client's `REGISTRY` by default.
@@ -96,6 +97,7 @@ class PrometheusCB(RecordCB):
     """
 
     order: float = -math.inf  # a fit counts as running before another receiver can cancel it
+    shareable = True
 
     def __init__(
         self,
@@ -125,11 +127,14 @@ class PrometheusCB(RecordCB):
     # always received, also when the observer has failed or was cancelled.
 
     def before_fit(self, event: BeforeFit) -> None:
-        if event.learner not in self._running:  # it is, if detached in the middle of its last fit
+        # It is running, if this was detached in the middle of its last fit.
+        if event.purpose == "fit" and event.learner not in self._running:
             self._running.add(event.learner)
             self._of("running").inc()
 
     def cleanup_fit(self, event: CleanupFit) -> None:
+        if event.purpose != "fit":
+            return
         if event.learner in self._running:
             self._running.remove(event.learner)
             self._of("running").dec()
@@ -137,7 +142,7 @@ class PrometheusCB(RecordCB):
 
     def watcher(self, event: Event) -> Watcher:
         """The object that makes the records of one fit, and counts its samples."""
-        return _SampleCounter(self)
+        return _SampleCounter(self) if event.purpose == "fit" else NotReported()
 
     def count_samples(self, event: BeforeEpoch | AfterBatch | CleanupEpoch) -> None:
         """Count the samples of an epoch that came since the last event."""
@@ -156,9 +161,10 @@ class PrometheusCB(RecordCB):
         elif record["event"] == "epoch":
             which = {"phase": record["phase"]}
             self._of("epochs", **which, status=record["status"]).inc()
-            if record["status"] == "completed":
-                seconds = max(0, record["seconds"])  # the clock may have been set back
-                self._of("duration", **which).observe(seconds)
+            if record["status"] != "completed":
+                return  # what was measured in a part of an epoch cannot be told from the others
+            seconds = max(0, record["seconds"])  # the clock may have been set back
+            self._of("duration", **which).observe(seconds)
             for name, value in numbers(record, "metrics").items():
                 if name == "loss":
                     self._of("loss", **which).set(value)
@@ -180,10 +186,10 @@ class _SampleCounter(CallbackRecords):
         super().__init__(callback)
         self._count_samples = callback.count_samples
 
-    def observe(self, event: Event) -> None:
-        super().observe(event)
+    def observe(self, event: Event) -> Awaitable[Any] | None:
         if isinstance(event, BeforeEpoch | AfterBatch | CleanupEpoch):
             self._count_samples(event)
+        return super().observe(event)
 
 
 class _Collectors:

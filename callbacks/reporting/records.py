@@ -5,10 +5,14 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Awaitable
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, TypeVar
+
+import anyio
 
 from ...events import (
     AfterBatch,
@@ -23,10 +27,17 @@ from ...events import (
 )
 from ._pending_scalar import PendingScalar
 from ._sampling import Sampler, check_sampling, pending_loss
-from .jsonable import to_jsonable
+from .jsonable import Conversion
 
 SCHEMA_VERSION = 1
 """Increased when a key is renamed, removed, or changes its meaning; not when one is added."""
+
+DEVICE_POLL = 0.005
+"""Seconds between two looks at whether a number has arrived from the device."""
+
+T = TypeVar("T")
+_Measured = tuple[Conversion, Any]
+"""The numbers of an epoch as JSON can hold them, and the conversion that made them."""
 
 
 class RecordCB(Callback, ABC):
@@ -86,7 +97,9 @@ class RecordWatcher(ABC):
 
     def __init__(self, every: int, every_seconds: float) -> None:
         self._sampler = Sampler(every, every_seconds)
-        self._losses: dict[tuple[int, int], PendingScalar | None] = {}
+        # Of events that are on their way to `observe`; those that are dropped never arrive there.
+        self._losses: deque[tuple[tuple[int, int], PendingScalar | None]] = deque()
+        self._measured: deque[tuple[tuple[int, bool], _Measured]] = deque()
         self._fit_began: float | None = None
         self._epoch_began: float | None = None
         self._last_time = 0.0
@@ -94,11 +107,16 @@ class RecordWatcher(ABC):
 
     def wants(self, event: Event) -> bool:
         """Whether the event has a record, or starts something that has one."""
-        if not isinstance(event, AfterBatch):
-            return True
-        if not event.training or not self._sampler.takes_next():
-            return False
-        self._losses[event.epoch, event.iter] = pending_loss(event)
+        match event:
+            case CleanupEpoch():
+                # Now, because the training may change in place what was measured.
+                conversion = Conversion()
+                metrics = conversion.first_of(event.metrics, "metrics")
+                self._measured.append(((event.epoch, event.training), (conversion, metrics)))
+            case AfterBatch():
+                if not event.training or not self._sampler.takes_next():
+                    return False
+                self._losses.append(((event.epoch, event.iter), pending_loss(event)))
         return True
 
     def observe(self, event: Event) -> Awaitable[Any] | None:
@@ -111,41 +129,65 @@ class RecordWatcher(ABC):
                 self._epoch_began = self._last_time = event.time
                 self._last_n_samples = 0
             case AfterBatch():
-                return self._record(event, "batch", self._batch_fields(event))
+                loss = _take(self._losses, (event.epoch, event.iter))
+                number = None if loss is None else loss.get()
+                if loss is not None and number is None:
+                    return self._when_arrived(event, loss)
+                return self._record(event, "batch", self._batch_fields(event, number))
             case CleanupEpoch():
                 seconds = event.time - (self._epoch_began or event.time)
                 self._epoch_began = None
-                return self._record(event, "epoch", _epoch_fields(event, seconds))
+                conversion, metrics = _take(self._measured, (event.epoch, event.training))
+                fields = _epoch_fields(event, metrics, seconds)
+                return self._record(event, "epoch", fields, conversion)
             case CleanupFit():
                 seconds = event.time - (self._fit_began or event.time)
                 end = {**_end_fields(event.end), "seconds": seconds}
                 return self._record(event, "fit_ended", end)
         return None
 
-    def _batch_fields(self, event: AfterBatch) -> dict[str, Any]:
+    async def _when_arrived(self, event: AfterBatch, loss: PendingScalar) -> None:
+        """Wait for the device while the event loop goes on."""
+        while (number := loss.get()) is None:  # noqa: ASYNC110 - a device sets no anyio.Event
+            await anyio.sleep(DEVICE_POLL)
+        written = self._record(event, "batch", self._batch_fields(event, number))
+        if inspect.isawaitable(written):
+            await written
+
+    def _batch_fields(self, event: AfterBatch, loss: float | None) -> dict[str, Any]:
         n_samples = event.n_samples - self._last_n_samples
         seconds = event.time - self._last_time
         self._last_time, self._last_n_samples = event.time, event.n_samples
-        # If the loss has not arrived yet, the event loop waits for it here.
-        loss = self._losses.pop((event.epoch, event.iter))
         return {
             "phase": event.phase,
             "epoch": event.epoch,
             "iter": event.iter,
             "n_iter": event.n_iter,
-            "loss": None if loss is None else loss.get(wait=True),
+            "loss": loss,
             "lr": None if event.lr is None else float(event.lr),
             "samples_per_second": _rate(n_samples, seconds),
         }
 
-    def _record(self, event: Event, name: str, fields: dict[str, Any]) -> Awaitable[Any] | None:
-        nonfinite: dict[str, str] = {}
-        fields = {key: to_jsonable(value, key, nonfinite) for key, value in fields.items()}
-        if nonfinite:
-            fields["nonfinite"] = nonfinite
+    def _record(
+        self,
+        event: Event,
+        name: str,
+        fields: dict[str, Any],
+        conversion: Conversion | None = None,
+    ) -> Awaitable[Any] | None:
+        conversion = conversion or Conversion()
+        fields = {
+            key: value if key == "metrics" else conversion.of(value, key)
+            for key, value in fields.items()
+        }
+        if conversion.nonfinite:
+            fields["nonfinite"] = conversion.nonfinite
+        if conversion.left_out:
+            fields["left_out"] = conversion.left_out
         when = datetime.fromtimestamp(event.time, UTC).isoformat(timespec="milliseconds")
         first = {"event": name, "schema_version": SCHEMA_VERSION, "timestamp": when}
-        return self.write({**first, "run_id": event.run_id, **fields})
+        which = {"run_id": event.run_id, "purpose": event.purpose}
+        return self.write({**first, **which, **fields})
 
     @abstractmethod
     def write(self, record: dict[str, Any]) -> Awaitable[Any] | None:
@@ -163,12 +205,20 @@ class CallbackRecords(RecordWatcher):
         return self._callback.write(record)
 
 
-def _epoch_fields(event: CleanupEpoch, seconds: float) -> dict[str, Any]:
+def _take(waiting: deque[tuple[Any, T]], key: object) -> T:
+    """The value of this key; those before it are of events that were dropped."""
+    while True:
+        first, value = waiting.popleft()
+        if first == key:
+            return value
+
+
+def _epoch_fields(event: CleanupEpoch, metrics: object, seconds: float) -> dict[str, Any]:
     return {
         "phase": event.phase,
         "epoch": event.epoch,
         **_end_fields(event.end),
-        "metrics": event.metrics,
+        "metrics": metrics,
         "seconds": seconds,
         "samples": event.n_samples,
         "samples_per_second": _rate(event.n_samples, seconds),

@@ -7,16 +7,20 @@ import re
 import weakref
 from collections.abc import Callable
 from datetime import datetime
+from functools import partial
 from hashlib import sha256
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
 import anyio
 import anyio.to_thread
 
-from ...events import AfterBatch, Callback, Event, Watcher
+from ...events import AfterBatch, Callback, CleanupEpoch, Event, Watcher
 from .._checks import optional_import
+from ._not_reported import NotReported
 from ._sampling import check_sampling
+from ._tensorboard_files import event_files, purge_steps, remove_epochs
 from .jsonable import numbers
 from .records import RecordCB, RecordWatcher
 
@@ -39,12 +43,16 @@ class TensorBoardCB(Callback):
     | `batch/loss`, `batch/lr`, `batch/samples_per_second` | training batches of the fit, from 0 |
     | `loss/train`, `loss/valid`, `accuracy/valid`, ... | the epoch, from 0 |
 
-    For an epoch, each number that callbacks such as `MetricsCB` recorded is written; lists,
-    strings, graphs, histograms and images are not. NaN and infinities are kept, and all numbers
-    have single precision. Wall times are the times at which the events were emitted.
+    For an epoch that was completed, each number that callbacks such as `MetricsCB` recorded is
+    written; lists, strings, graphs, histograms and images are not. NaN and infinities are kept, and
+    all numbers have single precision. Wall times are the times at which the events were emitted.
 
     The step of a batch is `epoch * n_iter + iter`. If a loader has no length, or a shorter one than
     before, the count of batches is continued.
+
+    A fit that trains takes the place of what its folder has from an earlier one of the same
+    `run_id`, from its own first step and epoch on: a run that was killed after its last checkpoint
+    and resumed does not go back in time. `validate`, `get_preds` and `lr_find` write nothing.
 
     Args:
         log_dir: the folder for `tensorboard --logdir`. Each fit has a folder in it, named by its
@@ -89,7 +97,9 @@ class TensorBoardCB(Callback):
 
     def watcher(self, event: Event) -> Watcher:
         """The object that writes the files of one fit."""
-        fit = _FitFiles(self, event.run_id)
+        if event.purpose != "fit":
+            return NotReported()
+        fit = _FitFiles(self, event)
         self._fits.add(fit)
         return fit
 
@@ -106,12 +116,16 @@ class TensorBoardCB(Callback):
 class _FitFiles(RecordWatcher):
     """The files of one fit, and the steps of its batches."""
 
-    def __init__(self, callback: TensorBoardCB, run_id: str) -> None:
+    def __init__(self, callback: TensorBoardCB, event: Event) -> None:
         super().__init__(callback.every, callback.every_seconds)
-        self._folder = os.path.join(callback.log_dir, _folder(run_id))
+        self._folder = os.path.join(callback.log_dir, _folder(event.run_id))
+        self._replaces = event.learner.trains
+        self._earlier: list[Path] | None = None  # the files of earlier fits of this run
+        self._first_step: int | None = None  # of this fit, until the earlier ones are purged
         self._first_steps: dict[int, int] = {}  # the step of the first batch, by epoch
         self._next_step = 0
         self._step = 0
+        self._replaced: set[str] = set()  # the phases whose epochs have been
         self._writer: SummaryWriter | None = None
         self._close: Callable[[], object] | None = None
 
@@ -119,22 +133,45 @@ class _FitFiles(RecordWatcher):
         if isinstance(event, AfterBatch) and event.training:
             first = self._first_steps.get(event.epoch)
             if first is None:
-                first = max(self._next_step, event.epoch * (event.n_iter or 0))
+                first = self._first_step_of(event)
+                if not self._first_steps:
+                    self._first_step = first + event.iter
                 self._first_steps[event.epoch] = first
             self._next_step = first + event.iter + 1
         return super().wants(event)
 
+    def _first_step_of(self, event: AfterBatch) -> int:
+        """The step of the first batch of an epoch; those before a checkpoint count as well."""
+        before = event.learner.progress[True].batches - 1 - event.iter
+        return max(self._next_step, before, event.epoch * (event.n_iter or 0))
+
     async def observe(self, event: Event) -> None:
         if self._writer is None:
             await _in_thread(self._open)
+        if self._earlier:
+            await self._replace(event, self._earlier)
         if isinstance(event, AfterBatch):
             self._step = self._first_steps[event.epoch] + event.iter
-        super().observe(event)
+        waiting = super().observe(event)
+        if waiting is not None:  # for the loss, which is not there yet
+            await waiting
+
+    async def _replace(self, event: Event, earlier: list[Path]) -> None:
+        """Take the place of what earlier fits have written of this step or epoch and later."""
+        if self._first_step is not None:
+            assert self._writer is not None
+            purge_steps(self._writer, self._first_step)
+            self._first_step = None
+        if isinstance(event, CleanupEpoch) and event.phase not in self._replaced:
+            self._replaced.add(event.phase)
+            await _in_thread(partial(remove_epochs, earlier, event.phase, event.epoch))
 
     async def close(self) -> None:
         await _in_thread(self.close_files)
 
     def _open(self) -> None:
+        if self._earlier is None:
+            self._earlier = event_files(self._folder) if self._replaces else []
         # The queue has no bound: a full one would block the host's event loop.
         self._writer = _summary_writer()(self._folder, max_queue=0, flush_secs=FLUSH_SECONDS)
         self._close = weakref.finalize(self, self._writer.close)
@@ -150,7 +187,7 @@ class _FitFiles(RecordWatcher):
             step, found = self._step, numbers(record)
             keys = ("loss", "lr", "samples_per_second")
             scalars = {f"batch/{key}": found[key] for key in keys if key in found}
-        elif record["event"] == "epoch":
+        elif record["event"] == "epoch" and record["status"] == "completed":
             step, phase = record["epoch"], record["phase"]
             found = numbers(record, "metrics")
             scalars = {f"{name}/{phase}": value for name, value in found.items()}

@@ -10,6 +10,7 @@ import torch
 
 from ...engine import DataLoaders
 from ...events import (
+    ActionEvent,
     Backward,
     BeforeEpoch,
     BeforeFit,
@@ -68,12 +69,13 @@ class AccelerateCB(TrainCB):
         return self.accelerator.scaler is not None
 
     def receivers(self, learner: Any) -> Iterator[tuple[type[Event], Callable[[Any], Any]]]:
-        """As for a TrainCB, with `backward` and `step` around those of the learner or TrainCB."""
+        """Those of a TrainCB that the learner has no method for, and around them the wrappers."""
         yield Backward, self.backward
         yield Step, self.step
         inside: dict[type[Event], Any] = {Backward: super().backward, Step: super().step}
         for event_type, method in super().receivers(learner):
-            yield event_type, inside.get(event_type, method)
+            if not (issubclass(event_type, ActionEvent) and hasattr(learner, event_type.hook)):
+                yield event_type, inside.get(event_type, method)
 
     def before_fit(self, event: BeforeFit) -> None:
         learner = event.learner
@@ -86,7 +88,7 @@ class AccelerateCB(TrainCB):
         learner.dls = DataLoaders(
             *(self._prepare(getattr(learner.dls, name, None)) for name in ("train", "valid"))
         )
-        if self.accelerator.scaler is not None:
+        if self.accelerator.scaler is not None and learner.trains:
             self._scaling = GradientScaling(self.accelerator.scaler, learner.opt)
 
     def _prepare(self, x: Any) -> Any:

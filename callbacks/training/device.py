@@ -51,6 +51,7 @@ class DeviceCB(Callback):
     """
 
     order: float = -20
+    shareable = True
 
     def __init__(self, device: str | torch.device = def_device, non_blocking: bool = False) -> None:
         self.device = torch.device(device)

@@ -86,7 +86,8 @@ class MixedTrainingCB(Callback):
         self.skipped_steps = 0
         if self.dtype == torch.float16:
             self.scaler = torch.amp.GradScaler(self._device, init_scale=self.init_scale)
-            self._scaling = GradientScaling(self.scaler, event.learner.opt)
+            if event.learner.trains:
+                self._scaling = GradientScaling(self.scaler, event.learner.opt)
 
     def before_batch(self, event: BeforeBatch) -> None:
         self._autocast = torch.autocast(self._device, dtype=self.dtype)

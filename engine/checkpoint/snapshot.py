@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ..data.accelerator import copy_to_host
+from .sparse import encode_sparse
 
 
 class Snapshot:
@@ -49,6 +50,10 @@ class Snapshot:
         if torch.nn.parameter.is_lazy(value):
             return None  # it has no values yet
         is_tensor = isinstance(value, torch.Tensor)
+        if is_tensor and value.layout is torch.sparse_coo:
+            value = value.detach()
+            indices = self._copy(value._indices(), f"{where}.indices")
+            return encode_sparse(indices, self._copy(value._values(), f"{where}.values"), value)
         if (
             is_tensor
             and value.layout is torch.strided

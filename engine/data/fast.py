@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import structlog
 import torch
 from torch.utils.data import DataLoader, Subset, default_collate
 
+from .. import log
 from .accelerator import is_accelerator
 from .in_memory import NotInMemoryError, in_memory
 from .prefetch import Prefetcher
 from .tensor_loader import TensorLoader
-
-log = structlog.get_logger("eventrain")
 
 _WORKER_ARGUMENTS = (
     "multiprocessing_context",

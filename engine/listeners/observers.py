@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Awaitable, Callable
-from typing import Any, Literal, TypeVar
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, Literal, NoReturn, TypeVar
 
 import anyio
 
@@ -54,7 +54,7 @@ class Observer(EventStream[E], Closing):
             report: called with an error that ends the fit.
         """
         contained = (Exception, CancelException, anyio.get_cancelled_exc_class())
-        async for event in self:
+        async for event in self._events():
             try:
                 result = self.receiver(event)
                 if inspect.isawaitable(result):
@@ -68,6 +68,24 @@ class Observer(EventStream[E], Closing):
                 if self.on_error == "raise":
                     report(error)
                 return
+
+    def _is_read(self) -> bool:
+        return True  # by `run`; its receiver may be slow
+
+    def _events(self) -> AsyncIterator[E]:
+        return super().__aiter__()
+
+    def __aiter__(self) -> NoReturn:
+        raise self._cannot_be_iterated()
+
+    async def __anext__(self) -> NoReturn:
+        raise self._cannot_be_iterated()
+
+    def _cannot_be_iterated(self) -> TypeError:
+        return TypeError(
+            f"an observer cannot be iterated: it passes its events to {self.name}. Use `async with"
+            " learner.events(...) as stream`"
+        )
 
     def finish(self) -> None:
         """The fit is over: events that were not delivered before the deadline are dropped."""

@@ -72,8 +72,8 @@ class Loop(LoopState):
         self.emit(BeforeEpoch)
         for self.iter in self.batch_reader.read(self):  # into self.batch
             self.one_batch()
-        self.done.epochs += 1
         self.emit(AfterEpoch)
+        self.done.epochs += 1
 
     @scope(CancelBatchException, CleanupBatch)
     def one_batch(self) -> None:
@@ -88,8 +88,8 @@ class Loop(LoopState):
             self.perform(Backward)
             self.emit(AfterBackward)
             self.one_step()
-        self.done.batches += 1
         self.emit(AfterBatch)
+        self.done.batches += 1
 
     @scope(CancelStepException, CleanupStep)
     def one_step(self) -> None:
@@ -175,8 +175,10 @@ class Loop(LoopState):
         self.done = self.progress[training]
         self.model.train(training)
         self.dl = self.dls.train if training else self.dls.valid
-        self.n_iter = length_of(self.dl)
+        loader, length = self.lengths.pop(training, (None, None))  # asked before the fit
+        self.n_iter = length if loader is self.dl else length_of(self.dl)
         self.iter = self.n_samples = 0
+        self.all_read = False
         self.loss = None
         self.record = {"epoch": self.epoch, "train": "train" if training else "eval"}
         self.history.append(self.record)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import io
 import os
@@ -35,6 +36,8 @@ from eventrain.events import (
 )
 from rich.console import Console
 from torch import nn
+
+from tests.support.waiting import GUARD
 
 Backend = dict[str, Any]
 
@@ -315,7 +318,7 @@ class Story:
     def __init__(self, cb: ProgressCB, n_iter: int | None, n_epochs: int = 3) -> None:
         self.cb = cb
         self.watcher: Any = None
-        self.base = {"learner": None, "run_id": "r1", "n_epochs": n_epochs}
+        self.base = {"learner": None, "run_id": "r1", "purpose": "fit", "n_epochs": n_epochs}
         self.n_iter = n_iter
 
     def tell(self, event: Any) -> bool:
@@ -495,6 +498,53 @@ def test_standard_output_is_redirected_only_while_it_is_drawn_on(
         "[said] 0 True",  # drawn elsewhere: standard output is not touched
     ]
     assert sys.stdout is tape
+
+
+def test_a_host_that_redirects_its_output_meanwhile_gets_its_own_back(
+    dls: DataLoaders, backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`redirect_stdout` around the start of a fit: its stream must not be what remains."""
+    real, redirected = Tape(), Tape()
+    monkeypatch.setattr(sys, "stdout", real)
+    learner = TrainLearner(nn.Linear(3, 1), dls)
+    redirect = contextlib.redirect_stdout(redirected)
+
+    @learner.on(AfterBatch, once=True)
+    def put_back(event: AfterBatch) -> None:
+        redirected.drawn.wait(GUARD)
+        redirect.__exit__(None, None, None)
+        print("during the fit")
+
+    redirect.__enter__()
+    console = Console(force_terminal=True, color_system=None, width=100)
+    learner.run(1, valid=False, cbs=ProgressCB(console), **backend)
+    assert sys.stdout is real
+    assert "during the fit\n" in real.getvalue()
+
+
+def test_who_keeps_the_redirected_output_can_still_write_to_it(
+    dls: DataLoaders, backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`redirect_stdout` that begins while the display is there gives that back at its end."""
+    real = Tape()
+    monkeypatch.setattr(sys, "stdout", real)
+    learner = TrainLearner(nn.Linear(3, 1), dls)
+    other, redirect = Tape(), contextlib.ExitStack()
+
+    @learner.on(AfterBatch, once=True)
+    def redirect_it(event: AfterBatch) -> None:
+        real.drawn.wait(GUARD)
+        redirect.enter_context(contextlib.redirect_stdout(other))
+
+    console = Console(force_terminal=True, color_system=None, width=100)
+    learner.run(1, valid=False, cbs=ProgressCB(console), **backend)
+    assert sys.stdout is other
+    redirect.close()
+    before = real.getvalue()
+    sys.stdout.write("half a ")
+    sys.stdout.flush()
+    print("line of [text]")
+    assert real.getvalue() == before + "half a line of [text]\n"
 
 
 def test_a_terminal_that_breaks_takes_nothing_with_it(

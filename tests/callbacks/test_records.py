@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import enum
+import itertools
 import json
 import logging
 import math
 import re
 import threading
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock, Mock
 
 import anyio
 import anyio.lowlevel
@@ -18,7 +23,7 @@ import numpy as np
 import pytest
 import structlog
 import torch
-from eventrain.callbacks import LRFinderCB, MetricsCB, RecordCB
+from eventrain.callbacks import LRFinderCB, MetricsCB, RecordCB, to_jsonable
 from eventrain.callbacks.reporting import _sampling
 from eventrain.engine import DataLoaders, TrainLearner
 from eventrain.engine.run.thread import TrainingThread
@@ -37,7 +42,7 @@ from eventrain.events import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator, FormatChecker
-from structlog.testing import LogCapture
+from structlog.testing import LogCapture, capture_logs
 from torch import nn
 from torch.nn import functional as F
 
@@ -70,7 +75,7 @@ def as_json(record: Record) -> Record:
     line = json.dumps(record, allow_nan=False)
     assert parse_json(line) == record
     STRICT.validate(record)
-    assert list(record)[:4] == ["event", "schema_version", "timestamp", "run_id"]
+    assert list(record)[:5] == ["event", "schema_version", "timestamp", "run_id", "purpose"]
     return record
 
 
@@ -149,7 +154,7 @@ def test_every_record_says_what_the_events_said(backend: dict[str, Any]) -> None
         if name is not None:
             when = datetime.fromtimestamp(event.time, UTC).isoformat(timespec="milliseconds")
             own = {"event": name, "schema_version": 1, "timestamp": when, "run_id": result.run_id}
-            expected.append({**own, **fields})
+            expected.append({**own, "purpose": "fit", **fields})
     assert found == expected
     assert [list(record) for record in found] == [list(record) for record in expected]
     assert names(found) == [
@@ -287,9 +292,14 @@ async def test_they_are_written_when_the_host_cancels_the_fit() -> None:
 
 def test_a_scope_stopped_before_it_began_took_no_time() -> None:
     """The events of its beginning are not emitted: an epoch's, or the whole fit's."""
-    learn = learner()
-    learn.on(CleanupEpoch, once=True)(lambda event: learn.stop() and None)
-    *_, valid, ended = recorded(learn)
+
+    class StoppedInBetween(TrainLearner):
+        def one_epoch(self) -> None:
+            if not self.training:
+                self.stop()
+            super().one_epoch()
+
+    *_, valid, ended = recorded(StoppedInBetween(nn.Linear(3, 1), learner().dls))
     assert (valid["phase"], valid["seconds"], valid["samples_per_second"]) == ("valid", 0, None)
     assert ended["seconds"] > 0
 
@@ -414,7 +424,7 @@ def test_numbers_in_lists_and_mappings_are_looked_at_too() -> None:
     assert epoch["metrics"] == {
         "list": [1.0, None],
         "deep": [[None]],
-        "mapping": {"a": None, "b": 2.0, "3": "three"},
+        "mapping": {"a": None, "b": 2.0, "3": None, "3 (str)": "three"},
         "tensor": [0.5, None],
         "half": 0.5,
         "scalar": None,
@@ -425,6 +435,7 @@ def test_numbers_in_lists_and_mappings_are_looked_at_too() -> None:
         "metrics.list": "nan",
         "metrics.deep": "inf",
         "metrics.mapping.a": "nan",
+        "metrics.mapping.3": "nan",
         "metrics.tensor": "-inf",
         "metrics.scalar": "nan",
     }
@@ -448,11 +459,22 @@ def test_what_no_line_can_hold_is_told_as_text() -> None:
     found = recorded(learn, valid=False)
     assert names(found) == ["fit_started", "epoch", "fit_ended"]
     metrics = json.loads(json.dumps(found[1]["metrics"], allow_nan=False))
-    assert metrics["many"] == hex(-(10**5000))
+    assert metrics["many"] == found[1]["left_out"]["metrics.many"] == "int of 16610 bits"
     assert "Mute object" in metrics["mute"]
     assert ["Mute object" in key for key in metrics["keys"]] == [True]
     assert metrics["circle"] == "list of 2"
     assert isinstance(metrics["mapping"]["again"]["again"], dict)
+
+
+def measured(values: dict[Any, Any]) -> Record:
+    """The record of an epoch in which a receiver has put them into `learner.record`."""
+    learn = learner(1)
+    learn.subscribe(AfterEpoch, lambda event: learn.record.update(values))
+    with capture_logs() as logs:
+        found = recorded(learn, valid=False)
+    assert logs == []
+    assert names(found) == ["fit_started", "epoch", "fit_ended"]
+    return found[1]
 
 
 def test_what_is_large_is_told_by_its_size() -> None:
@@ -462,20 +484,271 @@ def test_what_is_large_is_told_by_its_size() -> None:
         "nested": [[0.0] * 1000] * 1000,
         "long": [0.0] * 1001,
         "names": dict.fromkeys(range(1001), 0.0),
-        "fine": [0.0] * 1000,
+        "fine": [0.0] * 800,
         "small": torch.zeros(10, 10),
     }
-    learn = learner(1)
-    learn.subscribe(AfterEpoch, lambda event: learn.record.update(values))
-    metrics = recorded(learn, valid=False)[1]["metrics"]
-    assert metrics == {
+    epoch = measured(values)
+    sizes = {
         "matrix": "Tensor of (1000, 1000)",
         "nested": "list of 1000",
         "long": "list of 1001",
         "names": "dict of 1001",
-        "fine": [0.0] * 1000,
-        "small": [[0.0] * 10] * 10,
     }
+    assert epoch["metrics"] == {**sizes, "fine": [0.0] * 800, "small": [[0.0] * 10] * 10}
+    assert epoch["left_out"] == {f"metrics.{name}": size for name, size in sizes.items()}
+
+
+def count(value: Any) -> int:
+    """The numbers and texts in a record."""
+    if isinstance(value, dict):
+        return sum(map(count, value.values()))
+    return sum(map(count, value)) if isinstance(value, list) else 1
+
+
+@pytest.mark.parametrize(
+    "curve",
+    [[0.5] * 900, torch.full((900,), 0.5), np.full(900, 0.5), (0.5,) * 900, dict.fromkeys("ab", 1)],
+    ids=["list", "tensor", "array", "tuple", "mapping"],
+)
+@pytest.mark.parametrize("n", [2, 900, 5000])
+def test_all_lists_of_a_record_share_one_budget(curve: Any, n: int) -> None:
+    """G16: 900 curves of 900 points are not 810,000 numbers; the loss is there, whatever else."""
+    for curves in ({f"class {i}": curve for i in range(n)}, [curve] * n):
+        left_out: dict[str, str] = {}
+        values = {"loss": 0.5, "curves": curves, "accuracy": 0.75}
+        converted = to_jsonable(values, "metrics", left_out=left_out)
+        assert count(converted) <= 1000
+        assert (converted["loss"], converted["accuracy"]) == (0.5, 0.75)
+        assert bool(left_out) == (n * len(curve) > 1000)
+        assert len(json.dumps([converted, left_out])) < 100_000
+
+
+def test_a_record_says_which_of_its_curves_are_left_out() -> None:
+    epoch = measured({"roc": {f"class {i}": [0.5] * 900 for i in range(20)}, "loss": 0.5})
+    left_out = {f"class {i}": "list of 900" for i in range(1, 20)}
+    assert epoch["metrics"] == {"roc": {"class 0": [0.5] * 900, **left_out}, "loss": 0.5}
+    assert epoch["left_out"] == {f"metrics.roc.{name}": size for name, size in left_out.items()}
+
+
+def test_of_too_many_metrics_the_first_are_kept_and_the_rest_counted() -> None:
+    epoch = measured({f"metric {i}": float(i) for i in range(1500)})
+    assert epoch["metrics"] == {f"metric {i}": float(i) for i in range(1000)}
+    assert epoch["left_out"] == {"metrics": "500 of 1500 values"}
+
+
+def test_a_text_or_a_key_is_cut_and_its_length_told() -> None:
+    text = "x" * 1_000_000
+    epoch = measured(
+        {"text": text, text: 1.0, text + "y": 2.0, "loss": 0.5, "set": set(range(9999))}
+    )
+    key = "x" * 200 + "..."
+    assert epoch["metrics"] == {
+        "text": "x" * 10_000 + "...",
+        key: 1.0,
+        f"{key} (str)": 2.0,
+        "loss": 0.5,
+        "set": "set of 9999",
+    }
+    assert epoch["left_out"] == {
+        "metrics.text": "str of 1000000 characters",
+        "metrics.set": "set of 9999",
+    }
+    many = to_jsonable([text] * 900)
+    assert many[0] == "x" * 10_000 + "..."
+    assert len(json.dumps(many)) < 250_000
+
+
+def test_no_two_keys_become_one() -> None:
+    """As they would by their texts alone: 1 and "1"."""
+    mapping = {1: "a", "1": "b", "None": "d", None: "e", "1 (str)": "f"}
+    epoch = measured({"mapping": mapping, 1: 0.25, "1": 0.75})
+    assert epoch["metrics"] == {
+        "mapping": {
+            "1": "a",
+            "1 (str)": "b",
+            "None": "d",
+            "None (NoneType)": "e",
+            "1 (str) (str)": "f",
+        },
+        "1": 0.25,
+        "1 (str)": 0.75,
+    }
+
+
+class Color(enum.Enum):
+    RED = "red"
+
+
+class Level(enum.IntEnum):
+    HIGH = 3
+
+
+class Name(enum.StrEnum):
+    TWO_LINES = "a\nb"
+
+
+@dataclass
+class Scores:
+    f1: float = 0.5
+
+
+class BrokenAttributes:
+    def __getattr__(self, name: str) -> Any:
+        raise RuntimeError(f"no {name}")
+
+
+class BrokenMapping(Mapping[str, Any]):
+    def __getitem__(self, key: str) -> Any:
+        raise KeyError(key)
+
+    def __iter__(self) -> Any:
+        return iter("a")
+
+    def __len__(self) -> int:
+        return 1
+
+
+class BrokenLength(Mapping[str, Any]):
+    def __getitem__(self, key: str) -> Any:
+        return 1
+
+    def __iter__(self) -> Any:
+        return iter("a")
+
+    def __len__(self) -> int:
+        raise ValueError("unknown")
+
+
+class Endless(Mapping[Any, Any]):
+    """Its length is not what it says, either."""
+
+    def __getitem__(self, key: Any) -> Any:
+        return 1
+
+    def __iter__(self) -> Any:
+        return itertools.count()
+
+    def __len__(self) -> int:
+        return 1
+
+
+class BrokenClass:
+    @property
+    def __class__(self) -> Any:
+        raise RuntimeError("no class")
+
+
+class OddShape:
+    shape = ("a", None)
+
+    def tolist(self) -> Any:
+        return [1]
+
+
+class WrongShape:
+    shape = (1,)
+
+    def tolist(self) -> Any:
+        return [1] * 1_000_000
+
+
+ODD = {
+    "a Mock": (Mock(), None),
+    "a MagicMock": (MagicMock(), None),
+    "a Mock of a tensor": (Mock(spec=torch.Tensor), None),
+    "a Mock of a str": (Mock(spec="text"), None),
+    "broken attributes": (BrokenAttributes(), None),
+    "a broken mapping": (BrokenMapping(), None),
+    "a broken length": (BrokenLength(), None),
+    "an endless mapping": (Endless(), None),
+    "a broken class": (BrokenClass(), None),
+    "an odd shape": (OddShape(), None),
+    "a wrong shape": (WrongShape(), "list of 1000000"),
+    "an enum": (Color.RED, "Color.RED"),
+    "an IntEnum": (Level.HIGH, 3),
+    "a str that is an enum": (Name.TWO_LINES, "a\nb"),
+    "a dataclass": (Scores(), "Scores(f1=0.5)"),
+    "bytes": (b"\xff\x00", "b'\\xff\\x00'"),
+    "many bytes": (bytes(10**6), "bytes of 1000000"),
+    "a set": ({1}, "{1}"),
+    "a numpy bool": (np.bool_(True), True),
+    "a numpy int": (np.int64(3), 3),
+    "a numpy str": (np.str_("x"), "x"),
+    "a long double": (np.longdouble(1), "1.0"),
+    "a numpy date": (np.datetime64("2020-01-01"), "2020-01-01"),
+    "an object array": (np.array([Color.RED], dtype=object), ["Color.RED"]),
+    "a masked number": (np.ma.masked, None),
+    "a complex tensor": (torch.tensor(1 + 2j), "(1+2j)"),
+    "a meta tensor": (torch.empty(2, device="meta"), None),
+    "an int of 64 bits": (2**64 - 1, 2**64 - 1),
+    "a negative int of 64 bits": (-(2**63), -(2**63)),
+    "an int of 65 bits": (2**64, 2.0**64),
+    "operations in a month": (10**24, 1e24),
+    "a generator": ((i for i in range(3)), None),
+    "a range": (range(3), "range(0, 3)"),
+    "a surrogate": ("\udc80", "\udc80"),
+}
+
+
+UNKIND = ("Mock", "endless", "broken")
+PRINTABLE = [value for name, (value, _) in ODD.items() if not any(w in name for w in UNKIND)]
+"""Those that hypothesis can compare and print, too."""
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_no_value_ends_the_records_of_a_run(name: str) -> None:
+    """G16: each is in strict JSON, of plain types that any serializer takes."""
+    value, expected = ODD[name]
+    for odd in (value, [value], {"in": value}):
+        metrics = measured({"odd": odd, "loss": 0.5})["metrics"]
+        assert metrics["loss"] == 0.5
+        found = metrics["odd"]
+        found = found[0] if type(odd) is list else found["in"] if type(odd) is dict else found
+        if expected is not None:
+            assert found == expected
+        for kind in plain_types(metrics):
+            assert kind in (dict, list, str, int, float, bool, type(None))
+
+
+def plain_types(value: Any) -> Iterator[type]:
+    yield type(value)
+    for item in (
+        value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    ):
+        yield from plain_types(item)
+
+
+@settings(max_examples=200)
+@given(
+    st.recursive(
+        st.none() | st.floats() | st.integers() | st.text() | st.sampled_from(PRINTABLE),
+        lambda inner: (
+            st.lists(inner, max_size=3)
+            | st.dictionaries(st.text() | st.integers(), inner, max_size=3)
+        ),
+        max_leaves=8,
+    )
+)
+def test_anything_at_all_can_be_converted(value: Any) -> None:
+    converted = to_jsonable(value)
+    assert parse_json(json.dumps(converted, allow_nan=False)) == converted
+
+
+def test_what_is_changed_in_place_later_is_recorded_as_it_was() -> None:
+    """The host reads the record when the training has gone on."""
+    learn, keep = learner(1, 1), KeepCB(every=0)
+    matrix, numbers = torch.zeros(2), [0]
+
+    @learn.on(AfterEpoch, where=lambda event: event.training)
+    def change(event: AfterEpoch) -> None:
+        matrix.add_(1)
+        numbers.append(event.epoch)
+        learn.record.update(matrix=matrix, numbers=numbers)
+
+    learn.run(3, valid=False, cbs=keep)  # shorter than the time between two deliveries
+    epochs = [r["metrics"] for r in keep.records if r["event"] == "epoch"]
+    assert [metrics["matrix"] for metrics in epochs] == [[1, 1], [2, 2], [3, 3]]
+    assert [metrics["numbers"] for metrics in epochs] == [[0, 0], [0, 0, 1], [0, 0, 1, 2]]
 
 
 def test_a_reason_that_is_not_text_becomes_text() -> None:
@@ -551,14 +824,15 @@ def test_a_record_is_strict_json_by_the_schema_whatever_was_measured(metrics: An
     assert learn.result is not None
     own = {"run_id": learn.result.run_id, "phase": "train", "epoch": 0, "samples": 4}
     assert {key: found[1][key] for key in own} == own
-    assert set(found[1]["metrics"]) == {str(key) for key in metrics}
+    assert len(found[1]["metrics"]) == len(metrics)
+    assert {str(key) for key in metrics} <= set(found[1]["metrics"])
     assert ("nonfinite" in found[1]) == bool(re.search(r"\b(nan|inf)\b", repr(floats(metrics))))
 
 
 def floats(value: Any) -> list[float]:
     """The floats in it, at any depth."""
     if isinstance(value, dict):
-        value = list({str(key): item for key, item in value.items()}.values())
+        value = list(value.values())
     if isinstance(value, list | tuple):
         return [number for item in value for number in floats(item)]
     return [value] if isinstance(value, float) else []
@@ -577,6 +851,7 @@ def of_each_kind() -> dict[str, Record]:
 
     @learn.on(AfterEpoch)
     def enough(event: AfterEpoch) -> None:
+        learn.record["large"] = torch.zeros(2000)
         raise CancelFitException("enough")
 
     return {record["event"]: record for record in recorded(learn, every=1)}
@@ -595,6 +870,8 @@ WRONG = {
     "iter": 0.5,
     "samples": -1,
     "nonfinite": {"loss": "NaN"},
+    "left_out": {"loss": 5},
+    "purpose": "test",
 }
 
 
@@ -612,7 +889,9 @@ def test_the_schema_refuses_what_is_wrong_in_any_key(kind: str, key: str) -> Non
     OPEN.validate(record)
     assert not OPEN.is_valid({**record, key: [1]})
     assert key not in WRONG or not OPEN.is_valid({**record, key: WRONG[key]})
-    assert OPEN.is_valid({k: v for k, v in record.items() if k != key}) == (key == "nonfinite")
+    assert OPEN.is_valid({k: v for k, v in record.items() if k != key}) == (
+        key in ("nonfinite", "left_out")
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -647,12 +926,13 @@ def code(cell: str) -> set[str]:
 
 def test_the_examples_in_the_page_are_records_such_as_a_run_has() -> None:
     lines = [json.loads(line) for line in re.findall(r"^\{.*\}$", PAGE, re.MULTILINE)]
-    *four, nonfinite = [{k: v for k, v in line.items() if k != "level"} for line in lines]
+    *four, nonfinite, large = [{k: v for k, v in line.items() if k != "level"} for line in lines]
     assert names(four) == KINDS
     completed = {r["event"]: r for r in recorded(learner(1, 1, MetricsCB()), every=1)}
     for record in four:
         assert list(as_json(record)) == list(completed[record["event"]])
     assert as_json(nonfinite)["nonfinite"] == {"metrics.loss": "nan"}
+    assert as_json(large)["left_out"] == {"metrics.image": "Tensor of (1000, 1000)"}
     assert all(list(line)[-1] == "level" for line in lines)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import logging
@@ -9,6 +10,7 @@ import math
 import re
 import threading
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ import anyio.lowlevel
 import pytest
 import structlog
 import torch
-from eventrain.callbacks import MetricsCB, StructlogCB
+from eventrain.callbacks import MetricsCB, ProgressCB, StructlogCB
 from eventrain.engine import TrainLearner
 from eventrain.events import (
     AfterBatch,
@@ -29,10 +31,12 @@ from eventrain.events import (
     CleanupEpoch,
     CleanupFit,
     Event,
+    record_events,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
+from rich.console import Console
 from structlog.contextvars import bound_contextvars, get_contextvars, merge_contextvars
 from structlog.testing import LogCapture, capture_logs
 
@@ -44,6 +48,11 @@ Batches = list[tuple[torch.Tensor, torch.Tensor]]
 Line = dict[str, Any]
 SCHEMA = Path(__file__).parents[2] / "docs" / "record.schema.json"
 VALID = Draft202012Validator(json.loads(SCHEMA.read_text()))
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
 
 
 def parse(text: str) -> list[Line]:
@@ -261,6 +270,72 @@ def test_standard_error_is_where_lines_go_by_default(capsys: pytest.CaptureFixtu
     out, err = capsys.readouterr()
     assert out == ""
     assert [line["event"] for line in parse(err)] == ["fit_started", "epoch", "epoch", "fit_ended"]
+
+
+@pytest.mark.parametrize("format", ["json", "console"])
+def test_lines_go_to_what_is_standard_error_when_they_are_written(
+    format: Any,  # noqa: A002
+) -> None:
+    """A progress bar, a capture of a test or a notebook replaces it after the callback is made."""
+    files = [io.StringIO(), Terminal(), io.StringIO()]
+    with contextlib.redirect_stderr(files[0]):
+        learn = learner(1, 1, StructlogCB(format=format))
+    files[0].close()
+    for file in files[1:]:
+        with contextlib.redirect_stderr(file):
+            learn.run(1)
+        assert [name in file.getvalue() for name in ("fit_started", "fit_ended")] == [True] * 2
+    assert ["\x1b[" in file.getvalue() for file in files[1:]] == [format == "console", False]
+
+
+def test_a_process_without_a_standard_error_trains(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As under pythonw, or as a service of Windows."""
+    monkeypatch.setattr("sys.stderr", None)
+    for name in ("json", "console"):
+        learn = learner(1, 1, StructlogCB(format=name))  # type: ignore[arg-type]
+        with capture_logs() as logs:
+            assert learn.run(1).status == "completed"
+        assert logs == []
+
+
+def test_lines_are_printed_above_a_progress_bar_not_into_it() -> None:
+    """As it redirects standard error while it draws."""
+    screen = Terminal()
+    with contextlib.redirect_stderr(screen):
+        log = StructlogCB(every=1, format="json")
+        console = Console(file=screen, force_terminal=True, width=2000)  # or it breaks them
+        learner(3, 2).run(1, cbs=[log, ProgressCB(console)])
+    # What follows the codes that erase the bars.
+    lines = [line.rpartition("\x1b[2K")[2] for line in screen.getvalue().split("\n")]
+    found = [line for line in lines if "schema_version" in line]
+    assert len(found) == 7
+    assert all(line.startswith("{") and line.rstrip().endswith("}") for line in found)
+
+
+def test_the_time_of_a_record_is_not_lost_to_the_hosts_own_stamper() -> None:
+    """Which has the time at which the line is written, in a format of its own."""
+    file = io.StringIO()
+    render = [structlog.processors.TimeStamper("%Y"), structlog.processors.JSONRenderer()]
+    logger = structlog.wrap_logger(structlog.WriteLogger(file), processors=render)
+    structlog.configure(processors=render, logger_factory=structlog.WriteLoggerFactory(file))
+    learn = learner(1)
+    with record_events(learn) as events:
+        for log in (StructlogCB(logger=logger), StructlogCB()):
+            learn.run(1, valid=False, cbs=log)
+    lines = [parse_json(line) for line in file.getvalue().splitlines()]
+    emitted = [e.time for e in events if isinstance(e, BeforeFit | CleanupEpoch | CleanupFit)]
+    times = [datetime.fromisoformat(line["emitted_at"]).timestamp() for line in lines]
+    assert times == pytest.approx(emitted, abs=2e-3)
+    assert {len(line["timestamp"]) for line in lines} == {4}
+
+
+def test_a_host_may_keep_the_time_of_the_record() -> None:
+    file = io.StringIO()
+    render = [structlog.processors.MaybeTimeStamper("iso"), structlog.processors.JSONRenderer()]
+    logger = structlog.wrap_logger(structlog.WriteLogger(file), processors=render)
+    learner(1).run(1, cbs=StructlogCB(logger=logger))
+    for line in parse(file.getvalue()):
+        assert line["timestamp"] == line["emitted_at"]
 
 
 def test_a_number_that_is_not_a_count_or_a_time_is_refused() -> None:
@@ -536,11 +611,6 @@ async def test_fits_at_the_same_time_have_each_their_own(capture: LogCapture) ->
 
 
 # ---------------------------------------------------------------------------------- the console
-
-
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
 
 
 def on_console(learn: TrainLearner, file: io.StringIO | None = None) -> list[str]:

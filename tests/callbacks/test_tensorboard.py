@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 import os
 import re
+import shutil
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ import anyio
 import anyio.lowlevel
 import pytest
 import torch
-from eventrain.callbacks import TensorBoardCB
+from eventrain.callbacks import CheckpointCB, TensorBoardCB
 from eventrain.engine import DataLoaders, TrainLearner
 from eventrain.events import (
     AfterBatch,
@@ -35,6 +37,7 @@ from tests.support.reporting import recording_learner
 from tests.support.waiting import GUARD
 
 Backend = dict[str, Any]
+PHASES = ("train", "valid")
 
 
 def scalars(folder: Path) -> dict[str, list[Any]]:
@@ -51,6 +54,13 @@ def steps(folder: Path, tag: str = "batch/loss") -> list[int]:
 def single(value: Any) -> float:
     """As it is in the file: with single precision."""
     return float(torch.tensor(value, dtype=torch.float32))
+
+
+def until_next_second() -> None:
+    """The names of the files have the second; those of one second are read in any order."""
+    began = int(time.time())
+    while int(time.time()) == began:
+        time.sleep(0.01)
 
 
 def writer_threads() -> list[str]:
@@ -122,12 +132,116 @@ def test_every_fit_has_a_folder_of_its_own(dls: DataLoaders, tmp_path: Path) -> 
     assert steps(folder / "second.b-1", "loss/valid") == [0, 1]
 
 
-def test_two_fits_of_one_id_are_one_run(dls: DataLoaders, tmp_path: Path) -> None:
+def test_a_validation_of_the_same_id_is_added_to_the_run(dls: DataLoaders, tmp_path: Path) -> None:
     learner = recording_learner(dls, TensorBoardCB(tmp_path, every=1))
     learner.run(1, run_id="again")
     learner.run(1, train=False, run_id="again")
     assert len(os.listdir(tmp_path / "again")) == 2
     assert steps(tmp_path / "again", "loss/valid") == [0, 0]
+
+
+def test_a_fit_of_the_same_id_takes_the_place_of_the_one_before(
+    dls: DataLoaders, tmp_path: Path, backend: Backend
+) -> None:
+    learner = recording_learner(dls, TensorBoardCB(tmp_path, every=1), accuracy=0.5)
+    learner.run(3, run_id="again", **backend)
+    until_next_second()
+    learner.run(2, run_id="again", **backend)
+    read = scalars(tmp_path / "again")
+    assert {tag: [s.step for s in found] for tag, found in read.items()} == {
+        **{f"batch/{name}": [*range(6)] for name in ("loss", "lr", "samples_per_second")},
+        **{f"{name}/{phase}": [0, 1] for name in ("loss", "accuracy") for phase in PHASES},
+    }
+    assert learner.result is not None
+    rows = [row["loss"] for row in learner.result.history if row["train"] == "train"]
+    assert [s.value for s in read["loss/train"]] == [single(loss) for loss in rows]
+
+
+async def test_only_fits_are_written(dls: DataLoaders, tmp_path: Path) -> None:
+    """Not the loss of a test set as one more point, nor the rates of `lr_find`."""
+    learner = recording_learner(dls, TensorBoardCB(tmp_path, every=1))
+    with anyio.fail_after(GUARD):
+        await learner.validate()
+        await learner.get_preds()
+        await learner.lr_find(max_epochs=1)
+        assert os.listdir(tmp_path) == []
+        await learner.fit(1, run_id="fit")
+        await learner.validate()
+    assert os.listdir(tmp_path) == ["fit"]
+    assert steps(tmp_path / "fit", "loss/valid") == [0]
+
+
+# ----------------------------------------------------------------------- a run that is resumed
+
+
+class Killed(BaseException):
+    """As the process would end."""
+
+
+@pytest.mark.parametrize("length", [4, None])
+@pytest.mark.parametrize(
+    ("at", "every"),
+    [
+        ((2, 3, True), {"every_epochs": 1}),
+        ((1, 1, False), {"every_batches": 3}),
+        ((3, 2, True), {"every_epochs": 2}),
+    ],
+    ids=["in an epoch", "in a validation", "epochs after the checkpoint"],
+)
+def test_a_run_that_was_killed_and_resumed_does_not_go_back_in_time(
+    make_batches: Callable[..., Any],
+    tmp_path: Path,
+    backend: Backend,
+    at: tuple[int, int, bool],
+    every: dict[str, int],
+    length: int | None,
+) -> None:
+    """Its files have what those of a run that was not killed have; and what was read since."""
+
+    def run(name: str, **fit: Any) -> TrainLearner:
+        batches = make_batches(4)
+        train: Any = batches if length else Unsized(batches)
+        torch.manual_seed(0)
+        cbs = [TensorBoardCB(tmp_path / name, every=1), CheckpointCB(tmp_path / "saved", **every)]
+        learner = recording_learner(DataLoaders(train, make_batches(2)), *cbs)
+
+        @learner.on(BeforeBatch)
+        def kill(event: BeforeBatch) -> None:
+            here = (event.epoch, event.iter, event.training)
+            if name == "killed" and here == at and "resume" not in fit:
+                raise Killed
+
+        learner.run(4, run_id="a", **fit, **backend)
+        return learner
+
+    with pytest.raises(BaseException):  # noqa: B017, PT011 - a Killed, perhaps in a group
+        run("killed")
+    before = scalars(tmp_path / "killed" / "a")
+    until_next_second()
+    resumed = run("killed", resume="last")
+    assert resumed.result is not None
+    assert resumed.result.resumed_from is not None
+    shutil.rmtree(tmp_path / "saved")
+    run("whole")
+    whole, killed = scalars(tmp_path / "whole" / "a"), scalars(tmp_path / "killed" / "a")
+    assert set(whole) == set(killed) >= {"batch/loss", "batch/lr", "loss/train", "loss/valid"}
+    for tag in set(whole) - {"batch/samples_per_second"}:
+        assert [(s.step, s.value) for s in killed[tag]] == [(s.step, s.value) for s in whole[tag]]
+    steps_of = [s.step for s in killed["batch/samples_per_second"]]
+    assert steps_of == list(range(16))
+    times = [s.wall_time for s in killed["batch/loss"]]
+    assert times == sorted(times)
+    assert times[0] == before["batch/loss"][0].wall_time
+
+
+class Unsized:
+    """A loader without a length."""
+
+    def __init__(self, batches: list[Any]) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.batches)
 
 
 @pytest.mark.parametrize(("every", "expected"), [(0, []), (2, [1, 3, 5]), (3, [2, 5]), (4, [3])])
@@ -313,7 +427,7 @@ def test_a_cancelled_fit_is_whole_on_the_disk(
     learner.run(3, valid=False, run_id="a", **backend)
     assert writer_threads() == []
     assert steps(tmp_path / "a") == [0, 1, 2, 3, 4]
-    assert steps(tmp_path / "a", "loss/train") == [0]
+    assert steps(tmp_path / "a", "loss/train") == [0, 1]  # the second over two batches
 
 
 def test_a_failed_fit_is_whole_on_the_disk(
