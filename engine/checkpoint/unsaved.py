@@ -34,7 +34,7 @@ def unsaved_tensors(learner: SavedLearner) -> list[str]:
         saved += [*module.parameters(), *module.buffers()]
     for part in parts:
         saved += optimizer_parameters(part.value) if is_optimizer(part.value) else []
-    memories = {_memory(tensor) for tensor in saved} - {None}
+    memories = {_memory(tensor) for tensor in saved}
     own = {id(owner) for owner in own_states(learner).values()}
     found = [
         (str(outside), outside.tensor)
@@ -64,7 +64,11 @@ _MEMBERS = {"_parameters", "_buffers"}
 
 
 def _memory(tensor: torch.Tensor) -> Any:
-    """The address of its memory; None if it has none."""
+    """The address of its memory; the `id` of the tensor if that has none, as on some devices."""
+    no_address = "id", id(tensor)
     if is_lazy(tensor) or tensor.layout is not torch.strided:
-        return None
-    return tensor.untyped_storage().data_ptr() or None
+        return no_address
+    try:
+        return tensor.untyped_storage().data_ptr() or no_address
+    except RuntimeError:  # a subclass whose values are in other tensors
+        return no_address
