@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -208,6 +209,15 @@ class OtherDevice(Callback):
         event.learner.stop()
 
 
+@pytest.fixture
+def _moving_keeps_parameters() -> Iterator[None]:
+    """Let a model keep its parameters when it is moved to "meta", as when it is moved to a GPU."""
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    yield
+    torch.__future__.set_swap_module_params_on_conversion(False)
+
+
+@pytest.mark.usefixtures("_moving_keeps_parameters")
 async def test_a_model_that_was_moved_stays_there() -> None:
     model = nn.Sequential(nn.Linear(1, 1), nn.BatchNorm1d(1))
     learner = TrainLearner(model, DataLoaders(list(SEQUENCES)), cbs=OtherDevice())
