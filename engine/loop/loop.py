@@ -50,7 +50,6 @@ from .reading import BatchReader
 from .requests import CANCELS, Request, scope_for
 from .scope import scope, scope_within
 from .state import LoopState
-from .trained_parameters import check_trained_parameters
 
 
 class Loop(LoopState):
@@ -59,7 +58,6 @@ class Loop(LoopState):
     @scope(CancelFitException, CleanupFit)
     def one_fit(self) -> None:
         self.emit(BeforeFit)
-        check_trained_parameters(self)
         self.batch_reader.begin(self)
         for self.epoch in self.epochs:
             if self.trains and self._start_epoch(training=True):

@@ -8,6 +8,7 @@ from .. import log
 from ..data.batches import check_batch
 from ..data.dataloaders import why_empty
 from .state import LoopState
+from .trained_parameters import check_trained_parameters
 
 
 class BatchReader:
@@ -20,7 +21,12 @@ class BatchReader:
     guess: str | None = None
 
     def begin(self, loop: LoopState) -> None:
-        """Prepare for the fit. Called after BeforeFit."""
+        """Check what receivers of BeforeFit have left. Called after it.
+
+        Raises:
+            RuntimeError: the optimizer has parameters that the model no longer has.
+        """
+        check_trained_parameters(loop)
 
     def includes(self, epoch: int, training: bool) -> bool:
         """Whether the training (or validation) of this epoch is to be run."""
