@@ -130,6 +130,12 @@ class CheckpointCB(Callback):
 
     # ------------------------------------------------------------------------------ when to save
 
+    def __deepcopy__(self, memo: object) -> NoReturn:
+        raise TypeError(
+            f"two learners cannot save into the same folder, {self.folder}: copy the learner"
+            " without its CheckpointCB (remove_cbs, or give it to fit), and give each its own"
+        )
+
     def before_fit(self, event: BeforeFit) -> None:
         learner = _learner_of(event)
         if not is_training(learner):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import threading
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from .base import ActionEvent, Event
 from .checks import is_int
@@ -45,6 +45,12 @@ class Bus:
         self.signals: dict[type[Event], EventSignal] = _Signals(self)
         """The signal of each event class, made on first access."""
         self._subscriptions: dict[int, Subscription] = {}
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise TypeError(
+            "a Bus can neither be pickled nor copied by itself, without the learners that use it:"
+            " make a new one, or copy.deepcopy(learner), which gives the copy its own"
+        )
 
     def signal(self, event_type: type[Event]) -> EventSignal:
         """The blinker signal of one event class."""

@@ -318,7 +318,7 @@ class Story:
     def __init__(self, cb: ProgressCB, n_iter: int | None, n_epochs: int = 3) -> None:
         self.cb = cb
         self.watcher: Any = None
-        self.base = {"learner": None, "run_id": "r1", "n_epochs": n_epochs}
+        self.base = {"learner": None, "run_id": "r1", "purpose": "fit", "n_epochs": n_epochs}
         self.n_iter = n_iter
 
     def tell(self, event: Any) -> bool:
