@@ -139,10 +139,12 @@ def run(args: argparse.Namespace) -> Report:
     """Compare the batches, then time the loaders, on every device."""
     data, report = fashion_mnist(args, train=True), Report("data")
     about = f"{len(data)} images in batches of {BATCH_SIZE}, {args.repeats} repeats in turn"
-    for device in ("cpu", "cuda"):
-        if device == "cuda" and not torch.cuda.is_available():
-            report.notes.append("Left out: batches copied to a GPU or kept there, for lack of one.")
-            continue
+    devices = ["cpu"]
+    if (accelerator := torch.accelerator.current_accelerator(check_available=True)) is not None:
+        devices.append(accelerator.type)
+    else:
+        report.notes.append("Left out: batches copied to a GPU or kept there, for lack of one.")
+    for device in devices:
         loaders = {name: make(data, device) for name, (make, _) in CONTENDERS.items()}
         torch.manual_seed(SEED)
         right = list(loaders[POST])
@@ -181,8 +183,8 @@ def _rate(work: Callable[[], None], n: int) -> float:
     torch.manual_seed(SEED)
     start = time.perf_counter()
     work()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
     return n / (time.perf_counter() - start)
 
 

@@ -124,7 +124,7 @@ CHANGED: dict[str, Contender] = {
     "CompileCB()": (from_dataset, eventrain(CompileCB)),
     'MixedTrainingCB("bf16")': (from_dataset, eventrain(BF16)),
 }
-CHANGED_ON_CUDA = {"channels last and bf16": (from_dataset, eventrain(ChannelLastCB, BF16))}
+CHANGED_ON_GPU = {"channels last and bf16": (from_dataset, eventrain(ChannelLastCB, BF16))}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -138,7 +138,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> Report:
     """Train with all contenders."""
     data = fashion_mnist(args, train=True), fashion_mnist(args, train=False)
-    changed = CHANGED | (CHANGED_ON_CUDA if args.device.startswith("cuda") else {})
+    changed = CHANGED | (CHANGED_ON_GPU if args.device != "cpu" else {})
     report, first, turns = Report("endtoend"), dict[str, Fit](), dict[str, Callable[[], float]]()
     with torch.backends.cudnn.flags(enabled=True, deterministic=True):
         for name, contender in (EQUAL | changed).items():
@@ -181,8 +181,8 @@ def _fit(
     dls = load(train, valid, device)
     torch.manual_seed(SEED)
     numbers = fit(model, dls, device, epochs)
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
     return Fit(time.perf_counter() - start, numbers, model.state_dict())
 
 

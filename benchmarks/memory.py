@@ -29,7 +29,8 @@ FILLING = (PLAIN, "eventrain", "eventrain, MetricsCB")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
-    default = "cuda" if torch.cuda.is_available() else "cpu"
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    default = "cpu" if accelerator is None else accelerator.type
     parser.add_argument("--device", default=default, help=f"default: {default}")
     parser.add_argument("--rows", type=int, default=32, metavar="N", help="samples per batch")
     parser.add_argument("--repeats", type=int, default=3, metavar="N", help="for the peaks")
@@ -95,7 +96,7 @@ def _filled(args: argparse.Namespace, report: Report) -> None:
     if args.device == "cpu":
         report.notes.append("Left out: a model that fills most of a GPU, as --device is cpu.")
         return
-    whole = torch.cuda.get_device_properties(args.device).total_memory / memory_of.MB
+    whole = torch.accelerator.get_memory_info(args.device)[1] / memory_of.MB
     weights: dict[str, str] = {}
     small, large = (_peak(PLAIN, rows, args.device, {}) for rows in (args.rows, 2 * args.rows))
     rows = args.rows + int((FILL * whole - small) / (large - small) * args.rows)

@@ -225,7 +225,7 @@ def peak(name: str, rows: int, batches: int, device: str) -> tuple[float, str]:
     train(model, loader)
     most = resident("VmHWM") - before
     if device != "cpu":
-        most = torch.cuda.max_memory_allocated(device) / MB
+        most = torch.accelerator.max_memory_allocated(device) / MB
     digest = hashlib.sha256()
     for value in model.state_dict().values():
         digest.update(value.cpu().numpy())

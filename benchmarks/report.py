@@ -73,7 +73,10 @@ class Report:
 
 def describe_machine() -> dict[str, str]:
     """Return the versions and the hardware of this machine."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    device = "no GPU"
+    if (accelerator := torch.accelerator.current_accelerator(check_available=True)) is not None:
+        module = torch.get_device_module(accelerator)  # the one of MPS has no names
+        device = getattr(module, "get_device_name", lambda: accelerator.type)()
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import torch
+from typing import Any
 
 from ..events import CleanupEpoch, LearnerLike
 from ._checks import is_number
@@ -18,6 +18,17 @@ def check_monitor(monitor: str) -> str:
     if not isinstance(monitor, str) or not monitor:
         raise ValueError(f"monitor={monitor!r}: give the name of a number, such as 'loss'")
     return monitor
+
+
+def number_of(value: Any) -> float | None:
+    """The number that a recorded value is; None if it is not one.
+
+    Numbers are those of Python and numpy, and tensors and arrays with one element.
+    """
+    shape = value.shape if hasattr(type(value), "shape") else None
+    if isinstance(shape, tuple) and all(n == 1 for n in shape):
+        value = value.item()  # the host waits for the device here
+    return float(value) if is_number(value) else None
 
 
 def monitored(event: CleanupEpoch, name: str) -> float | None:
@@ -40,9 +51,7 @@ def monitored(event: CleanupEpoch, name: str) -> float | None:
             f" {', '.join(event.metrics) or 'none'}. Callbacks such as MetricsCB put numbers into"
             " learner.record"
         )
-    value = event.metrics[name]
-    if isinstance(value, torch.Tensor) and value.numel() == 1:
-        value = value.item()  # the host waits for the device here
-    if not is_number(value):
-        raise TypeError(f"monitor={name!r}: {value!r} is not a number")
-    return float(value)
+    number = number_of(event.metrics[name])
+    if number is None:
+        raise TypeError(f"monitor={name!r}: {event.metrics[name]!r} is not a number")
+    return number

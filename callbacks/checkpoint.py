@@ -8,23 +8,20 @@ from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from time import monotonic
-from typing import Any, Literal, cast
+from typing import Literal, NoReturn, cast
 
-import structlog
-
-from ..engine import Learner
+from ..engine import Learner, log
 from ..engine.checkpoint.background import BackgroundWriter
 from ..engine.checkpoint.folder import CheckpointFolder
 from ..engine.checkpoint.loader_position import resume_strategy
 from ..engine.checkpoint.resume import ResumableBatchReader
 from ..engine.checkpoint.snapshot import Snapshot
-from ..engine.checkpoint.state import state_of, stateless
+from ..engine.checkpoint.state import state_of
+from ..engine.checkpoint.unsaved import unsaved_tensors
 from ..engine.loop.state import Position
 from ..events import BeforeFit, Callback, CleanupBatch, CleanupEpoch, CleanupFit, Event
 from ._checks import check_float, check_int
-from ._monitor import is_training
-
-log = structlog.get_logger("eventrain")
+from ._monitor import is_training, number_of
 
 
 class CheckpointCB(Callback):
@@ -142,6 +139,8 @@ class CheckpointCB(Callback):
             return
         Snapshot(state_of(learner))  # raises now for what cannot be saved, before work is lost
         self._log_caveats(learner)
+        self._told: set[str] = set()
+        self._tell_unsaved(learner)
         self._checkpoints = CheckpointFolder(
             self.folder, event.run_id, self.keep_last, self.keep_best
         )
@@ -182,7 +181,9 @@ class CheckpointCB(Callback):
         if learner.graceful_stop_due or due:
             after = Position(done, learner.trains) if is_over else Position(event.epoch, False)
             measured = is_over and event.end.status == "completed"  # over all batches
-            self._save(learner, after, event.metrics if measured else {})
+            metrics = event.metrics if measured else {}
+            numbers = {name: number_of(value) for name, value in metrics.items()}
+            self._save(learner, after, numbers)
 
     def cleanup_fit(self, event: CleanupFit) -> None:
         if self._checkpoints is not None and self._saves(event):
@@ -195,9 +196,14 @@ class CheckpointCB(Callback):
     # ------------------------------------------------------------------------------- how to save
 
     def _save(
-        self, learner: Learner, position: Position, metrics: Mapping[str, Any] | None = None
+        self,
+        learner: Learner,
+        position: Position,
+        metrics: Mapping[str, float | None] | None = None,
     ) -> None:
         assert self._checkpoints is not None
+        if self._copy is None:  # the first save: a hidden state has come with the first batch
+            self._tell_unsaved(learner)
         state = state_of(learner)
         if position.batches:
             state |= _reader_of(learner).position_state(learner)
@@ -210,7 +216,7 @@ class CheckpointCB(Callback):
         self,
         checkpoints: CheckpointFolder,
         position: Position,
-        metrics: Mapping[str, Any],
+        metrics: Mapping[str, float | None],
         copy: Snapshot,
     ) -> None:
         checkpoints.put(position, metrics, copy.wait())
@@ -225,12 +231,20 @@ class CheckpointCB(Callback):
             for loader in (learner.dls.train, *([learner.dls.valid] if learner.validates else [])):
                 if caveat := resume_strategy(loader).caveat:
                     log.warning("resume_may_not_be_exact", run_id=learner.run_id, reason=caveat)
-        if found := stateless(learner):
+
+    def _tell_unsaved(self, learner: Learner) -> None:
+        """Log what no checkpoint will hold, each attribute once per fit."""
+        found = [name for name in unsaved_tensors(learner) if name not in self._told]
+        self._told.update(found)
+        if found:
             log.warning(
-                "callback_state_not_saved",
+                "state_not_saved",
                 run_id=learner.run_id,
                 found=found,
-                hint="give the callback state_dict and load_state_dict",
+                hint=(
+                    "if they change while training: register them as buffers of a module, or give"
+                    " the class that holds them state_dict() and load_state_dict(state)"
+                ),
             )
 
 

@@ -4,28 +4,26 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
-from functools import partial
 from typing import Any
 
-import anyio
-import anyio.lowlevel
 from torch import nn, optim
 from torch.nn import functional as F
 
 from ..events import Bus, Callback
 from ..events.types import numbers_of
 from .checkpoint.preserve import preserved
-from .run.fit import Fit, check_idle
-from .run.fittable import Fittable
+from .run.fit import Fit
 from .run.lr_finder import LRFinderCB
 from .run.mean_loss import RecordMeanLoss
+from .run.optimizer import check_opt_func
 from .run.plan import FitPlan
-from .run.predictions import CollectPredictions, concatenate
+from .run.predictions import CollectPredictions, Keep
 from .run.result import FitResult
+from .run.script import ScriptForms, has_script_form
 from .run.validation import validating_on
 
 
-class Learner(Fittable):
+class Learner(ScriptForms):
     """Trains a model and emits events. A subclass or callbacks define what is done in a batch.
 
     The loop, in full (`engine/loop/loop.py`):
@@ -88,9 +86,10 @@ class Learner(Fittable):
         self.dls = dls
         self.loss_func = loss_func
         self.lr = lr
-        self.opt_func = opt_func
+        self.opt_func = check_opt_func(opt_func)
         self.add_cbs(cbs)
 
+    @has_script_form("run")
     async def fit(
         self,
         n_epochs: int = 1,
@@ -113,7 +112,8 @@ class Learner(Fittable):
             train: whether to train.
             valid: whether to validate.
             cbs: callbacks for this fit only.
-            lr: the learning rate for this fit only.
+            lr: the learning rate for this fit only. An optimizer that is kept over fits
+                (`opt_func=None`) gets it in its first group, and in the others in proportion.
             run_id: identifies the fit in its events, logs and result; by default a new random one,
                 or the one of the run that is resumed.
             resume: a checkpoint to resume from as if the run had not been interrupted: its path,
@@ -126,7 +126,8 @@ class Learner(Fittable):
                 For scripts; a host with its own signal handlers calls `stop(graceful=True)`.
 
         Raises:
-            RuntimeError: this learner is fitting already.
+            RuntimeError: this learner is fitting already, or another learner is fitting with one
+                of the callbacks, which is not `shareable`.
             TypeError, ValueError: an argument, callback or loader is missing or wrong; raised
                 before any work.
             CheckpointError: there is no checkpoint to resume from, or it is damaged.
@@ -149,41 +150,7 @@ class Learner(Fittable):
     async def _fit(self, plan: FitPlan) -> FitResult:
         return await Fit(self, plan).run()
 
-    def run(
-        self,
-        n_epochs: int = 1,
-        train: bool = True,
-        valid: bool = True,
-        cbs: Callback | Iterable[Callback] | None = None,
-        lr: float | None = None,
-        *,
-        run_id: str | None = None,
-        resume: str | os.PathLike[str] | None = None,
-        graceful: bool | float = False,
-        backend: str = "asyncio",
-        backend_options: dict[str, Any] | None = None,
-    ) -> FitResult:
-        """`fit` for scripts: starts an event loop, fits, and ends the event loop.
-
-        Args:
-            n_epochs, train, valid, cbs, lr, run_id, resume, graceful: as in `fit`.
-            backend: "asyncio" or "trio".
-            backend_options: for `anyio.run`, such as {"use_uvloop": True}.
-
-        Raises:
-            RuntimeError: an event loop is running in this thread.
-            KeyboardInterrupt: on Ctrl-C, after the training has stopped and cleaned up.
-        """
-        if _event_loop_runs():
-            raise RuntimeError(
-                "run() starts an event loop, and one is running in this thread already: use"
-                " `await learner.fit(...)` here"
-            )
-        fit = partial(self.fit, run_id=run_id, resume=resume, graceful=graceful)
-        return anyio.run(
-            fit, n_epochs, train, valid, cbs, lr, backend=backend, backend_options=backend_options
-        )
-
+    @has_script_form("run_validate")
     async def validate(self, dl: Any = None) -> dict[str, Any]:
         """Run one validation epoch; return its "loss" and other metrics.
 
@@ -196,46 +163,73 @@ class Learner(Fittable):
             RuntimeError, ValueError, TypeError: as `fit`.
         """
         cbs = () if any(cb.records_loss for cb in self.cbs) else RecordMeanLoss()
-        plan = FitPlan(train=False, cbs=cbs, purpose="validate")
-        with validating_on(self, dl):
-            result = await self._fit(plan)
+        result = await self._fit(
+            FitPlan(train=False, cbs=cbs, purpose="validate", within=validating_on(self, dl))
+        )
         row = result.history[-1] if result.history else {}
         return {} if "status" in row else numbers_of(row)
 
-    async def get_preds(self, dl: Any = None, with_targets: bool = False) -> Any:
+    @has_script_form("run_get_preds")
+    async def get_preds(
+        self, dl: Any = None, with_targets: bool = False, *, keep: Keep = None
+    ) -> Any:
         """Predict for every sample of a loader, without a loss.
+
+        Outputs in containers (tuples, mappings, dataclasses, a model's output class) are collected
+        part by part. A list with as many items as the batch has samples is a list of samples, such
+        as the dicts of a detector: the result is a list, too. What cannot be collected, such as a
+        loss among the outputs, is an error at the first batch.
 
         Args:
             dl: the loader to use, by default `dls.valid`.
             with_targets: whether to return the targets as well.
+            keep: what to collect of the predictions: a key, the name of an attribute, or the index
+                of an item; several of these, for a tuple of as many; or a function of the
+                predictions of a batch. By default all.
 
         Returns:
-            The predictions on the CPU, concatenated along their first dimension; with targets,
-            a tuple of both.
+            The predictions on the CPU, concatenated along their first dimension, with floats of
+            less than 32 bits as float32; with targets, a tuple of both. Where rows differ in shape
+            between batches, such as sequences padded to the longest of their batch, a list with
+            one tensor per sample.
 
         Raises:
-            RuntimeError, ValueError, TypeError: as `fit`.
-        """
-        collected = CollectPredictions(with_targets)
-        with validating_on(self, dl):
-            result = await self._fit(FitPlan(train=False, cbs=collected, purpose="predict"))
-        if not collected.preds:
-            cause = f"{result.who} ended the run before the first ({result.reason})"
-            raise RuntimeError(
-                f"no predictions: {cause if result.who else 'every batch was skipped'}"
-            )
-        preds = concatenate(collected.preds)
-        return (preds, concatenate(collected.targets)) if with_targets else preds
+            RuntimeError: a receiver has ended the run before the last batch; or as `fit`.
+            ValueError, TypeError: the predictions cannot be collected; or as `fit`.
 
+        Example:
+            >>> import anyio, torch
+            >>> from eventrain.engine import DataLoaders, TrainLearner
+            >>> class Model(torch.nn.Linear):
+            ...     def forward(self, x):
+            ...         logits = super().forward(x)
+            ...         return {"logits": logits, "norm": logits.norm()}
+            >>> learner = TrainLearner(Model(3, 2), DataLoaders(valid=[torch.ones(4, 3)] * 2))
+            >>> anyio.run(lambda: learner.get_preds(keep="logits")).shape
+            torch.Size([8, 2])
+        """
+        collected = CollectPredictions(with_targets, keep)
+        result = await self._fit(
+            FitPlan(train=False, cbs=collected, purpose="predict", within=validating_on(self, dl))
+        )
+        return collected.result(result)
+
+    @has_script_form("run_lr_find")
     async def lr_find(
-        self, lr_mult: float = 1.3, start_lr: float = 1e-5, max_epochs: int = 10
+        self,
+        lr_mult: float = 1.3,
+        start_lr: float = 1e-5,
+        max_epochs: int = 10,
+        end_lr: float = 10.0,
     ) -> LRFinderCB:
         """Try increasing learning rates; restore model, optimizer and random states afterwards.
 
         Args:
             lr_mult: the factor from one step to the next.
             start_lr: the first learning rate.
-            max_epochs: the most epochs; the search ends earlier when the loss explodes.
+            max_epochs: the most epochs. If they end first, higher learning rates are not tried:
+                by default, the search takes 53 steps.
+            end_lr: the highest learning rate. The search ends earlier when the loss explodes.
 
         Returns:
             The finder: its `suggestion("valley")`, `suggestions`, `lrs`, `losses`, `plot()`.
@@ -245,17 +239,15 @@ class Learner(Fittable):
 
         Source: the post's `lr_find`, after fastai's.
         """
-        check_idle(self)
-        finder = LRFinderCB(lr_mult)
-        plan = FitPlan(n_epochs=max_epochs, valid=False, cbs=finder, lr=start_lr, purpose="lr_find")
-        with preserved(self):
-            await self._fit(plan)
+        finder = LRFinderCB(lr_mult, end_lr)
+        await self._fit(
+            FitPlan(
+                n_epochs=max_epochs,
+                valid=False,
+                cbs=finder,
+                lr=start_lr,
+                purpose="lr_find",
+                within=preserved(self),
+            )
+        )
         return finder
-
-
-def _event_loop_runs() -> bool:
-    try:
-        anyio.lowlevel.current_token()
-    except anyio.NoEventLoopError:
-        return False
-    return True

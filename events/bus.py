@@ -6,8 +6,11 @@ The path of an event: `Learner.emit` -> `EventSignal.send` -> `Subscription` -> 
 from __future__ import annotations
 
 import inspect
+import os
 import threading
+import weakref
 from collections.abc import Callable
+from functools import cache
 from typing import Any, NoReturn, TypeVar
 
 from .base import ActionEvent, Event
@@ -22,7 +25,8 @@ R = TypeVar("R", bound=Callable[..., Any])
 class Bus:
     """Delivers events to their subscribers. Several learners may share one.
 
-    Safe to use from any thread.
+    Safe to use from any thread. A learner and its receivers do not live longer because of the bus:
+    the learner holds those that are subscribed to it alone.
 
     Example:
         >>> from eventrain.events import Bus, BeforeFit, Event
@@ -38,13 +42,31 @@ class Bus:
         (True, False)
     """
 
+    lock = threading.RLock()
+    """Held while subscriptions change. One for all, so that no fork can copy it locked."""
+
     def __init__(self) -> None:
-        self.lock = threading.RLock()
-        self.without_receivers: set[type[Event]] = set()
+        _lock_during_forks()
+        self.signals = Signals(self)
+        """The signal of each event class, with the receivers of all learners."""
+        self._of_learner: weakref.WeakValueDictionary[int, Signals] = weakref.WeakValueDictionary()
+
+    def signals_of(self, learner: object) -> Signals:
+        """The signals for the events of one learner, which holds them as long as it lives."""
+        with self.lock:
+            signals = self._find(learner)
+            if signals is None:
+                signals = self._of_learner[id(learner)] = Signals(self, learner)
+            return signals
+
+    def _find(self, learner: object) -> Signals | None:
+        found = self._of_learner.get(id(learner))
+        return found if found is not None and found.is_of(learner) else None
+
+    @property
+    def without_receivers(self) -> set[type[Event]]:
         """The event classes without receivers, among those whose signal has been made."""
-        self.signals: dict[type[Event], EventSignal] = _Signals(self)
-        """The signal of each event class, made on first access."""
-        self._subscriptions: dict[int, Subscription] = {}
+        return self.signals.without_receivers
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         raise TypeError(
@@ -58,7 +80,9 @@ class Bus:
 
     def send(self, event: Event) -> None:
         """Send an event to its receivers. It is meant for your own events, outside a fit."""
-        self.signal(type(event)).send(event)
+        event_type = check_event_type(type(event))
+        of_learner = self._find(event.learner)
+        (self.signals if of_learner is None else of_learner)[event_type].send(event)
 
     def on(
         self,
@@ -133,11 +157,10 @@ class Bus:
             unsubscribe=self.unsubscribe,
         )
         with self.lock:
-            self._subscriptions[id(subscription)] = subscription
-            signals = [self.signals[event_type], *self.signals.values()]
-            for signal in dict.fromkeys(signals):
-                if subscription.reaches(signal.event_type):
-                    signal.add(subscription)
+            of_learner = self._find(learner)
+            (self.signals if of_learner is None else of_learner).hold(subscription)
+            for signals in self._reached_by(subscription):
+                signals.add(subscription)
         return subscription
 
     def unsubscribe(self, subscription: Subscription) -> bool:
@@ -146,39 +169,105 @@ class Bus:
             if subscription.closed:
                 return False
             subscription.closed = True
-            del self._subscriptions[id(subscription)]
-            for signal in self.signals.values():
-                signal.discard(subscription)
+            for signals in self._reached_by(subscription):
+                signals.discard(subscription)
             return True
+
+    def _reached_by(self, subscription: Subscription) -> list[Signals]:
+        """The signals that reach it, which include those of the bus."""
+        if self.signals.holds(subscription):
+            return [self.signals, *self._of_learner.values()]
+        of_learner = self._find(subscription.learner)
+        return [self.signals] if of_learner is None else [self.signals, of_learner]
 
     def reorder(self) -> None:
         """Sort all receivers again, after their keys have changed."""
         with self.lock:
-            for signal in self.signals.values():
-                signal.reorder()
+            for signals in (self.signals, *self._of_learner.values()):
+                for signal in signals.values():
+                    signal.reorder()
 
     def subscriptions(self) -> tuple[Subscription, ...]:
         """The open subscriptions, in the order in which they were made."""
         with self.lock:
-            return tuple(self._subscriptions.values())
+            groups = (self.signals, *self._of_learner.values())
+            held = [subscription for signals in groups for subscription in signals.held()]
+            return tuple(sorted(held, key=lambda subscription: subscription.time))
 
 
-class _Signals(dict[type[Event], EventSignal]):
-    """Makes the signal of an event class on first access."""
+class Signals(dict[type[Event], EventSignal]):
+    """The signal of each event class, made on first access.
 
-    def __init__(self, bus: Bus) -> None:
+    A learner's signals reach its own receivers and those of all learners, and hold both. The bus's
+    signals reach the receivers of every learner, and hold only those of all learners.
+
+    Args:
+        bus: the bus to which they belong.
+        learner: the learner whose signals they are; None for those of the bus.
+    """
+
+    def __init__(self, bus: Bus, learner: object | None = None) -> None:
         super().__init__()
+        self.lock = bus.lock
+        self.subscribe = bus.subscribe
+        self.without_receivers: set[type[Event]] = set()
         self._bus = bus
+        self._learner = None if learner is None else weakref.ref(learner)
+        self._held: dict[int, Subscription] = {}
+
+    def is_of(self, learner: object) -> bool:
+        """Whether they are those of this learner."""
+        return self._learner is not None and self._learner() is learner
+
+    def hold(self, subscription: Subscription) -> None:
+        """Keep a subscription until it is closed."""
+        self._held[id(subscription)] = subscription
+
+    def held(self) -> list[Subscription]:
+        """The open subscriptions that are held here, in the order in which they were made."""
+        return list(self._held.values())
+
+    def holds(self, subscription: Subscription) -> bool:
+        """Whether a subscription is held here."""
+        return id(subscription) in self._held
+
+    def add(self, subscription: Subscription) -> None:
+        """Have a subscription receive the events that it asks for."""
+        for signal in {self[subscription.event_type], *self.values()}:
+            if subscription.reaches(signal.event_type):
+                self._add(signal, subscription)
+
+    def _add(self, signal: EventSignal, subscription: Subscription) -> None:
+        of_another = self._learner is None and not self.holds(subscription)
+        signal.add(subscription, weak=of_another)
+
+    def discard(self, subscription: Subscription) -> None:
+        """Forget a subscription that is closed."""
+        self._held.pop(id(subscription), None)
+        for signal in self.values():
+            signal.discard(subscription)
 
     def __missing__(self, event_type: type[Event]) -> EventSignal:
-        with self._bus.lock:
+        with self.lock:
             if event_type in self:
                 return self[event_type]
-            signal = EventSignal(self._bus, event_type)
-            for subscription in self._bus.subscriptions():
-                if subscription.reaches(signal.event_type):
-                    signal.add(subscription)
+            signal = EventSignal(self, event_type)
+            is_of_bus = self._learner is None
+            held = self._bus.signals.held() + self.held()
+            for subscription in self._bus.subscriptions() if is_of_bus else held:
+                if subscription.reaches(event_type):
+                    self._add(signal, subscription)
             if not signal.receivers:
-                self._bus.without_receivers.add(event_type)
+                self.without_receivers.add(event_type)
             self[event_type] = signal
             return signal
+
+
+@cache
+def _lock_during_forks() -> None:
+    """Called by the first bus of a process, so that nothing happens at import."""
+    if hasattr(os, "register_at_fork"):
+        lock = Bus.lock
+        os.register_at_fork(
+            before=lock.acquire, after_in_parent=lock.release, after_in_child=lock.release
+        )

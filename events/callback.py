@@ -49,11 +49,17 @@ class Callback:
         observes: event classes that are passed to the method `observe(event)`, plain or async, on
             the host's event loop, concurrently with the training.
         buffer, overflow: the buffer for observed events; see `Learner.observe`.
+        state_key: a name of its own for its state in checkpoints. Callbacks of one class are told
+            apart by it or, if it is None, by the arguments that they were made with.
         fit_purpose: the purpose of a fit while this callback is attached: "lr_find" in LRFinderCB.
             A fit whose purpose is not "fit" is not saved, scheduled or stopped early.
         takes_over: the actions that this callback performs in place of a method of the user's
             learner class, on purpose; otherwise that is an error at `fit`. A callback that calls
             `event.proceed()` does not need it.
+        shareable: whether fits that run at the same time may use one instance. That is refused
+            unless its class says so itself (a subclass does not inherit it), because what it keeps
+            of one fit would be mixed with the other. A callback that only observes may always be
+            shared.
         records_loss: whether it records the loss of each epoch, as MetricsCB does. If no callback
             does, `Learner.validate` records it itself.
 
@@ -85,8 +91,10 @@ class Callback:
     observes: tuple[type[Event], ...] = ()
     buffer: int = 1024
     overflow: Overflow = "drop_oldest"
+    state_key: str | None = None
     fit_purpose: ClassVar[Purpose] = "fit"
     takes_over: ClassVar[tuple[type[ActionEvent], ...]] = ()
+    shareable: ClassVar[bool] = False
     records_loss: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:

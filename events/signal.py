@@ -2,14 +2,15 @@
 
 Blinker documents the order of its receivers as undefined, connects weakly by default (which
 drops lambdas and closures) and calls sender-specific receivers first. An `EventSignal`
-is a blinker signal that calls its receivers by (order, time of connection), holds them
-strongly, and whose sender is the event itself.
+is a blinker signal that calls its receivers by (order, time of connection), does not drop them
+before their learner ends, and whose sender is the event itself.
 
 Source: blinker 1.9, `blinker.Signal`.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import AbstractContextManager
 from types import CoroutineType
@@ -50,18 +51,25 @@ class EventSignal(blinker.Signal):
 
     @property
     def ordered(self) -> tuple[Subscription, ...]:
-        """The subscriptions in the order of their calls; cached until one is added or removed."""
+        """The subscriptions in the order of their calls.
+
+        Cached until one is added or removed, unless some are held by their learner alone.
+        """
         ordered = self._ordered
         if ordered is None:
             with self._bus.lock:
-                subscriptions: list[Any] = list(self.receivers.values())
-                ordered = self._ordered = tuple(sorted(subscriptions, key=lambda s: s.key))
+                receivers: list[Any] = list(self.receivers.values())
+                weak = [r for r in receivers if isinstance(r, weakref.ref)]
+                strong = [r() if isinstance(r, weakref.ref) else r for r in receivers]
+                found = (s for s in strong if s is not None)
+                ordered = tuple(sorted(found, key=lambda s: s.key))
+                self._ordered = None if weak else ordered
         return ordered
 
     # Typed Any: blinker asks for a callable, but only stores the object by its id.
 
-    def add(self, subscription: Any) -> None:
-        super().connect(subscription, weak=False)
+    def add(self, subscription: Any, weak: bool) -> None:
+        super().connect(subscription, weak=weak)
         self._bus.without_receivers.discard(self.event_type)
         self._ordered = None
 

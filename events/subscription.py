@@ -29,6 +29,7 @@ class Subscription(Closing):
     _times = itertools.count()
 
     __slots__ = (
+        "__weakref__",
         "_counter",
         "_every",
         "_once",

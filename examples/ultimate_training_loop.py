@@ -108,7 +108,7 @@ def accumulation(dls: DataLoaders) -> None:
 
 
 def mixed_precision(dls: DataLoaders) -> None:
-    """Mixed precision: fp16 with scaling on CUDA, bf16 elsewhere."""
+    """Mixed precision: fp16 with scaling on a GPU, bf16 on the CPU."""
     cbs = [new_metrics(), DeviceCB(), MixedTrainingCB()]
     show(MomentumLearner(get_model(), dls, cbs=cbs, loss_func=loss_func))
 

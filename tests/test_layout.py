@@ -90,3 +90,16 @@ def test_each_public_name_has_one_home() -> None:
     packages = (eventrain.events, eventrain.engine, eventrain.callbacks)
     homes = Counter(name for package in packages for name in package.__all__)
     assert {name for name, n in homes.items() if n > 1} == set()
+
+
+def test_the_engine_writes_its_log_lines_in_one_place() -> None:
+    """G20: `engine/log.py`. StructlogCB's lines are those of its user's logger."""
+    users = {
+        str(path.relative_to(ROOT))
+        for path in FILES
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute | ast.Name)
+        and (node.attr if isinstance(node, ast.Attribute) else node.id)
+        in ("get_logger", "getLogger", "getlogger")
+    }
+    assert users == {"engine/log.py", "callbacks/reporting/logs.py"}

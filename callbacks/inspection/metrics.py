@@ -6,12 +6,12 @@ import warnings
 from collections import defaultdict
 from collections.abc import Iterable
 from numbers import Real
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from ...engine.data.batches import targets_of
-from ...engine.run.mean_loss import MeanLoss
+from ...engine.run.mean_loss import MeanLoss, log_reduction
 from ...events import AfterBatch, AfterEpoch, BeforeEpoch, BeforeFit, Callback, CleanupEpoch
 from .._checks import optional_import
 
@@ -34,7 +34,11 @@ class MetricsCB(Callback):
 
     Args:
         metrics: torcheval metrics, updated with (predictions, targets), named after their class.
-        named: the same, under names of your own.
+        loss: what the loss of a batch is: "mean", the mean over its samples; "sum", their sum;
+            "auto", what `loss_func.reduction` or that parameter of it says, else the mean. The
+            loss of an epoch is the mean over its samples in any case, which
+            `learner.batch_size(batch)` counts. None records no loss.
+        named: more metrics, under names of your own.
 
     Attributes:
         history: one dict per completed epoch and phase, over all fits, but not over runs of
@@ -43,7 +47,8 @@ class MetricsCB(Callback):
 
     Raises:
         TypeError: an argument is not a torcheval metric.
-        ValueError: two metrics have the same name, or one has the name of another column.
+        ValueError: two metrics have the same name, or one has the name of another column; or
+            there is no such `loss`.
 
     Example:
         >>> import torch
@@ -66,7 +71,17 @@ class MetricsCB(Callback):
 
     records_loss = True
 
-    def __init__(self, *metrics: Metric[Any], **named: Metric[Any]) -> None:
+    def __init__(
+        self,
+        *metrics: Metric[Any],
+        loss: Literal["auto", "mean", "sum"] | None = "auto",
+        **named: Metric[Any],
+    ) -> None:
+        if isinstance(loss, Metric):
+            named["loss"] = loss
+        elif loss not in ("auto", "mean", "sum", None):
+            raise ValueError(f"loss={loss!r}: choose 'auto', 'mean', 'sum' or None")
+        self.loss = loss
         self.metrics: dict[str, Metric[Any]] = {}
         for name, metric in [*((type(m).__name__, m) for m in metrics), *named.items()]:
             if not isinstance(metric, Metric):
@@ -75,30 +90,41 @@ class MetricsCB(Callback):
                 raise ValueError(f"the name {name!r} is taken: pass the metric as yourname=...")
             self.metrics[name] = metric
         self.history: list[dict[str, Any]] = []
-        self._loss = MeanLoss()
-        self._placed = False  # whether the metrics are on the device of the loss
+        self._loss = MeanLoss(loss or "mean")
+        self._placed = False  # whether the metrics are on the device of the predictions
+        self._measured = False  # whether a batch of this epoch has been completed
 
     def before_fit(self, event: BeforeFit) -> None:
         event.learner.metrics = self
+        if self.loss == "auto":
+            log_reduction(event.learner)
 
     def before_epoch(self, event: BeforeEpoch) -> None:
         for metric in self.metrics.values():
             metric.reset()
-        self._loss = MeanLoss()
-        self._placed = False
+        self._loss = MeanLoss(self.loss or "mean")
+        self._placed = self._measured = False
 
     def after_batch(self, event: AfterBatch) -> None:
-        loss = self._loss.add(event)
+        if self.loss is not None:
+            self._loss.add(event)
+        self._measured = True
         if not self.metrics:
             return
         learner = event.learner
+        preds, targets = learner.preds, targets_of(learner.batch)
+        if not isinstance(preds, torch.Tensor):
+            raise TypeError(
+                "metrics are updated with a tensor of predictions, but learner.preds is a"
+                f" {type(preds).__qualname__}: set it to the tensor in AfterLoss, or compute these"
+                " metrics in a receiver of your own and put their numbers into learner.record"
+            )
         if not self._placed:
             for metric in self.metrics.values():
-                metric.to(loss.device)
+                metric.to(preds.device)
             self._placed = True
-        preds, targets = learner.preds.detach(), targets_of(learner.batch)
         for metric in self.metrics.values():
-            metric.update(preds, targets)
+            metric.update(preds.detach(), targets)
 
     def after_epoch(self, event: AfterEpoch) -> None:
         numbers = self.measured()
@@ -108,15 +134,15 @@ class MetricsCB(Callback):
             self.history.append({"epoch": event.epoch, "train": phase, **numbers})
 
     def cleanup_epoch(self, event: CleanupEpoch) -> None:
-        self._loss = MeanLoss()  # an epoch that is cut short before it begins has measured nothing
+        self._measured = False  # an epoch that is cut short before it begins measures nothing
 
     def measured(self) -> dict[str, Any]:
         """The metrics and the loss so far; the host waits for the device here, once per epoch."""
-        loss = self._loss.item()
-        if loss is None:  # no batch was completed
+        if not self._measured:
             return {}
         numbers = {name: _number(metric.compute()) for name, metric in self.metrics.items()}
-        return {**numbers, "loss": loss}
+        loss = self._loss.item()
+        return numbers if loss is None else {**numbers, "loss": loss}
 
     def plot(self, ax: Axes | None = None, names: str | Iterable[str] | None = None) -> Axes:
         """Draw the loss and the metrics by epoch, in training and in validation.
@@ -166,6 +192,7 @@ class MetricsCB(Callback):
         return {
             "history": [dict(row) for row in self.history],
             "loss": self._loss.state_dict(),
+            "measured": self._measured,
             "metrics": {name: metric.state_dict() for name, metric in self.metrics.items()},
             "windows": {  # the position in a window, which is not in torcheval's state_dict
                 name: metric.next_inserted
@@ -178,6 +205,7 @@ class MetricsCB(Callback):
         """Restore what `state_dict` returned."""
         self.history = [dict(row) for row in state["history"]]
         self._loss.load_state_dict(state["loss"])
+        self._measured = state["measured"]
         for name, metric in self.metrics.items():
             made_on_demand = {  # torcheval restores plain dicts, but needs defaultdicts
                 key: value.default_factory

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from ...engine.data.accelerator import copy_to_host
+
 
 class PendingScalar:
     """The number in a tensor, copied to the host asynchronously and read when it has arrived.
@@ -13,9 +15,10 @@ class PendingScalar:
     """
 
     def __init__(self, tensor: torch.Tensor) -> None:
-        self._copy = tensor.to("cpu", non_blocking=True)
+        self._copy = tensor
         self._arrived: torch.Event | None = None
         if tensor.device.type != "cpu":
+            self._copy = copy_to_host(tensor)
             self._arrived = torch.Event(tensor.device)
             self._arrived.record(torch.accelerator.current_stream(tensor.device))
 

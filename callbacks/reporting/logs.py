@@ -61,6 +61,7 @@ class StructlogCB(RecordCB):
     """
 
     order: float = -math.inf  # the context variable is set before other receivers log
+    shareable = True
 
     def __init__(
         self,

@@ -251,6 +251,7 @@ class _Display:
     def show_batch(self, event: AfterBatch, loss: float | None) -> None:
         self._now = event.time
         self._done = event.iter + 1
+        self._n_iter = event.n_iter  # None, once there are more batches than the loader told
         self._loss = self._loss if loss is None else loss
         seconds = event.time - self._began
         if event.n_samples and seconds > 0:

@@ -97,6 +97,7 @@ class PrometheusCB(RecordCB):
     """
 
     order: float = -math.inf  # a fit counts as running before another receiver can cancel it
+    shareable = True
 
     def __init__(
         self,

@@ -12,6 +12,7 @@ class SingleBatchCB(Callback):
     """
 
     order: float = 1  # after metrics
+    shareable = True
 
     def after_batch(self, event: AfterBatch) -> None:
         raise CancelFitException("one batch was asked for")
@@ -24,6 +25,7 @@ class SingleEpochCB(Callback):
     """
 
     order: float = 1  # after metrics
+    shareable = True
 
     def after_epoch(self, event: AfterEpoch) -> None:
         if not event.training or not event.learner.validates:

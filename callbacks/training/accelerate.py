@@ -10,6 +10,7 @@ import torch
 
 from ...engine import DataLoaders
 from ...events import (
+    ActionEvent,
     Backward,
     BeforeEpoch,
     BeforeFit,
@@ -34,8 +35,8 @@ class AccelerateCB(TrainCB):
     step skipped because of overflow cancels the step scope, as with `MixedTrainingCB`.
 
     Args:
-        mixed_precision: "no", "fp16" or "bf16"; by default "fp16" where CUDA is available, as in
-            the post, and "no" elsewhere.
+        mixed_precision: "no", "fp16" or "bf16"; by default "fp16" with a GPU, as in the post, and
+            "no" on the CPU.
         kwargs: further arguments of `Accelerator`, but not those that change what the loop does,
             such as `gradient_accumulation_steps`: use `GradientAccumulationCB`.
 
@@ -55,7 +56,7 @@ class AccelerateCB(TrainCB):
         with optional_import("AccelerateCB", "accelerate", "accelerate"):
             from accelerate import Accelerator
         if mixed_precision is None:
-            mixed_precision = "fp16" if torch.cuda.is_available() else "no"
+            mixed_precision = "fp16" if torch.accelerator.is_available() else "no"
         self.accelerator = Accelerator(mixed_precision=mixed_precision, **kwargs)
         _check_loop_is_ours(self.accelerator)
         self._own: tuple[Any, Any, Any] | None = None
@@ -68,12 +69,13 @@ class AccelerateCB(TrainCB):
         return self.accelerator.scaler is not None
 
     def receivers(self, learner: Any) -> Iterator[tuple[type[Event], Callable[[Any], Any]]]:
-        """As for a TrainCB, with `backward` and `step` around those of the learner or TrainCB."""
+        """Those of a TrainCB that the learner has no method for, and around them the wrappers."""
         yield Backward, self.backward
         yield Step, self.step
         inside: dict[type[Event], Any] = {Backward: super().backward, Step: super().step}
         for event_type, method in super().receivers(learner):
-            yield event_type, inside.get(event_type, method)
+            if not (issubclass(event_type, ActionEvent) and hasattr(learner, event_type.hook)):
+                yield event_type, inside.get(event_type, method)
 
     def before_fit(self, event: BeforeFit) -> None:
         learner = event.learner
@@ -86,7 +88,7 @@ class AccelerateCB(TrainCB):
         learner.dls = DataLoaders(
             *(self._prepare(getattr(learner.dls, name, None)) for name in ("train", "valid"))
         )
-        if self.accelerator.scaler is not None:
+        if self.accelerator.scaler is not None and learner.trains:
             self._scaling = GradientScaling(self.accelerator.scaler, learner.opt)
 
     def _prepare(self, x: Any) -> Any:

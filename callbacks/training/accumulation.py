@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from ...engine.data.dataloaders import has_exact_length
 from ...engine.loop.loss import check_loss
 from ...engine.loop.parameters import optimizer_parameters
 from ...events import (
@@ -24,9 +25,11 @@ class GradientAccumulationCB(Callback):
 
     Each batch has the weight 1/n in the backward pass; `learner.loss`, and the loss that metrics
     see, stay the true one. The batches that remain at the end of an epoch have a step of their
-    own, each with the weight 1/(their number). If the loader has no length, that number is known
-    only afterwards, and the gradients are corrected then (with `MomentumLearner`, those carried
-    over, too).
+    own, each with the weight 1/(their number). Where the loader has no length, or one that may be
+    wrong (of an iterable dataset, a sampler or a class of your own), the end of the epoch is known
+    only when it is there: the last step is taken in AfterEpoch, with the order of this callback,
+    and if there were other batches than the length said, the gradients are corrected before (with
+    `MomentumLearner`, those carried over, too).
 
     For a batch without a step, the step scope is cancelled: `CleanupStep.end` reports it, no
     `AfterStep` is emitted, but `AfterBatch` is.
@@ -50,7 +53,8 @@ class GradientAccumulationCB(Callback):
     def _forget(self) -> None:
         self._waiting = 0  # batches since the last step
         self._weight = 0.0  # the sum of their weights, 1 for a full group
-        self._group = self.n
+        self._group = self.n  # the number of batches whose mean is expected to be taken
+        self._due = self.n  # the number of batches after which a step is taken
         self._flushing = False
 
     def after_loss(self, event: AfterLoss) -> None:
@@ -58,6 +62,7 @@ class GradientAccumulationCB(Callback):
             return
         if self._waiting == 0 and event.n_iter is not None:
             self._group = max(1, min(self.n, event.n_iter - event.iter))
+            self._due = self._group if has_exact_length(event.learner.dl) else self.n
         if (group := self._group) > 1:
             # The gradient is scaled, not the loss: neither the performer of Backward nor readers of
             # the loss are affected.
@@ -68,8 +73,8 @@ class GradientAccumulationCB(Callback):
         self._weight += 1 / self._group
 
     def before_step(self, event: BeforeStep) -> None:
-        if self._waiting < self._group and not self._flushing:
-            raise CancelStepException(f"accumulating, {self._waiting} of {self._group}")
+        if self._waiting < self._due and not self._flushing:
+            raise CancelStepException(f"accumulating, {self._waiting} of {self._due}")
         if not math.isclose(self._weight, 1):
             for p in optimizer_parameters(event.learner.opt):
                 if p.grad is not None:
@@ -77,7 +82,7 @@ class GradientAccumulationCB(Callback):
         self._forget()
 
     def after_epoch(self, event: AfterEpoch) -> None:
-        if self._waiting:  # the last group of a loader without a length
+        if self._waiting:  # the last group of a loader without a length that is certain
             self._flushing = True
             event.learner.one_step()
 
@@ -88,10 +93,16 @@ class GradientAccumulationCB(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The progress of the current group."""
-        return {"waiting": self._waiting, "weight": self._weight, "group": self._group}
+        return {
+            "waiting": self._waiting,
+            "weight": self._weight,
+            "group": self._group,
+            "due": self._due,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
         self._waiting = state["waiting"]
         self._weight = state["weight"]
         self._group = state["group"]
+        self._due = state["due"]

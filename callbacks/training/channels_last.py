@@ -18,6 +18,7 @@ class ChannelLastCB(Callback):
     """
 
     order: float = -10  # after DeviceCB
+    shareable = True
 
     def before_fit(self, event: BeforeFit) -> None:
         event.learner.model.to(memory_format=torch.channels_last)

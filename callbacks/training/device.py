@@ -9,10 +9,8 @@ import torch
 from ...engine.data.containers import has_to, map_tensors
 from ...events import BeforeBatch, BeforeFit, Callback
 
-def_device = (
-    "mps" if torch.backends.mps.is_available() else "cuda" if torch.cuda.is_available() else "cpu"
-)
-"""The device of this machine: "mps", "cuda" or "cpu"."""
+def_device = getattr(torch.accelerator.current_accelerator(check_available=True), "type", "cpu")
+"""The device of this machine: the type of its accelerator, such as "cuda" or "mps", or "cpu"."""
 
 
 def to_device(x: Any, device: str | torch.device = def_device, non_blocking: bool = False) -> Any:
@@ -53,6 +51,7 @@ class DeviceCB(Callback):
     """
 
     order: float = -20
+    shareable = True
 
     def __init__(self, device: str | torch.device = def_device, non_blocking: bool = False) -> None:
         self.device = torch.device(device)

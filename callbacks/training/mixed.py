@@ -38,8 +38,8 @@ class MixedTrainingCB(Callback):
     scaler is needed, and this callback does not wrap Backward and Step.
 
     Args:
-        dtype: "fp16" or "bf16", or torch's dtypes; by default "fp16" where CUDA is available, as in
-            the post, and "bf16" elsewhere.
+        dtype: "fp16" or "bf16", or torch's dtypes; by default the one of torch's autocast for
+            `def_device`: "fp16" with a GPU, as in the post, and "bf16" on the CPU.
         init_scale: the initial factor of the scaler. It is halved by every skipped step, and
             doubled after 2,000 steps in a row without a skipped one.
 
@@ -57,7 +57,7 @@ class MixedTrainingCB(Callback):
 
     def __init__(self, dtype: torch.dtype | str | None = None, init_scale: float = 65536.0) -> None:
         if dtype is None:
-            dtype = torch.float16 if def_device == "cuda" else torch.bfloat16
+            dtype = torch.get_autocast_dtype(def_device)
         if dtype not in {*_DTYPES, *_DTYPES.values()}:
             raise ValueError(f"dtype={dtype!r}: choose 'fp16' or 'bf16'")
         self.dtype = _DTYPES[dtype] if isinstance(dtype, str) else dtype
@@ -86,7 +86,8 @@ class MixedTrainingCB(Callback):
         self.skipped_steps = 0
         if self.dtype == torch.float16:
             self.scaler = torch.amp.GradScaler(self._device, init_scale=self.init_scale)
-            self._scaling = GradientScaling(self.scaler, event.learner.opt)
+            if event.learner.trains:
+                self._scaling = GradientScaling(self.scaler, event.learner.opt)
 
     def before_batch(self, event: BeforeBatch) -> None:
         self._autocast = torch.autocast(self._device, dtype=self.dtype)

@@ -89,6 +89,8 @@ class SchedulerCB(Callback):
         others = [cb for cb in learner.cbs if isinstance(cb, SchedulerCB)]
         if learner.opt_func is None and not any(cb._kept for cb in others):
             self._kept = [_options(group) for group in learner.opt.param_groups]
+            for group in learner.opt.param_groups:  # schedulers change tensors in place
+                group.update(copy.deepcopy(_options(group)))
         self.scheduler = self._make(learner.opt)
 
     def _make(self, opt: Any) -> Any:
@@ -170,4 +172,4 @@ class SchedulerCB(Callback):
 
 
 def _options(group: dict[str, Any]) -> dict[str, Any]:
-    return copy.deepcopy({key: value for key, value in group.items() if key != "params"})
+    return {key: value for key, value in group.items() if key != "params"}

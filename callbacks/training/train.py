@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from ...engine import TrainLearner
-from ...events import ActionEvent, Backward, Callback, Event, GetLoss, Predict, Step, ZeroGrad
+from ...engine.loop.actions import may_replace
+from ...events import Backward, Callback, Event, GetLoss, Predict, Step, ZeroGrad
 
 _METHODS: Any = TrainLearner  # Any, because they work on every learner
 
@@ -14,8 +15,8 @@ _METHODS: Any = TrainLearner  # Any, because they work on every learner
 class TrainCB(Callback):
     """Performs the actions as the methods of `TrainLearner` do.
 
-    It performs those for which the learner has no method of its own. It is the last in order: any
-    other callback that performs an action takes precedence.
+    It leaves to a learner class of your own the actions for which that has a method. It is the last
+    in order: any other callback that performs an action takes precedence.
 
     Example:
         >>> import torch
@@ -30,11 +31,12 @@ class TrainCB(Callback):
     """
 
     order: float = 1000
+    shareable = True
 
     def receivers(self, learner: Any) -> Iterator[tuple[type[Event], Callable[[Any], Any]]]:
-        """As for any callback, but without the actions that the learner has a method for."""
+        """As for any callback, but without the actions for which the learner has its own method."""
         for event_type, method in super().receivers(learner):
-            if not (issubclass(event_type, ActionEvent) and hasattr(learner, event_type.hook)):
+            if may_replace(getattr(learner, event_type.hook, None)):
                 yield event_type, method
 
     def predict(self, event: Predict) -> None:

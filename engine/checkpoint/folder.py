@@ -8,8 +8,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any, ClassVar
 
-import structlog
-
+from .. import log
 from ..loop.state import Position
 from .reader import CheckpointError, checkpoints_in, read_manifest
 from .writer import (
@@ -73,9 +72,7 @@ class CheckpointFolder:
         try:
             manifest = read_manifest(path)
         except CheckpointError as exc:
-            structlog.get_logger("eventrain").warning(
-                "checkpoint_damaged", path=str(path), error=str(exc)
-            )
+            log.warning("checkpoint_damaged", path=str(path), error=str(exc))
             return
         if manifest["run_id"] == self.run_id:
             self._metrics[path] = manifest["metrics"]

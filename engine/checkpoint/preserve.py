@@ -1,54 +1,164 @@
-"""A context manager that restores the learner after a trial run, such as `lr_find`."""
+"""Putting a learner back as it was: after a trial run such as `lr_find`, or a failed resume.
+
+Every part is put back on its own, so that one that fails does not keep the others from it. A
+parameter or buffer is the same object as before, with the values of before.
+"""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 import torch
+from torch.optim import Optimizer
 
-from .random_state import random_state, set_random_state
-from .state import SavedLearner, stateful
+from ..loop.parameters import optimizer_parameters
+from .kept import KeptAttributes, KeptModule, KeptTensors, keep_contents
+from .parts import (
+    Part,
+    SavedLearner,
+    holders,
+    is_module,
+    is_optimizer,
+    own_states,
+    parts_of,
+    tensors_outside,
+)
+from .random_state import (
+    generator_state,
+    is_generator,
+    random_state,
+    set_generator_state,
+    set_random_state,
+)
 
 
 @contextmanager
 def preserved(learner: SavedLearner) -> Iterator[None]:
-    """Restore model, gradients, optimizer, callbacks, position and random states afterwards.
+    """Put everything with a state back afterwards: see `KeptLearner`.
 
-    The random states are those of Python, numpy, torch, all CUDA devices, and the generators
-    of the learner's loaders. A model that was moved to another device stays there.
+    Raises:
+        Exception: the first error of a part that could not be put back, when all others are.
     """
-    model = learner.model
-    weights = copy.deepcopy(model.state_dict())
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    gradients = [(p, None if p.grad is None else p.grad.clone()) for p in model.parameters()]
-    modes = [(module, module.training) for module in model.modules()]
-    opt = learner.opt
-    opt_state = copy.deepcopy(opt.state_dict()) if opt is not None else None
-    states = [(owner, copy.deepcopy(owner.state_dict())) for _, owner in stateful(learner)]
-    position = {name: getattr(learner, name) for name in _POSITION}
-    if torch.cuda.is_available():
-        torch.cuda.init()  # before, there is no random state to save
-    randomness = random_state(learner.dls)
+    kept = KeptLearner(learner)
     try:
         yield
-    finally:
-        model.load_state_dict(weights)
-        for name, buffer in model.named_buffers():  # including non-persistent ones
-            buffer.copy_(buffers[name])
-        for p, gradient in gradients:
-            p.grad = None if gradient is None else gradient.to(p.device)
-        for module, training in modes:
-            module.training = training
-        learner.opt = opt
-        if opt is not None:
-            opt.load_state_dict(opt_state)
-        for owner, state in states:
-            owner.load_state_dict(state)
-        for name, value in position.items():
-            setattr(learner, name, value)
-        set_random_state(learner.dls, randomness)
+    except BaseException as exc:
+        for error in kept.put_back():
+            exc.add_note(f"and {error.__notes__[-1]}: {error!r}")
+        raise
+    errors = kept.put_back()
+    if errors:
+        for error in errors[1:]:
+            errors[0].add_note(f"and {error.__notes__[-1]}: {error!r}")
+        raise errors[0]
 
 
-_POSITION = ("batch", "preds", "loss", "epoch", "iter", "n_epochs", "epochs", "n_iter", "training")
+class KeptLearner:
+    """All that `parts_of` and `own_states` list, and the position and random states of a learner.
+
+    The random states are those of Python, numpy, torch, its devices, and the generators of the
+    learner's loaders. A model that was moved to another device stays there.
+    """
+
+    def __init__(self, learner: SavedLearner) -> None:
+        self._learner = learner
+        self._tensors = KeptTensors()
+        self._steps: list[tuple[str, Callable[[], Any]]] = []
+        self._modules: set[int] = set()
+        self._attributes = {
+            id(owner): KeptAttributes(owner, self._tensors)
+            for owner in (learner, *learner.cbs)
+            if hasattr(owner, "__dict__")
+        }
+        parts = parts_of(learner)
+        for part in parts:
+            self._keep_part(part)
+        for name in ("model", "opt"):
+            self._add(name, partial(setattr, learner, name, getattr(learner, name)))
+        for outside in tensors_outside(learner):
+            self._tensors.keep(outside.tensor)
+            self._add(str(outside), partial(self._tensors.put_back, outside.tensor))
+        self._held = holders(learner)
+        self._add("the attributes", self._put_back_attributes)
+        self._add("the gradients", self._tensors.put_back_gradients)
+        for name, owner in own_states(learner).items():
+            self._add(name, partial(owner.load_state_dict, copy.deepcopy(owner.state_dict())))
+        for part in parts:
+            if is_generator(part.value):  # after the callbacks, which may draw while they load
+                state = generator_state(part.value)
+                self._add(str(part), partial(set_generator_state, part.value, state))
+        position = {name: getattr(learner, name) for name in _POSITION if hasattr(learner, name)}
+        self._add("the position", partial(_set_attributes, learner, position))
+        if torch.accelerator.is_available():
+            # This initializes it; before, there is no random state to save.
+            torch.accelerator.current_device_index()
+        self._add(
+            "the random states", partial(set_random_state, learner.dls, random_state(learner.dls))
+        )
+
+    def put_back(self) -> list[Exception]:
+        """Put everything back. Returns the errors of what could not be, noted with its name."""
+        errors = []
+        for what, put_back in self._steps:
+            try:
+                put_back()
+            except Exception as exc:
+                exc.add_note(f"raised when {what} was put back as it was before")
+                errors.append(exc)
+        return errors
+
+    def _add(self, what: str, put_back: Callable[[], Any]) -> None:
+        self._steps.append((what, put_back))
+
+    def _keep_part(self, part: Part) -> None:
+        value, what = part.value, str(part)
+        if is_module(value):
+            self._keep_module(part)
+        elif not is_generator(value) and not _loads_as_optimizer(value):
+            self._add(what, partial(value.load_state_dict, copy.deepcopy(value.state_dict())))
+        if is_optimizer(value):
+            for p in optimizer_parameters(value):
+                self._tensors.keep(p)
+                self._tensors.keep_gradient(p)
+                self._add(what, partial(self._tensors.put_back, p))
+            self._add(what, partial(setattr, value, "param_groups", value.param_groups))
+            self._add(what, keep_contents(value.param_groups, self._tensors))
+        if isinstance(value, Optimizer):
+            self._add(what, partial(setattr, value, "state", value.state))
+            self._add(what, keep_contents(value.state, self._tensors))
+
+    def _keep_module(self, part: Part) -> None:
+        for name, module in part.value.named_modules():
+            if id(module) not in self._modules:
+                self._modules.add(id(module))
+                kept = KeptModule(module, self._tensors)
+                self._add(f"{name} of {part}" if name else str(part), kept.put_back)
+                if type(module).get_extra_state is not torch.nn.Module.get_extra_state:
+                    extra = copy.deepcopy(module.get_extra_state())
+                    self._add(f"the extra state of {part}", partial(module.set_extra_state, extra))
+
+    def _put_back_attributes(self) -> None:
+        """Those that hold a part or a tensor, before or now: a new one is not to stay."""
+        held = [*self._held, *holders(self._learner)]
+        for owner, name in dict.fromkeys((id(owner), name) for owner, name in held):
+            self._attributes[owner].put_back(name)
+
+
+def _loads_as_optimizer(value: Any) -> bool:
+    """Whether all its state is in `state` and `param_groups`, as in torch's own optimizers."""
+    return getattr(type(value), "load_state_dict", None) is Optimizer.load_state_dict
+
+
+def _set_attributes(owner: Any, values: dict[str, Any]) -> None:
+    for name, value in values.items():
+        setattr(owner, name, value)
+
+
+_POSITION = (
+    *("batch", "preds", "loss", "epoch", "iter", "n_epochs", "epochs", "n_iter", "training"),
+    *("history", "record", "n_samples", "progress", "done", "gradients_pending"),
+)

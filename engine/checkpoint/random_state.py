@@ -8,23 +8,25 @@ from typing import Any
 
 import torch
 
+from ..data.accelerator import initialized_accelerator
+
 RandomState = dict[str, Any]
-"""Plain values and tensors by source: "python", "numpy", "torch", "cuda" etc., "generators"."""
+"""Plain values and tensors by source: "python", "numpy", "torch", "generators", and the type of the
+accelerator, such as "cuda", with one state per device."""
 
 
 def random_state(dls: Any) -> RandomState:
-    """The states of Python, numpy, torch, its devices, and the generators of both loaders.
+    """The states of Python, numpy, torch, the accelerator, and the generators of both loaders.
 
-    A source that is not in use (numpy not imported, a device not initialized) is left out.
+    A source that is not in use (numpy not imported, an accelerator not initialized) is left out.
     """
     state: RandomState = {"python": random.getstate(), "torch": torch.get_rng_state()}
     if numpy := sys.modules.get("numpy"):
         name, key, *rest = numpy.random.get_state()
         state["numpy"] = [name, torch.from_numpy(key.copy()), *rest]
-    for name in _devices_in_use():
-        state[name] = getattr(torch, name).get_rng_state_all()
-    if torch.backends.mps.is_available():
-        state["mps"] = torch.mps.get_rng_state()
+    if accelerator := initialized_accelerator():
+        states = [_module(accelerator).get_rng_state(*device) for device in _devices(accelerator)]
+        state[accelerator.type] = states
     state["generators"] = [generator.get_state() for generator in generators(dls)]
     return state
 
@@ -38,11 +40,10 @@ def set_random_state(dls: Any, state: RandomState) -> None:
 
         name, key, *rest = state["numpy"]
         numpy.random.set_state((name, key.numpy(), *rest))
-    for name in _DEVICES:
-        if name in state:
-            getattr(torch, name).set_rng_state_all(state[name])
-    if "mps" in state:
-        torch.mps.set_rng_state(state["mps"])
+    accelerator = torch.accelerator.current_accelerator()
+    if accelerator is not None and accelerator.type in state:
+        for device, saved in zip(_devices(accelerator), state[accelerator.type], strict=True):
+            _module(accelerator).set_rng_state(saved, *device)
     for generator, saved in zip(generators(dls), state["generators"], strict=True):
         generator.set_state(saved)
 
@@ -52,13 +53,12 @@ def random_state_differs(dls: Any, state: RandomState) -> str | None:
     here, there = len(generators(dls)), len(state["generators"])
     if here != there:
         return f"the loaders have {here} random generators, but the checkpoint has {there}"
-    for name in _DEVICES:
-        module = getattr(torch, name)
-        here, there = module.device_count(), len(state.get(name, ()))
-        if there and here != there:
+    accelerator = torch.accelerator.current_accelerator()
+    for name in state.keys() - {"python", "torch", "numpy", "generators"}:
+        is_here = accelerator is not None and accelerator.type == name
+        here, there = torch.accelerator.device_count() if is_here else 0, len(state[name])
+        if there != here:
             return f"there are {here} {name} devices, but the checkpoint has {there}"
-    if "mps" in state and not torch.backends.mps.is_available():
-        return "there is no mps device, but the checkpoint has a state for one"
     return None
 
 
@@ -77,8 +77,49 @@ def generators(dls: Any) -> list[torch.Generator]:
     return list(found.values())
 
 
-_DEVICES = ("cuda", "xpu")
+def is_generator(value: Any) -> bool:
+    """Whether it is a random generator of torch, numpy or Python, whose state can be saved."""
+    kinds: tuple[type, ...] = (torch.Generator, random.Random)
+    if numpy := sys.modules.get("numpy"):
+        kinds = (*kinds, numpy.random.Generator, numpy.random.RandomState)
+    return issubclass(type(value), kinds) and not isinstance(value, random.SystemRandom)
 
 
-def _devices_in_use() -> list[str]:
-    return [name for name in _DEVICES if getattr(torch, name).is_initialized()]
+def generator_state(generator: Any) -> Any:
+    """The state of one random generator."""
+    if isinstance(generator, torch.Generator):
+        return generator.get_state()
+    if isinstance(generator, random.Random):
+        return generator.getstate()
+    if hasattr(generator, "bit_generator"):
+        return generator.bit_generator.state
+    return generator.get_state(legacy=False)
+
+
+def set_generator_state(generator: Any, state: Any) -> None:
+    """Restore what `generator_state` returned, or its copy in a checkpoint."""
+    if isinstance(generator, torch.Generator):
+        generator.set_state(state)
+    elif isinstance(generator, random.Random):
+        generator.setstate(state)
+    elif hasattr(generator, "bit_generator"):
+        generator.bit_generator.state = _to_numpy(state)
+    else:
+        generator.set_state(_to_numpy(state))
+
+
+def _to_numpy(state: Any) -> Any:
+    if isinstance(state, dict):
+        return {key: _to_numpy(value) for key, value in state.items()}
+    return state.numpy() if isinstance(state, torch.Tensor) else state
+
+
+def _module(accelerator: torch.device) -> Any:
+    return torch.get_device_module(accelerator)
+
+
+def _devices(accelerator: torch.device) -> list[tuple[str, ...]]:
+    """The arguments that name each device to `get_rng_state` and `set_rng_state`."""
+    if accelerator.type == "mps":
+        return [()]  # there is one, which those functions do not expect to be named
+    return [(f"{accelerator.type}:{i}",) for i in range(torch.accelerator.device_count())]

@@ -19,13 +19,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import structlog
 import torch
 
+from .. import log
 from ..loop.state import Position
+from .sparse import decode_sparse
 from .validate import disallowed_names, incomplete_shapes
 
-FORMAT = 2
+FORMAT = 3
 """Increased when the checkpoints of earlier versions can no longer be read."""
 
 STATE, MANIFEST = "state.pt", "manifest.json"
@@ -49,7 +50,8 @@ class Checkpoint:
         path: its folder.
         manifest: information for people: "run_id", "created", "position", "metrics" (of the
             epoch, if it was saved at the end of one), "versions", "files".
-        state: the whole state: "model", "optimizer", "callbacks" and more.
+        state: the whole state: "model", "optimizer", "callbacks", "attributes" (of the learner and
+            of callbacks) and more.
 
     Example:
         >>> import tempfile, torch
@@ -103,9 +105,7 @@ class Checkpoint:
             try:
                 return cls._load_one(candidate)
             except CheckpointDamagedError as exc:
-                structlog.get_logger("eventrain").warning(
-                    "checkpoint_damaged", path=str(candidate), error=str(exc)
-                )
+                log.warning("checkpoint_damaged", path=str(candidate), error=str(exc))
         if found:
             raise CheckpointDamagedError(f"all {len(found)} checkpoints in {path} are damaged")
         raise CheckpointError(f"there is no checkpoint in {path}")
@@ -121,7 +121,7 @@ class Checkpoint:
                 raise CheckpointDamagedError("it does not hold a dictionary")
             if shapes := incomplete_shapes(state):
                 raise CheckpointDamagedError(f"the data of tensors of shape {shapes} is incomplete")
-            return cls(path, manifest, state)
+            return cls(path, manifest, decode_sparse(state))
         except CheckpointDamagedError as exc:
             raise CheckpointDamagedError(f"{path / STATE}: {exc}") from None
         except Exception as exc:  # torch raises many kinds of errors for an invalid file

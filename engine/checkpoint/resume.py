@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Protocol, cast, runtime_checkable
 
-import structlog
 import torch
 
 from ...events import Callback
+from .. import log
 from ..data.prefetch import Prefetcher
 from ..loop.reading import BatchReader, read_batches
 from ..loop.state import LoopState
 from .compatibility import CheckpointMismatchError, check_state
 from .loader_position import resume_strategy, skip_to
+from .parts import SavedLearner
+from .preserve import KeptLearner
 from .random_state import RandomState, generators, random_state, set_random_state
 from .reader import Checkpoint, checkpoints_in
-from .snapshot import Snapshot
-from .state import SavedLearner, State, set_state, state_of
-
-log = structlog.get_logger("eventrain")
+from .state import State, set_state
 
 
 @runtime_checkable
@@ -64,8 +62,10 @@ class ResumableBatchReader(BatchReader):
 
     def __init__(self) -> None:
         self._random_at_epoch: RandomState = {}
+        self._n_iter: int | None = None  # at the beginning of the epoch: it may turn out wrong
 
     def read(self, loop: LoopState) -> Iterator[int]:
+        self._n_iter = loop.n_iter
         self._random_at_epoch = random_state(loop.dls)
         return super().read(loop)
 
@@ -74,7 +74,7 @@ class ResumableBatchReader(BatchReader):
         by_state = resume_strategy(loop.dl).how == "state"
         return {
             "random_at_epoch": self._random_at_epoch,
-            "n_iter": loop.n_iter,
+            "n_iter": self._n_iter,
             "loader": loop.dl.state_dict() if by_state else None,
         }
 
@@ -139,6 +139,7 @@ class ResumedBatchReader(ResumableBatchReader):
                 " checkpoint was saved: in the middle of an epoch, a fit can only be resumed with"
                 " the same data"
             )
+        self._n_iter = loop.n_iter
         self._random_at_epoch = state["random_at_epoch"]
         set_random_state(loop.dls, self._random_at_epoch)
         batches = skip_to(loop.dl, position.batches, state["loader"])
@@ -163,12 +164,11 @@ class ResumedBatchReader(ResumableBatchReader):
 
     def _load(self, loop: LoopState, state: State) -> None:
         learner = cast(SavedLearner, loop)
-        before = Snapshot(state_of(learner)).wait()
+        before = KeptLearner(learner)
         try:
             set_state(learner, state)
         except BaseException:
-            with suppress(Exception):  # the first error is the one to raise
-                set_state(learner, before)
+            before.put_back()  # its own errors are not raised: the first one is
             raise
         self.loaded = True
         self.drop_checkpoint()

@@ -10,6 +10,9 @@ from typing import Any
 
 import torch
 
+from ..data.accelerator import copy_to_host
+from .sparse import encode_sparse
+
 
 class Snapshot:
     """A copy of a value on the host, of the plain types that `torch.load(weights_only=True)` reads.
@@ -47,6 +50,10 @@ class Snapshot:
         if torch.nn.parameter.is_lazy(value):
             return None  # it has no values yet
         is_tensor = isinstance(value, torch.Tensor)
+        if is_tensor and value.layout is torch.sparse_coo:
+            value = value.detach()
+            indices = self._copy(value._indices(), f"{where}.indices")
+            return encode_sparse(indices, self._copy(value._values(), f"{where}.values"), value)
         if (
             is_tensor
             and value.layout is torch.strided
@@ -95,15 +102,16 @@ class Snapshot:
             *_layout(tensor),
             tensor.device,
         )
-        if tensor.numel() and key in self._tied:
+        has_address = tensor.data_ptr() != 0  # not on every device
+        if has_address and key in self._tied:
             return self._tied[key]
         old = self._old.get(where)
         if old is not None and _layout(old) == _layout(tensor):
             copy = old.copy_(tensor, non_blocking=True)
         elif tensor.device.type == "cpu":
             copy = tensor.clone()
-        else:  # asynchronous, into pinned memory; the stream runs it before the next step
-            copy = tensor.to("cpu", non_blocking=True)
+        else:  # asynchronous; the stream runs it before the next step
+            copy = copy_to_host(tensor)
         self._copies[where] = self._tied[key] = copy
         return copy
 

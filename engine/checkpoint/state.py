@@ -2,110 +2,252 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import asdict
-from typing import Any, Protocol
+from typing import Any
 
+import torch
 from torch import nn
 
-from ...events import Callback
+from ..loop.parameters import optimizer_parameters
 from ..loop.state import Progress
-from .random_state import random_state, set_random_state
+from .identity import match_callbacks, settings_of_several
+from .parts import (
+    MODEL,
+    OPTIMIZER,
+    Part,
+    SavedLearner,
+    is_module,
+    is_optimizer,
+    own_states,
+    owners_of,
+    parts_of,
+)
+from .random_state import (
+    generator_state,
+    is_generator,
+    random_state,
+    set_generator_state,
+    set_random_state,
+)
 
 State = dict[str, Any]
-
-
-class SavedLearner(Protocol):
-    """The attributes of a learner that are saved and restored."""
-
-    model: nn.Module
-    opt: Any
-    dls: Any
-    training: bool
-    n_samples: int
-    record: dict[str, Any]
-    history: list[dict[str, Any]]
-    progress: dict[bool, Progress]
-    done: Progress
-
-    @property
-    def cbs(self) -> tuple[Callback, ...]: ...
+Record = Mapping[str, Any]
+"""What a state holds of one part."""
 
 
 def state_of(learner: SavedLearner) -> State:
-    """Model, gradients, optimizer, callbacks, random states, history and counts of a learner.
+    """The state of all parts of a learner and of its callbacks, its history, position and counts.
 
     The tensors are the live ones; `Snapshot` copies them.
     """
-    opt = learner.opt
+    records = records_of(parts_of(learner))
+    if learner.opt is not None and not any(_is_of_optimizer(path) for path in records):
+        raise TypeError(
+            f"the optimizer is {learner.opt!r}, which cannot be saved: give its class state_dict()"
+            " and load_state_dict(state)"
+        )
+    model = records.pop(MODEL)
+    opt = records.pop(OPTIMIZER, {"state": None, "parameters": {}})
+    attributes: dict[str, dict[str, Record]] = {}
+    for (owner, name), record in records.items():
+        attributes.setdefault(owner, {})[name] = record
+    own = own_states(learner)
     return {
-        "model": learner.model.state_dict(),
-        "gradients": {
-            name: p.grad for name, p in learner.model.named_parameters() if p.grad is not None
-        },
-        "optimizer": None if opt is None else opt.state_dict(),
-        "optimizer_class": optimizer_class(opt),
-        "callbacks": {name: owner.state_dict() for name, owner in stateful(learner)},
+        "model": model["state"],
+        "gradients": model["gradients"],
+        "optimizer": opt["state"],
+        "optimizer_class": optimizer_class(learner.opt),
+        "optimizer_parameters": opt["parameters"],
+        "attributes": attributes,
+        "callbacks": {name: _noted(name, owner.state_dict) for name, owner in own.items()},
+        "settings": settings_of_several(stateful(learner, {*own, *attributes})),
         "random": random_state(learner.dls),
         "history": learner.history,
         "n_samples": learner.n_samples,
+        "gradients_pending": learner.gradients_pending,
         "progress": {training: asdict(done) for training, done in learner.progress.items()},
     }
 
 
+def _is_of_optimizer(path: tuple[str, str]) -> bool:
+    return path == OPTIMIZER or (path[0] == "learner" and path[1].startswith(("opt.", "opt[")))
+
+
+def records_of(parts: list[Part]) -> dict[tuple[str, str], Record]:
+    """What is saved of each part, by its path."""
+    held: set[int] = set()  # the parameters that a module saves
+    records: dict[tuple[str, str], Record] = {}
+    for part in parts:
+        value = part.value
+        if is_module(value):
+            state = module_state(part)
+            named = dict(value.named_parameters(remove_duplicate=False))
+            held.update(id(p) for name, p in named.items() if name in state)
+            gradients = {name: p.grad for name, p in part_parameters(part) if p.grad is not None}
+            records[part.path] = {"state": state, "gradients": gradients}
+        elif is_optimizer(value):
+            outside = {i: p for i, p in enumerate(optimizer_parameters(value)) if id(p) not in held}
+            held.update(map(id, outside.values()))
+            records[part.path] = {
+                "state": _noted(str(part), value.state_dict),
+                "class": optimizer_class(value),
+                "parameters": {i: {"value": p, "gradient": p.grad} for i, p in outside.items()},
+            }
+        elif is_generator(value):
+            records[part.path] = {"state": generator_state(value)}
+        else:
+            records[part.path] = {"state": _noted(str(part), value.state_dict)}
+    return records
+
+
 def set_state(learner: SavedLearner, state: State) -> None:
     """Restore a state that `check_state` has accepted."""
-    model = learner.model
-    model.load_state_dict(state["model"])
-    for name, p in model.named_parameters():
-        gradient = state["gradients"].get(name)
-        p.grad = None if gradient is None else gradient.to(p.device, copy=True)
-    if state["optimizer"] is not None:
-        learner.opt.load_state_dict(state["optimizer"])
+    state = named_as_here(learner, state)
+    records = records_in(state)
+    parts = parts_of(learner)
+    for part in parts:
+        if not is_generator(part.value):
+            set_part(part, records[part.path])
     learner.history = [dict(row) for row in state["history"]]
     learner.record = learner.history[-1] if learner.history else {}
     learner.n_samples = state["n_samples"]
     learner.progress = {training: Progress(**done) for training, done in state["progress"].items()}
     learner.done = learner.progress[learner.training]
+    learner.gradients_pending = state["gradients_pending"]
     try:
-        for name, owner in stateful(learner):
-            _load(name, owner, state["callbacks"][name])
+        for name, owner in own_states(learner).items():
+            _noted(name, owner.load_state_dict, state["callbacks"][name])
     finally:  # last, because a callback may draw random numbers while it loads
+        for part in parts:
+            if is_generator(part.value):
+                set_generator_state(part.value, records[part.path]["state"])
         set_random_state(learner.dls, state["random"])
 
 
-def _load(name: str, owner: Any, state: Any) -> None:
-    try:
-        owner.load_state_dict(state)
-    except Exception as exc:
-        exc.add_note(f"raised by {name}.load_state_dict on its state in the checkpoint")
-        raise
+def records_in(state: State) -> dict[tuple[str, str], Record]:
+    """What a state holds of each part, by the path of the part."""
+    records = {
+        (owner, name): record
+        for owner, named in state["attributes"].items()
+        for name, record in named.items()
+    }
+    records[MODEL] = {"state": state["model"], "gradients": state["gradients"]}
+    if state["optimizer"] is not None:
+        records[OPTIMIZER] = {
+            "state": state["optimizer"],
+            "class": state["optimizer_class"],
+            "parameters": state["optimizer_parameters"],
+        }
+    return records
 
 
-def stateful(learner: SavedLearner) -> Iterator[tuple[str, Any]]:
-    """The callbacks with a `state_dict`, and the learner if its class has one, by name."""
-    owners = [learner, *learner.cbs]
-    seen: Counter[str] = Counter()
-    for owner in owners:
-        if hasattr(owner, "state_dict") and hasattr(owner, "load_state_dict"):
-            name = type(owner).__qualname__
-            seen[name] += 1
-            yield name if seen[name] == 1 else f"{name} {seen[name]}", owner
+def named_as_here(learner: SavedLearner, state: State) -> State:
+    """The state of a checkpoint, with the names that its callbacks have in this learner.
+
+    Raises:
+        AmbiguousCallbacksError: two callbacks of one class cannot be told from one another.
+    """
+    names = {*own_states(learner), *(part.owner for part in parts_of(learner))}
+    here = settings_of_several(stateful(learner, names))
+    matched, problems = match_callbacks(here, state["settings"])
+    if problems:
+        raise AmbiguousCallbacksError("; ".join(problems))
+    renamed = {
+        key: {matched.get(name, name): held for name, held in state[key].items()}
+        for key in ("callbacks", "attributes", "settings")
+    }
+    return {**state, **renamed}
 
 
-def stateless(learner: SavedLearner) -> list[str]:
-    """The attributes with a state, such as a scheduler, of callbacks without a `state_dict`."""
-    found = []
-    for cb in learner.cbs:
-        if hasattr(cb, "state_dict"):
-            continue
-        for name, value in vars(cb).items():
-            if hasattr(value, "load_state_dict") and not isinstance(value, Callback | type):
-                found.append(f"{type(cb).__qualname__}.{name}")
-    return found
+class AmbiguousCallbacksError(ValueError):
+    """Two callbacks of one class cannot be told from one another in a checkpoint."""
+
+
+def stateful(learner: SavedLearner, names: Set[str]) -> dict[str, Any]:
+    """The callbacks with these names, of which a state holds something."""
+    return {name: cb for name, cb in owners_of(learner) if name in names and cb is not learner}
+
+
+# -------------------------------------------------------------------------------------- one part
+
+
+def part_parameters(part: Part) -> Iterator[tuple[str, torch.Tensor]]:
+    """The parameters of a module, by name, without those that another part has."""
+    for name, p in part.value.named_parameters():
+        if not name.startswith(part.elsewhere):
+            yield name, p
+
+
+def module_state(part: Part) -> dict[str, Any]:
+    """The `state_dict` of a module, without the submodules that another part saves."""
+    state: dict[str, Any] = _noted(str(part), part.value.state_dict)
+    if part.elsewhere and loads_by_name(part.value):
+        for name in [name for name in state if name.startswith(part.elsewhere)]:
+            del state[name]
+    return state
+
+
+def loads_by_name(module: nn.Module) -> bool:
+    """Whether a module saves and loads as `nn.Module` does."""
+    kind = type(module)
+    return (
+        kind.state_dict is nn.Module.state_dict
+        and kind.load_state_dict is nn.Module.load_state_dict
+    )
+
+
+def set_part(part: Part, record: Record) -> None:
+    """Restore what a state holds of one part; not of a generator."""
+    if is_module(part.value):
+        _load_module(part, record["state"])
+        for name, p in part_parameters(part):
+            _set_gradient(p, record["gradients"].get(name))
+        return
+    if is_optimizer(part.value):
+        parameters = optimizer_parameters(part.value)
+        for i, saved in record["parameters"].items():
+            with torch.no_grad():
+                parameters[i].copy_(saved["value"])
+            _set_gradient(parameters[i], saved["gradient"])
+    _noted(str(part), part.value.load_state_dict, record["state"])
+
+
+def _set_gradient(p: torch.Tensor, gradient: torch.Tensor | None) -> None:
+    p.grad = None if gradient is None else gradient.to(p.device, copy=True)
+
+
+def _load_module(part: Part, state: Mapping[str, Any]) -> None:
+    """Load a `state_dict`: complete if it has what this module's own `state_dict` has.
+
+    That may be a part of the module, such as an adapter. With `strict`, torch would want all of it.
+    """
+    load = part.value.load_state_dict
+    accepts = inspect.signature(load).parameters
+    if "strict" not in accepts and all(p.kind is not p.VAR_KEYWORD for p in accepts.values()):
+        _noted(str(part), load, state)
+        return
+    result = _noted(str(part), load, state, strict=False)
+    missing = {*getattr(result, "missing_keys", ())} & module_state(part).keys()
+    unexpected = {*getattr(result, "unexpected_keys", ())}
+    if missing or unexpected:
+        raise RuntimeError(
+            f"the state of {part} in the checkpoint does not fit: it does not have"
+            f" {sorted(missing)}, and has {sorted(unexpected)}, which the module does not take"
+        )
 
 
 def optimizer_class(opt: Any) -> str:
     """The class name of an optimizer, as checkpoints hold it."""
     return type(getattr(opt, "optimizer", opt)).__name__  # accelerate wraps the optimizer
+
+
+def _noted(name: str, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call `state_dict` or `load_state_dict`; note on an error whose it was."""
+    try:
+        return method(*args, **kwargs)
+    except Exception as exc:
+        on = " on its state in the checkpoint" if args else ""
+        exc.add_note(f"raised by {name}.{method.__name__}{on}")
+        raise

@@ -1,39 +1,11 @@
-"""The size, the inputs and the targets of a batch."""
+"""The inputs and the targets of a batch, and whether it is one."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import operator
 from typing import Any
 
-import torch
-
 _SEQUENCES = (tuple, list)
-
-
-def batch_size(batch: Any) -> int:
-    """The length of the first tensor in a batch, 0 if there is none.
-
-    Example:
-        >>> batch_size((torch.zeros(8, 1, 28, 28), torch.zeros(8))), batch_size({"x": "text"})
-        (8, 0)
-    """
-    if type(batch) in _SEQUENCES and batch and type(batch[0]) is torch.Tensor:
-        shape = batch[0].shape  # the usual case takes half the time here
-        if shape and shape[0]:
-            return shape[0]
-    if isinstance(batch, _SEQUENCES):
-        parts: Iterable[Any] = batch
-    elif isinstance(batch, torch.Tensor):
-        shape = batch.shape
-        return shape[0] if shape else 1
-    elif isinstance(batch, Mapping):
-        parts = batch.values()
-    else:
-        return 0
-    for part in parts:
-        if size := batch_size(part):
-            return size
-    return 0
 
 
 def inputs_of(batch: Any) -> Any:
@@ -56,16 +28,31 @@ def targets_of(batch: Any) -> Any:
     )
 
 
-def check_batch(batch: Any, phase: str, index: int) -> None:
-    """Raise a TypeError if a value cannot be a batch.
+def check_batch(batch: Any, size: Any, phase: str, index: int) -> int:
+    """Raise a TypeError if a value cannot be a batch; return its size as an int.
 
     Args:
         batch: what the loader yielded.
+        size: what `batch_size` says of it.
         phase: "train" or "valid".
         index: the index of the batch in the epoch.
+
+    Raises:
+        TypeError: it is not a batch, or its size is not an integer.
+        ValueError: its size is negative.
     """
     if batch is None or isinstance(batch, str | bytes | bool | int | float | complex):
         raise TypeError(
             f"dls.{phase} yielded {batch!r} as batch {index}, which is not a batch: give tensors,"
             " alone or in a tuple, list, mapping or object (a DataLoader over a dataset does)"
         )
+    try:
+        n = operator.index(size)
+    except TypeError:
+        raise TypeError(
+            f"batch_size(batch) returned {size!r} for batch {index} of dls.{phase}: return the"
+            " number of samples in it, as an int"
+        ) from None
+    if n < 0:
+        raise ValueError(f"batch_size(batch) returned {n} for batch {index} of dls.{phase}")
+    return n

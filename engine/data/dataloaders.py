@@ -6,9 +6,11 @@ from collections.abc import Iterable, Iterator
 from typing import Any, Self
 
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset
 
 from .fast import loader_for
+from .prefetch import Prefetcher
+from .tensor_loader import TensorLoader
 
 
 class DataLoaders:
@@ -98,8 +100,8 @@ class DataLoaders:
         return f"DataLoaders(train={self.train!r}, valid={self.valid!r})"
 
 
-def loader_of(dls: Any, training: bool) -> Any:
-    """The loader of a phase.
+def loader_of(dls: Any, training: bool) -> tuple[Any, int | None]:
+    """The loader of a phase and its length, for which it may take long to ask.
 
     Raises:
         ValueError: there is no such loader, or it is known to be empty.
@@ -114,17 +116,42 @@ def loader_of(dls: Any, training: bool) -> Any:
         )
     if not isinstance(loader, Iterable) and not hasattr(loader, "__getitem__"):
         raise TypeError(f"dls.{phase} cannot be iterated: {loader!r}; use a DataLoader")
-    if length_of(loader) == 0:
+    length = length_of(loader)
+    if length == 0:
         raise ValueError(why_empty(loader, phase))
-    return loader
+    return loader, length
 
 
 def length_of(loader: Any) -> int | None:
-    """The number of batches; None without a length (an iterable dataset, a generator)."""
+    """The number of batches as the loader tells it; None if it cannot tell.
+
+    It is a hint: see `has_exact_length`. A sampler that makes its batches as it goes may raise
+    anything here.
+    """
     try:
         return len(loader)
-    except TypeError:
+    except Exception:
         return None
+
+
+def has_exact_length(loader: Any) -> bool:
+    """Whether the length of a loader is the number of its batches, and not only a hint.
+
+    That of an iterable dataset, or of a sampler of the user's own, may be too small or too large.
+    """
+    if isinstance(loader, Prefetcher):
+        return has_exact_length(loader.loader)
+    if type(loader) not in (DataLoader, TensorLoader):
+        return type(loader) in (list, tuple)
+    if isinstance(loader.dataset, IterableDataset):
+        return False
+    sampler, batches = loader.sampler, loader.batch_sampler
+    if batches is not None:
+        if type(batches) is not BatchSampler:
+            return type(batches) in (list, tuple)
+        sampler = batches.sampler
+    of_torch = type(sampler).__module__.startswith("torch.utils.data")
+    return of_torch or type(sampler) in (list, tuple, range)
 
 
 def why_empty(loader: Any, phase: str) -> str:

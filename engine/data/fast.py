@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import structlog
 import torch
 from torch.utils.data import DataLoader, Subset, default_collate
 
+from .. import log
+from .accelerator import is_accelerator
 from .in_memory import NotInMemoryError, in_memory
 from .prefetch import Prefetcher
 from .tensor_loader import TensorLoader
-
-log = structlog.get_logger("eventrain")
 
 _WORKER_ARGUMENTS = (
     "multiprocessing_context",
@@ -74,7 +73,10 @@ def _returns_batches(dataset: Any) -> bool:
 
 def _fits(tensors: tuple[torch.Tensor, ...], device: Any) -> bool:
     """Whether the tensors take no more than half of the free memory of a device."""
-    if torch.device(device).type != "cuda":
+    if not is_accelerator(torch.device(device)):
         return False
-    free, _ = torch.cuda.mem_get_info(device)
+    try:
+        free, _ = torch.accelerator.get_memory_info(device)
+    except RuntimeError:  # not every device tells
+        return False
     return sum(t.nbytes for t in tensors) <= free // 2

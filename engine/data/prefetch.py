@@ -35,8 +35,8 @@ class Prefetcher:
     Args:
         loader: any iterable of batches; each iteration is read in one thread, not the caller's.
         device: where to copy the tensors, also those in nested containers, and other objects with
-            a `.to()`. Copies to CUDA are asynchronous, from pinned memory. None leaves batches
-            as they are.
+            a `.to()`. Copies are asynchronous, on a stream of their own and from pinned
+            memory, where the device has these. None leaves batches as they are.
         depth: how many batches to read ahead, 1 or more.
 
     Raises:

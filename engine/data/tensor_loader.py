@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
+from .accelerator import copy_to_device
+
 
 class TensorLoader(DataLoader[Any]):
     """A DataLoader over tensors in memory that indexes each batch as a whole.
@@ -103,8 +105,8 @@ class TensorBatches(Dataset[Any]):
 
     def __getitems__(self, indices: Sequence[int]) -> list[torch.Tensor]:
         index = torch.tensor(indices)
-        if self.device.type != "cpu":  # from pinned memory, so that the copy is asynchronous
-            index = index.pin_memory().to(self.device, non_blocking=True)
+        if self.device.type != "cpu":
+            index = copy_to_device(index, self.device)
         batch = [t.index_select(0, index) for t in self.tensors]
         if self.transform is not None:
             batch[0] = self.transform(batch[0])

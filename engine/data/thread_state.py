@@ -6,17 +6,19 @@ from collections.abc import Callable
 
 import torch
 
+from .accelerator import initialized_accelerator
+
 
 def torch_state() -> Callable[[], None]:
-    """Return a function that gives another thread the default and the CUDA device of this one."""
+    """Return a function that gives another thread this one's default and current device."""
     device = torch.get_default_device()
-    initialized = torch.cuda.is_initialized()
-    cuda = torch.cuda.current_device() if initialized else None
+    in_use = initialized_accelerator() is not None
+    index = torch.accelerator.current_device_index() if in_use else None
 
     def enter() -> None:
         if device.type != "cpu":
             torch.set_default_device(device)
-        if cuda is not None:
-            torch.cuda.set_device(cuda)
+        if index is not None:
+            torch.accelerator.set_device_index(index)
 
     return enter

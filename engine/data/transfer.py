@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
 
+from .accelerator import copy_to_device, is_accelerator
 from .containers import has_to, map_tensors
 
 
@@ -25,7 +29,7 @@ def transfer_to(device: str | torch.device | None) -> Transfer:
         raise ValueError(f"device={device!r}: {exc}; {hint}") from exc
     if (target.index or 0) >= count:
         raise ValueError(f"device={device!r}: torch finds {count} such devices here; {hint}")
-    return (_ToCUDA if target.type == "cuda" else _To)(target)
+    return _To(target)
 
 
 class Transfer:
@@ -44,30 +48,44 @@ class Transfer:
 
 
 class _To(Transfer):
-    """Copies with `.to(device)`, for which only the reading thread may have to wait."""
+    """Copies to a device, on a stream of its own where the device has several streams.
 
-    def send(self, batch: Any) -> Any:
-        return map_tensors(batch, lambda x: x.to(self.device), has_to)
-
-
-class _ToCUDA(Transfer):
-    """Copies from pinned memory on a separate stream, concurrently with the computation.
-
-    Neither thread waits for the device: the stream that computes waits for the copy.
+    With a stream, neither thread waits for the device: the copies run concurrently with the
+    computation, and the stream that computes waits for them. Without one, only the reading thread
+    may have to wait.
     """
 
-    _stream: torch.cuda.Stream | None = None
+    device: torch.device
+
+    @cached_property
+    def _stream(self) -> torch.Stream | None:
+        """One stream for all copies, because torch caches memory per stream."""
+        device = self.device
+        if not is_accelerator(device):
+            return None
+        if device.index is None:
+            device = torch.device(device.type, torch.accelerator.current_device_index())
+        try:
+            stream = torch.Stream(device)
+            torch.empty(0, device=device).record_stream(stream)
+        except RuntimeError:  # MPS, for example, has one stream
+            return None
+        return stream
 
     def send(self, batch: Any) -> Any:
-        if self._stream is None:  # one stream for all, because torch caches memory per stream
-            self._stream = torch.cuda.Stream(self.device)
-        with torch.cuda.stream(self._stream):
-            copies = map_tensors(batch, self._copy, has_to)
-            return copies, self._stream.device, self._stream.record_event()
+        stream = self._stream
+        if stream is None:
+            return map_tensors(batch, lambda x: x.to(self.device), has_to), None
+        with _current(stream):
+            return map_tensors(batch, self._copy, has_to), stream.record_event()
 
     def receive(self, sent: Any) -> Any:
-        batch, device, copied = sent
-        current = torch.cuda.current_stream(device)
+        batch, copied = sent
+        if copied is None:
+            return batch
+        assert self._stream is not None
+        device = self._stream.device
+        current = torch.accelerator.current_stream(device)
         current.wait_event(copied)
 
         def arrive(x: Any) -> Any:
@@ -81,9 +99,19 @@ class _ToCUDA(Transfer):
     def _copy(self, x: Any) -> Any:
         if not _is_plain(x):
             return x  # such as a packed sequence, whose memory is not known; `arrive` copies it
-        if x.device.type == "cpu" and not x.is_pinned():
-            x = torch.empty_like(x, pin_memory=True).copy_(x)
-        return x.to(self.device, non_blocking=True)
+        return copy_to_device(x, self.device)
+
+
+@contextmanager
+def _current(stream: torch.Stream) -> Iterator[None]:
+    """Make a stream the current one. Several threads may do so at once, unlike in `with stream`."""
+    with torch.accelerator.device_index(stream.device.index):
+        previous = torch.accelerator.current_stream(stream.device)
+        torch.accelerator.set_stream(stream)
+        try:
+            yield
+        finally:
+            torch.accelerator.set_stream(previous)
 
 
 def _is_plain(x: Any) -> bool:

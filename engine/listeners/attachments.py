@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ...events import Bus, Callback, Subscription
+from ..loop.state import LoopState
+from .in_use import release, reserve
 from .observers import Observer
 
 
@@ -33,9 +35,10 @@ class Attachments:
     """The callbacks of one learner, and their subscriptions on its bus."""
 
     def __init__(
-        self, learner: object, bus: Bus, observe: Callable[[Callback], Observer[Any]]
+        self, learner: LoopState, bus: Bus, observe: Callable[[Callback], Observer[Any]]
     ) -> None:
         self._learner = learner
+        self._in_use = False
         self._bus = bus
         self._observe = observe
         self._attached: list[Attachment] = []
@@ -56,12 +59,15 @@ class Attachments:
         Raises:
             TypeError: one is not a Callback.
             ValueError: one is attached already, or `run_after`/`run_before` form a cycle.
+            RuntimeError: while this learner is fitting, another learner is fitting with one.
         """
         before = len(self._attached)
         try:
             for callback in callbacks:
                 self._attached.append(self._connect(callback))
             self._arrange()
+            if self._in_use:
+                reserve(self._stateful(), self._learner)
         except BaseException:
             for attachment in self._attached[before:]:
                 attachment.close()
@@ -74,9 +80,28 @@ class Attachments:
             if attachment.callback is callback:
                 self._attached.remove(attachment)
                 attachment.close()
+                release((callback,), self._learner)
                 self._arrange()
                 return
         raise ValueError(f"{callback!r} is not attached to this learner")
+
+    def begin_use(self) -> None:
+        """Reserve the callbacks for a fit of this learner, until `end_use`.
+
+        Raises:
+            RuntimeError: another learner is fitting with one of them.
+        """
+        reserve(self._stateful(), self._learner)
+        self._in_use = True
+
+    def end_use(self) -> None:
+        """Release the callbacks for the fits of other learners."""
+        self._in_use = False
+        release(self._stateful(), self._learner)
+
+    def _stateful(self) -> list[Callback]:
+        """The callbacks with ordered receivers; those that only observe keep what they need."""
+        return [attachment.callback for attachment in self._attached if attachment.subscriptions]
 
     def _connect(self, callback: Callback) -> Attachment:
         if not isinstance(callback, Callback):

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from ...events import Bus, Subscription
-from ..loop.requests import Requests
+from ..loop.state import LoopState
 from .attachments import Attachments
 from .observers import CallbackObserver, Observer
 from .streams import EventStream
@@ -44,15 +44,10 @@ def deep_copy(learner: Any, memo: dict[int, Any]) -> Any:
         )
     copy = memo[id(learner)] = type(learner).__new__(type(learner))
     # Learners that are copied together share a bus as before.
-    copy.bus = memo[id(learner.bus)] = memo.get(id(learner.bus)) or Bus()
-    copy.signals = copy.bus.signals
-    copy.without_receivers = copy.bus.without_receivers
-    copy.pending_requests = Requests()
-    copy.batch_reader = learner.batch_reader  # replaced by the next fit
-    copy.async_wrapper = copy.innermost_scope = copy.training_thread = None
-    copy.batch = copy.preds = copy.loss = None
+    bus = memo[id(learner.bus)] = memo.get(id(learner.bus)) or Bus()
+    LoopState.__init__(copy, bus, learner.batch_reader)  # another reader with the next fit
     copy.streams, copy.fit_streams = [], []
-    copy.record, copy.history = {}, [dict(row) for row in learner.history]
+    copy.history = [dict(row) for row in learner.history]
     memo[id(learner.result)] = learner.result  # cannot be changed
     for name in _attributes(learner):
         with _named(

@@ -85,7 +85,7 @@ _BASES = (Event, FitEvent, EpochEvent, BatchEvent, StepEvent, ActionEvent)
 def _event_lines(loop: LoopState, event_type: type[Event]) -> list[str]:
     inline = [
         subscription
-        for subscription in loop.bus.signal(event_type).ordered
+        for subscription in loop.signals[event_type].ordered
         if subscription.matches(loop) and subscription.order > -math.inf
     ]
     return [event_type.__name__] * bool(inline) + [f"  {s.key[0]:>6g}  {s.name}" for s in inline]

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from copy import deepcopy
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar
 
 import anyio
 
@@ -55,7 +55,7 @@ class Observer(EventStream[E], Closing):
             report: called with an error that ends the fit.
         """
         contained = (Exception, CancelException, anyio.get_cancelled_exc_class())
-        async for event in self:
+        async for event in self._events():
             try:
                 result = self.receiver(event)
                 if inspect.isawaitable(result):
@@ -75,6 +75,24 @@ class Observer(EventStream[E], Closing):
         receiver, where = deepcopy(self.receiver, memo), deepcopy(self._where, memo)
         options = {"buffer": self.buffer, "overflow": self.overflow, "on_error": self.on_error}
         learner.observe(receiver, *self.event_types, where=where, **options)
+
+    def _is_read(self) -> bool:
+        return True  # by `run`; its receiver may be slow
+
+    def _events(self) -> AsyncIterator[E]:
+        return super().__aiter__()
+
+    def __aiter__(self) -> NoReturn:
+        raise self._cannot_be_iterated()
+
+    async def __anext__(self) -> NoReturn:
+        raise self._cannot_be_iterated()
+
+    def _cannot_be_iterated(self) -> TypeError:
+        return TypeError(
+            f"an observer cannot be iterated: it passes its events to {self.name}. Use `async with"
+            " learner.events(...) as stream`"
+        )
 
     def finish(self) -> None:
         """The fit is over: events that were not delivered before the deadline are dropped."""

@@ -73,6 +73,18 @@ class EventSource(LoopState):
         for callback in (cbs,) if isinstance(cbs, Callback) else tuple(cbs):
             self._attachments.detach(callback)
 
+    def begin_use_of_cbs(self) -> None:
+        """Reserve the callbacks for the fit that begins.
+
+        Raises:
+            RuntimeError: a fit of another learner is using one that is not `shareable`.
+        """
+        self._attachments.begin_use()
+
+    def end_use_of_cbs(self) -> None:
+        """Release the callbacks at the end of the fit."""
+        self._attachments.end_use()
+
     def explain(self, file: TextIO | None = None) -> str:
         """Print and return what runs on every event, in order, and who performs each action.
 

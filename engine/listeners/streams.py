@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import math
 import threading
-import time
+import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import ExitStack, suppress
 from types import TracebackType
 from typing import Any, Generic, Protocol, Self, TypeVar
@@ -19,18 +19,19 @@ from typing import Any, Generic, Protocol, Self, TypeVar
 import anyio
 import anyio.from_thread
 import anyio.lowlevel
-import structlog
 
 from ...events import CancelException, Event, Subscription
 from ...events.callback import Overflow
 from ...events.checks import is_int
 from ...events.subscription import check_event_type
+from .. import log
 from ..loop.requests import Requests
+from .turns import Turns, turns_of_this_loop
 
 E = TypeVar("E", bound=Event)
 
-MAX_HOLD = 0.005
-"""Seconds for which a reader may run on the event loop before other tasks get a turn."""
+PATIENCE = 100
+"""Checks, at 20 a second, for which a full buffer may hold up the training before it is logged."""
 
 
 class StreamOwner(Protocol):
@@ -51,7 +52,16 @@ class EventStream(Generic[E]):
     """Events of one learner as an async iterator with a bounded buffer.
 
     Open it with `async with learner.events(AfterBatch) as stream`, then `async for event in
-    stream`. It ends when the fit has ended and the buffer is empty.
+    stream`. It ends when the fit has ended and the buffer is empty; opened again, it receives the
+    events of the next fit.
+
+    With `overflow="block"`, a full buffer that nobody reads is closed after 5 seconds, with a line
+    in the log, so that a reader that has left does not stop the training for ever.
+
+    Raises:
+        RuntimeError: it is read although it has not been opened, or has been read to its end, or
+            was closed because nobody read it; or it has a reader already. Each reader needs a
+            stream of its own.
 
     Attributes:
         name: its name in `FitResult.dropped`.
@@ -90,8 +100,14 @@ class EventStream(Generic[E]):
         self._items: deque[E] = deque(maxlen=None if overflow == "block" else self.buffer)
         self._has_room = threading.Event()
         self._waiting: tuple[anyio.Event, int, anyio.lowlevel.EventLoopToken] | None = None
-        self._ended = False
-        self._turn_ends = 0.0
+        self._readers: weakref.WeakSet[_Reader[E]] = weakref.WeakSet()
+        self._read_by_anext = False
+        self._suspended = False
+        self._opened = self._ended = self._read_out = False
+        self._blocked = False
+        self._blocked_checks = 0
+        self._unread = ""
+        self._turns = Turns()
         self._exit = ExitStack()
 
     @property
@@ -111,38 +127,53 @@ class EventStream(Generic[E]):
                 return
         if self.overflow == "block" and threading.get_ident() == self._owner.training_thread:
             # Only the training thread waits: an async receiver that emits would wait for itself.
-            # A fit that is about to end does not wait: the buffer grows by its last few events.
-            while len(self._items) >= self.buffer and not (
-                self._ended or self._owner.pending_requests
-            ):
-                self._has_room.clear()
-                self.wake()
-                self._has_room.wait(0.05)
+            self._wait_for_room()
         if self._ended:
             return  # it may have been closed while the training thread waited here
         self.emitted += 1
         self._items.append(event)
 
+    def _wait_for_room(self) -> None:
+        # A fit that is about to end does not wait: the buffer grows by its last few events.
+        while len(self._items) >= self.buffer and not (self._ended or self._owner.pending_requests):
+            self._has_room.clear()
+            self._blocked = True
+            self.wake()
+            self._has_room.wait(0.05)
+
     def fail(self, exc: BaseException) -> None:
         """Detach a reader that raised, or whose `where` raised, and log the error."""
         self.close()
-        structlog.get_logger("eventrain").error(
+        try:
+            error = repr(exc)
+        except Exception:  # it is the user's class
+            error = type(exc).__qualname__
+        log.error(
             "observer_failed",
             run_id=self._owner.run_id,
             observer=self.name,
-            error=repr(exc),
+            error=error,
             exc_info=exc,
         )
 
     # --------------------------------------------------------------------- on the event loop
 
     def open(self) -> Self:
-        """Subscribe, first in order, so that events are seen even if a receiver cancels on them."""
+        """Subscribe, first in order, so that events are seen even if a receiver cancels on them.
+
+        Raises:
+            RuntimeError: it is open already.
+        """
+        if self in self._owner.streams:
+            raise RuntimeError(f"{self.name} is open already")
+        self._opened = True
+        self.begin()
         for event_type in self.event_types:
             subscription = self._owner.subscribe(event_type, self.put, order=-math.inf)
             self._exit.callback(subscription.close)
         self._owner.streams.append(self)
-        self._owner.fit_streams.append(self)
+        if self not in self._owner.fit_streams:  # it was, if it is opened again in the same fit
+            self._owner.fit_streams.append(self)
         self._exit.callback(self._owner.streams.remove, self)
         return self
 
@@ -155,7 +186,10 @@ class EventStream(Generic[E]):
         """Start the counts of a new fit."""
         self.emitted = self.delivered = 0
         self._items.clear()
-        self._ended = False
+        self._ended = self._read_out = False
+        self._blocked = False
+        self._blocked_checks = 0
+        self._unread = ""
 
     def end(self) -> None:
         """Accept no more events in this fit: the reader gets the rest of the buffer, then stops."""
@@ -179,6 +213,30 @@ class EventStream(Generic[E]):
             with suppress(anyio.RunFinishedError):  # its event loop has ended
                 anyio.from_thread.run_sync(wakeup.set, token=token)
 
+    def check_reader(self) -> None:
+        """Log that a full buffer holds up the training; close the stream if nobody reads it.
+
+        It is called on the event loop twenty times a second. The checks are counted, not the
+        seconds, because while the host holds its loop itself, no reader can run.
+        """
+        if not self._blocked:
+            return
+        self._blocked_checks += 1
+        if self._blocked_checks != PATIENCE:
+            return
+        details = {"run_id": self._owner.run_id, "observer": self.name, "buffer": self.buffer}
+        if self._is_read():
+            hint = "its buffer is full, and with overflow='block' the training waits for it"
+            log.warning("observer_blocks_training", **details, hint=hint)
+            return
+        self._unread = (
+            f"{self.name} was closed: its full buffer held up the training, and nobody read it for"
+            " 5 s. Keep reading, or leave its `async with`, or use another overflow policy than"
+            " 'block'"
+        )
+        log.error("stream_not_read", **details, hint=self._unread)
+        self.close()
+
     async def __aenter__(self) -> Self:
         return self.open()
 
@@ -190,22 +248,88 @@ class EventStream(Generic[E]):
     ) -> None:
         self.close()
 
-    def __aiter__(self) -> Self:
-        return self
+    def __aiter__(self) -> AsyncIterator[E]:
+        self._check_opened()
+        if self._read_out:
+            raise RuntimeError(
+                f"{self.name} has been read to its end: a stream ends with its fit. For the next"
+                f" fit, open it again, or another one: {_HOW_TO_OPEN}"
+            )
+        reader = _Reader(self)
+        self._readers.add(reader)
+        return reader
 
     async def __anext__(self) -> E:
-        if time.perf_counter() > self._turn_ends:
-            await anyio.lowlevel.checkpoint()
-            self._turn_ends = time.perf_counter() + MAX_HOLD
+        self._check_opened()
+        self._read_by_anext = True
+        return await self._next()
+
+    def _check_opened(self) -> None:
+        if not self._opened:
+            raise RuntimeError(f"{self.name} is not open: use {_HOW_TO_OPEN}")
+
+    def _is_read(self) -> bool:
+        """Whether an `async for` has not been left; between calls of `anext` this is not known."""
+        return bool(self._readers) or self._read_by_anext
+
+    async def _next(self) -> E:
+        if self._suspended:
+            raise RuntimeError(
+                f"{self.name} has a reader already, and each event goes to one: open a stream for"
+                f" each reader, {_HOW_TO_OPEN}"
+            )
+        if not self._items or self._turns.over:
+            self._suspended = True
+            try:
+                await self._wait_for_turn()
+            finally:
+                self._suspended = False
+        self.delivered += 1
+        event = self._items.popleft()
+        if self._blocked:
+            self._blocked, self._blocked_checks = False, 0
+            self._has_room.set()
+        return event
+
+    async def _wait_for_turn(self) -> None:
+        """Wait for an event, and for a turn on the event loop."""
+        self._turns = turns_of_this_loop()
+        while True:
+            await self._wait_for_event()
+            if not self._turns.over:
+                return
+            await self._turns.next()
+            if self._items:
+                return
+
+    async def _wait_for_event(self) -> None:
         while not self._items:
             wakeup = anyio.Event()
             self._waiting = wakeup, threading.get_ident(), anyio.lowlevel.current_token()
-            if self._ended:  # checked last: a thread that ends the stream now sees it waiting
-                raise StopAsyncIteration
-            await wakeup.wait()
-            self._waiting = None
-            self._turn_ends = time.perf_counter() + MAX_HOLD
-        self.delivered += 1
-        event = self._items.popleft()
-        self._has_room.set()
-        return event
+            try:
+                if self._ended:  # checked last: a thread that ends the stream now sees it waiting
+                    if self._unread:
+                        raise RuntimeError(self._unread)
+                    self._read_out = True
+                    raise StopAsyncIteration
+                await wakeup.wait()
+            finally:
+                self._waiting = None
+
+
+class _Reader(Generic[E]):
+    """The iterator of one `async for`, which is freed when that loop is left in any way."""
+
+    __slots__ = ("__weakref__", "_stream")
+
+    def __init__(self, stream: EventStream[E]) -> None:
+        self._stream = stream
+
+    def __aiter__(self) -> Self:
+        return self
+
+    def __anext__(self) -> Coroutine[Any, Any, E]:
+        return self._stream._next()
+
+
+_HOW_TO_OPEN = "`async with learner.events(...) as stream`"

@@ -40,9 +40,14 @@ def replaceable(method: F) -> F:
     return method
 
 
+def may_replace(method: Callable[..., Any] | None) -> bool:
+    """Whether a callback may take the action of a learner's method over; None for no method."""
+    return method is None or getattr(method, "is_replaceable", False)
+
+
 def performers(loop: LoopState, action: type[ActionEvent]) -> tuple[Subscription, ...]:
     """The open receivers of an action, in order."""
-    return tuple(s for s in loop.bus.signal(action).ordered if s.matches(loop) and not s.closed)
+    return tuple(s for s in loop.signals[action].ordered if s.matches(loop) and not s.closed)
 
 
 def chain(
@@ -84,7 +89,9 @@ def check_performers(loop: LoopState, actions: Iterable[type[ActionEvent]]) -> N
                 f" {other.name} (order {other.key[0]:g}), which wraps it: call event.proceed() in"
                 f" {first.name}, or give its callback an order above {other.key[0]:g}"
             )
-        if method is not None and not _may_replace(first, action, method):
+        if method is None or may_replace(method):
+            continue
+        if action not in getattr(_owner(first), "takes_over", ()):
             raise ValueError(
                 f"{first.name} would take {action.__name__} over from {name_of(method)}, which"
                 " would never be called: call event.proceed() to have it called, or, to replace"
@@ -106,13 +113,6 @@ def wraps(subscription: Subscription) -> bool:
 def _names_proceed(code: CodeType) -> bool:
     nested = (constant for constant in code.co_consts if isinstance(constant, CodeType))
     return "proceed" in code.co_names or any(_names_proceed(inner) for inner in nested)
-
-
-def _may_replace(
-    subscription: Subscription, action: type[ActionEvent], method: Callable[..., Any]
-) -> bool:
-    callback = _owner(subscription)
-    return getattr(method, "is_replaceable", False) or action in getattr(callback, "takes_over", ())
 
 
 def _owner(subscription: Subscription) -> object:

@@ -50,6 +50,7 @@ from .reading import BatchReader
 from .requests import CANCELS, Request, scope_for
 from .scope import scope, scope_within
 from .state import LoopState
+from .trained_parameters import check_trained_parameters
 
 
 class Loop(LoopState):
@@ -58,6 +59,7 @@ class Loop(LoopState):
     @scope(CancelFitException, CleanupFit)
     def one_fit(self) -> None:
         self.emit(BeforeFit)
+        check_trained_parameters(self)
         self.batch_reader.begin(self)
         for self.epoch in self.epochs:
             if self.trains and self._start_epoch(training=True):
@@ -72,8 +74,8 @@ class Loop(LoopState):
         self.emit(BeforeEpoch)
         for self.iter in self.batch_reader.read(self):  # into self.batch
             self.one_batch()
-        self.done.epochs += 1
         self.emit(AfterEpoch)
+        self.done.epochs += 1
 
     @scope(CancelBatchException, CleanupBatch)
     def one_batch(self) -> None:
@@ -88,8 +90,8 @@ class Loop(LoopState):
             self.perform(Backward)
             self.emit(AfterBackward)
             self.one_step()
-        self.done.batches += 1
         self.emit(AfterBatch)
+        self.done.batches += 1
 
     @scope(CancelStepException, CleanupStep)
     def one_step(self) -> None:
@@ -175,8 +177,10 @@ class Loop(LoopState):
         self.done = self.progress[training]
         self.model.train(training)
         self.dl = self.dls.train if training else self.dls.valid
-        self.n_iter = length_of(self.dl)
+        loader, length = self.lengths.pop(training, (None, None))  # asked before the fit
+        self.n_iter = length if loader is self.dl else length_of(self.dl)
         self.iter = self.n_samples = 0
+        self.all_read = False
         self.loss = None
         self.record = {"epoch": self.epoch, "train": "train" if training else "eval"}
         self.history.append(self.record)

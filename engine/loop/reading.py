@@ -4,13 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from ..data.batches import batch_size, check_batch
+from .. import log
+from ..data.batches import check_batch
 from ..data.dataloaders import why_empty
 from .state import LoopState
 
 
 class BatchReader:
-    """Reads every epoch of a fit from its first batch."""
+    """Reads every epoch of a fit from its first batch.
+
+    Attributes:
+        guess: why the size of a batch was a guess; None if it was certain of all.
+    """
+
+    guess: str | None = None
 
     def begin(self, loop: LoopState) -> None:
         """Prepare for the fit. Called after BeforeFit."""
@@ -25,6 +32,18 @@ class BatchReader:
         Called after BeforeEpoch.
         """
         return read_batches(loop, loop.dl)
+
+    def note_guess(self, size: int, why: str) -> None:
+        """Log, once per fit, that the size of a batch is a guess."""
+        if self.guess is None:
+            self.guess = why
+            log.warning(
+                "batch_size_is_a_guess",
+                size=size,
+                reason=why,
+                hint="define batch_size(self, batch) in your learner class: it returns the number"
+                " of samples in a batch",
+            )
 
 
 def read_batches(loop: LoopState, loader: Iterable[object], first: int = 0) -> Iterator[int]:
@@ -45,10 +64,12 @@ def read_batches(loop: LoopState, loader: Iterable[object], first: int = 0) -> I
     count = first
     try:
         for loop.batch in loader:
-            size = batch_size(loop.batch)
-            if not size:
-                check_batch(loop.batch, phase, count)
+            size = loop.batch_size(loop.batch)
+            if type(size) is not int or size < 1:
+                size = check_batch(loop.batch, size, phase, count)
             loop.n_samples += size
+            if count == loop.n_iter:  # the loader has more batches than it told
+                loop.n_iter = None
             yield count
             count += 1
     except Exception as exc:
@@ -56,3 +77,4 @@ def read_batches(loop: LoopState, loader: Iterable[object], first: int = 0) -> I
         raise
     if not count:
         raise ValueError(why_empty(loader, phase))
+    loop.all_read = True

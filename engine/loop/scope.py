@@ -85,7 +85,7 @@ def _leave(
     loop.scope_end = _end_of(error)
     loop.outer_continues = error is None or isinstance(error, cancel)
     if error is not None and cleanup is CleanupEpoch:
-        loop.record.update(loop.measured(), status=loop.scope_end.status)
+        loop.record_cut_epoch(loop.scope_end.status)
     loop.graceful_stop_due = bool(loop.pending_requests) and _is_between_batches(loop, entered)
     signal = loop.signals[cleanup]
     if signal.receivers:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -11,9 +11,12 @@ import torch
 from ...events import Bus, ScopeEnd
 from ...events.learner import Purpose
 from ...events.signal import AsyncWrapper
+from ...events.types import numbers_of
+from ..data.batch_size import size_of
 from .requests import OpenScope, Requests
 
 COMPLETED = ScopeEnd("completed")
+_SEQUENCES = (tuple, list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +51,8 @@ class Progress:
     Attributes:
         epochs: epochs completed.
         batches: batches completed.
-        steps: optimizer steps taken; skipped and accumulated steps do not count.
+        steps: optimizer steps taken, including the one whose AfterStep is being sent; skipped and
+            accumulated steps do not count.
     """
 
     epochs: int = 0
@@ -59,11 +63,15 @@ class Progress:
 class AnyBatchReader(Protocol):
     """Reads the batches of one fit; see `reading.BatchReader`."""
 
+    guess: str | None
+
     def begin(self, loop: LoopState) -> None: ...
 
     def includes(self, epoch: int, training: bool) -> bool: ...
 
     def read(self, loop: LoopState) -> Iterator[int]: ...
+
+    def note_guess(self, size: int, why: str) -> None: ...
 
 
 class LoopState:
@@ -74,6 +82,7 @@ class LoopState:
     """
 
     __slots__ = (
+        "all_read",
         "async_wrapper",
         "batch",
         "batch_reader",
@@ -90,6 +99,7 @@ class LoopState:
         "history",
         "innermost_scope",
         "iter",
+        "lengths",
         "loss",
         "model",
         "n_epochs",
@@ -106,6 +116,7 @@ class LoopState:
         "scope_end",
         "signals",
         "step_lr",
+        "trained_parameters",
         "training",
         "training_thread",
         "trains",
@@ -137,8 +148,17 @@ class LoopState:
     epoch: int
     iter: int
     n_iter: int | None
+    """The number of batches in the epoch as the loader tells it; None if it cannot, or once there
+    have been more."""
     n_samples: int
+    lengths: dict[bool, tuple[Any, int | None]]
+    """The loaders of training (True) and validation (False) whose lengths are known before the
+    fit, until their first epoch begins."""
+    all_read: bool
+    """Whether the loader of the current epoch is exhausted."""
     training: bool
+    trained_parameters: Sequence[tuple[str, torch.Tensor]]
+    """Until BeforeFit has been sent: the model's parameters that its optimizer has, by name."""
     step_lr: Any
     """The learning rate of the first group that the step of this batch uses; None before."""
     gradients_pending: bool
@@ -169,8 +189,8 @@ class LoopState:
 
     def __init__(self, bus: Bus | None, reader: AnyBatchReader) -> None:
         self.bus = Bus() if bus is None else bus
-        self.signals = self.bus.signals
-        self.without_receivers = self.bus.without_receivers
+        self.signals = self.bus.signals_of(self)
+        self.without_receivers = self.signals.without_receivers
         self.pending_requests = Requests()
         self.run_id = ""
         self.fitting = False
@@ -179,7 +199,8 @@ class LoopState:
         self.dl = self.opt = None
         self.batch = self.preds = self.loss = None
         self.n_iter = self.step_lr = None
-        self.training = self.gradients_pending = False
+        self.lengths = {}
+        self.all_read = self.training = self.gradients_pending = False
         self.record = {}
         self.innermost_scope = None
         self.cleaning_up = False
@@ -187,9 +208,48 @@ class LoopState:
         self.graceful_stop_due = False
         self.begin_fit(reader)
 
+    def batch_size(self, batch: Any) -> int:
+        """The number of samples in a batch: override it if yours are counted in another way.
+
+        It weighs the batch in the mean loss and counts `n_samples`, and `get_preds` tells by it
+        whether a list holds samples. By default, the parts of a batch are its columns: their
+        length is counted, or the number of items in a list of samples that are not collated, of
+        sequences in a PackedSequence, and of graphs in a batch of torch_geometric or DGL. Where
+        that may be wrong, "batch_size_is_a_guess" is logged, once per fit.
+
+        Args:
+            batch: a batch as the loader yields it, or as callbacks have changed it.
+
+        Example:
+            >>> from eventrain.engine import TrainLearner
+            >>> class Tokens(TrainLearner):
+            ...     def batch_size(self, batch):
+            ...         return int(batch["mask"].sum())
+        """
+        if type(batch) in _SEQUENCES and len(batch) == 2:
+            x, y = batch
+            if (
+                type(x) is torch.Tensor
+                and type(y) is torch.Tensor
+                and not (x.is_nested or y.is_nested)
+            ):
+                shape, other = x.shape, y.shape  # the usual case takes a third of the time here
+                if shape and other and shape[0] == other[0]:
+                    return shape[0]
+        size, guess = size_of(batch)
+        if guess is not None:
+            self.batch_reader.note_guess(size, guess)
+        return size
+
     def measured(self) -> dict[str, Any]:
         """What has been measured in the current epoch so far; asked when it is cut short."""
         return {}
+
+    def record_cut_epoch(self, status: str) -> None:
+        """Record what has been measured and, unless all batches were read, how the epoch ended."""
+        self.record.update(self.measured())
+        if not self.all_read and numbers_of(self.record):
+            self.record["status"] = status
 
     def begin_fit(
         self,
@@ -208,7 +268,7 @@ class LoopState:
         self.epochs = range(n_epochs)
         self.epoch = self.iter = self.n_samples = 0
         self.history = []
+        self.trained_parameters = []
         self.progress = {True: Progress(), False: Progress()}
         self.done = self.progress[trains]
         self.scope_end = ScopeEnd("failed", None, "the training could not begin")
-        self.pending_requests.clear()

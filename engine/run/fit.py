@@ -8,20 +8,22 @@ import uuid
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from dataclasses import replace
 
-import structlog
-
-from ...events import Callback, ScopeEnd
+from ...events import ScopeEnd
 from ...events.types import numbers_of
+from .. import log
 from ..checkpoint.reader import Checkpoint
 from ..checkpoint.resume import ResumableBatchReader, ResumedBatchReader, last_checkpoint
 from ..data.dataloaders import loader_of
 from ..loop.actions import check_performers
 from ..loop.parameters import drop_unused_gradients
 from ..loop.state import COMPLETED
+from ..loop.trained_parameters import trained_parameters
 from .fittable import Fittable
+from .forks import HostLoop, is_left_in_parent
 from .graceful import GracefulStop
+from .optimizer import make_optimizer, temporary_lr
 from .plan import FitPlan, check_lr
 from .result import FitResult
 from .thread import TrainingThread
@@ -45,33 +47,86 @@ class Fit:
         self._plan = plan
         self._graceful = None if plan.graceful is False else GracefulStop(learner, plan.graceful)
         self._resumed: ResumedBatchReader | None = None
+        self._result: FitResult | None = None
 
     async def run(self) -> FitResult:
-        """Run the fit; return or raise only when its thread has ended."""
-        learner, plan = self._learner, self._plan
+        """Run the fit; return or raise only when its thread has ended.
+
+        Everything whose time grows with the model, the data or the user's own objects runs in that
+        thread, the preparation and the restoring included. A fit that is refused has no result,
+        and leaves the open streams to the next one.
+        """
+        learner = self._learner
+        previous_run_id = learner.run_id
+        learner.run_id = self._plan.run_id or uuid.uuid4().hex[:12]
+        learner.pending_requests.clear()
         learner.fitting = True
-        temporary: tuple[Callback, ...] = ()
         try:
-            temporary = learner.add_cbs(plan.cbs)
-            check_performers(learner, plan.actions)
-            self._prepare()
-            with self._temporary_lr(), self._graceful or nullcontext():
-                return await self._run_thread()
+            with self._graceful or nullcontext():
+                await self._run_thread()
         finally:
-            learner.remove_cbs(cb for cb in temporary if any(cb is other for other in learner.cbs))
+            if self._result is None:
+                learner.run_id = previous_run_id
             learner.pending_requests.clear()
-            if self._resumed is not None:
-                self._resumed.drop_checkpoint()
+            learner.lengths.clear()
+            learner.end_use_of_cbs()
             learner.fitting = False
+        assert self._result is not None
+        return self._result
+
+    # --------------------------------------------------------------------- on the event loop
+
+    async def _run_thread(self) -> None:
+        learner = self._learner
+        self._thread = TrainingThread(learner, self._graceful)
+        learner.async_wrapper = self._thread.async_wrapper
+        learner.fit_streams = list(learner.streams)
+        for stream in learner.fit_streams:
+            stream.begin()
+        try:
+            with HostLoop(learner):
+                await self._thread.run(self._work)
+        finally:
+            learner.async_wrapper = None
+            if self._result is not None:
+                self._finish(self._result)
+            learner.fit_streams = []
+
+    def _finish(self, result: FitResult) -> None:
+        """Close the streams, and complete the result with what they lost."""
+        learner = self._learner
+        dropped: Counter[str] = Counter()
+        for stream in learner.fit_streams:
+            stream.finish()
+            dropped[stream.name] += stream.dropped
+        dropped = +dropped  # without the zeros
+        learner.result = self._result = replace(result, dropped=dict(dropped))
+        if dropped:
+            log.warning("events_dropped", run_id=learner.run_id, dropped=dict(dropped))
+
+    # ---------------------------------------------------------------- in the training thread
+
+    def _work(self) -> None:
+        """Prepare, run the loop, and restore what was changed for this fit alone."""
+        learner, plan = self._learner, self._plan
+        with plan.within, self._temporary_callbacks():
+            self._prepare()
+            kept = plan.train and learner.opt_func is None and plan.lr is not None
+            with temporary_lr(learner.opt, plan.lr) if kept else nullcontext():
+                self._train()
 
     def _prepare(self) -> None:
         """Check what can be checked before the fit, and set the loop to its beginning."""
         learner, plan = self._learner, self._plan
+        learner.begin_use_of_cbs()
+        check_performers(learner, plan.actions)
         for training in [True] * plan.train + [False] * plan.valid:
-            loader_of(learner.dls, training)
+            learner.lengths[training] = loader_of(learner.dls, training)
         check_lr(plan.lr)
+        learner.fit_lr = plan.lr
         if plan.train and learner.opt_func is not None:
-            learner.opt = make_optimizer(learner, learner.lr if plan.lr is None else plan.lr)
+            learner.fit_lr = learner.lr if plan.lr is None else plan.lr
+            learner.opt = make_optimizer(learner, learner.fit_lr)
         if plan.train and learner.opt is None:
             raise ValueError(
                 "opt_func is None, which keeps learner.opt, but that is not set: set one of them"
@@ -84,37 +139,30 @@ class Fit:
             validates=plan.valid,
             purpose=next((purpose for purpose in purposes if purpose != "fit"), "fit"),
         )
-        learner.run_id = plan.run_id or uuid.uuid4().hex[:12]
 
-    @contextmanager
-    def _temporary_lr(self) -> Iterator[None]:
-        """If the optimizer is kept, give it the plan's learning rate for the length of the fit."""
-        learner, lr = self._learner, self._plan.lr
-        kept = self._plan.train and learner.opt_func is None and lr is not None
-        groups = learner.opt.param_groups if kept else []
-        previous = [group["lr"] for group in groups]
-        for group in groups:
-            group["lr"] = lr
+    def _train(self) -> None:
+        """Run the loop, from the checkpoint if one is given, and make the result."""
+        self._thread.begin_observing()
+        start = time.perf_counter()
         try:
-            yield
+            if self._plan.resume is not None:
+                self._resume(self._plan.resume)
+            self._run_loop()
         finally:
-            for group, previous_lr in zip(groups, previous, strict=True):
-                group["lr"] = previous_lr
+            if self._resumed is not None:
+                self._resumed.drop_checkpoint()
+            self._result = self._make_result(time.perf_counter() - start)
 
-    # ---------------------------------------------------------------- in the training thread
-
-    def _work(self) -> None:
-        """Run the loop; called in the training thread."""
-        if self._plan.resume is not None:
-            self._resume(self._plan.resume)
-        learner = self._learner
+    def _run_loop(self) -> None:
+        learner, resumed = self._learner, self._resumed
+        if learner.trains:
+            learner.trained_parameters = trained_parameters(learner)
         learner.scope_end = COMPLETED
         try:
             learner.one_fit()
         finally:
             if learner.trains:
                 drop_unused_gradients(learner)
-        resumed = self._resumed
         if resumed is not None and not resumed.loaded and learner.scope_end.status == "completed":
             error = resumed.never_loaded()
             learner.scope_end = ScopeEnd("failed", None, str(error))
@@ -131,35 +179,19 @@ class Fit:
         learner.epochs = range(checkpoint.position.epoch, learner.n_epochs)
         learner.run_id = self._plan.run_id or checkpoint.manifest["run_id"]
 
-    # --------------------------------------------------------------------- on the event loop
-
-    async def _run_thread(self) -> FitResult:
+    @contextmanager
+    def _temporary_callbacks(self) -> Iterator[None]:
+        """Attach the plan's callbacks for the length of the fit."""
         learner = self._learner
-        thread = TrainingThread(learner, self._graceful)
-        learner.async_wrapper = thread.async_wrapper
-        learner.fit_streams = list(learner.streams)
-        for stream in learner.fit_streams:
-            stream.begin()
-        start = time.perf_counter()
+        added = learner.add_cbs(self._plan.cbs)
         try:
-            await thread.run(self._work)
+            yield
         finally:
-            learner.async_wrapper = None
-            for stream in learner.fit_streams:
-                stream.finish()
-            learner.result = result = self._make_result(time.perf_counter() - start)
-            learner.fit_streams = []
-            if result.dropped:
-                structlog.get_logger("eventrain").warning(
-                    "events_dropped", run_id=learner.run_id, dropped=dict(result.dropped)
-                )
-        return result
+            learner.remove_cbs(cb for cb in added if any(cb is other for other in learner.cbs))
 
     def _make_result(self, seconds: float) -> FitResult:
+        """The result but for the events that its observers lost, some of which still wait."""
         learner, end = self._learner, self._learner.scope_end
-        dropped: Counter[str] = Counter()
-        for stream in learner.fit_streams:
-            dropped[stream.name] += stream.dropped
         return FitResult(
             run_id=learner.run_id,
             status=end.status,
@@ -172,38 +204,20 @@ class Fit:
             steps=learner.progress[True].steps,
             seconds=seconds,
             history=tuple(row for row in learner.history if numbers_of(row)),
-            dropped=dict(+dropped),  # without the zeros
+            dropped={},
             resumed_from=None if learner.resumed_from is None else str(learner.resumed_from),
         )
 
 
 def check_idle(learner: Fittable) -> None:
     """Raise a RuntimeError if the learner is fitting."""
+    if is_left_in_parent(learner):
+        raise RuntimeError(
+            f"this learner was fitting (run {learner.run_id}) when this process was forked, and"
+            " may be in the middle of a batch: make another learner here, or fork between two fits"
+        )
     if learner.fitting:
         raise RuntimeError(
             f"this learner is fitting already (run {learner.run_id}); await that fit, or use"
             " another learner: a learner runs one fit at a time"
         )
-
-
-def make_optimizer(learner: Fittable, lr: float) -> Any:
-    """Call the learner's `opt_func`.
-
-    Raises:
-        ValueError: `lr` is negative.
-        TypeError: it returned something that is not an optimizer.
-        Exception: any error of `opt_func`, with a note.
-    """
-    check_lr(lr)
-    opt_func = learner.opt_func
-    assert opt_func is not None
-    try:
-        opt = opt_func(learner.model.parameters(), lr)
-    except Exception as exc:
-        exc.add_note(
-            f"raised by opt_func={opt_func!r}, called as opt_func(model.parameters(), {lr!r})"
-        )
-        raise
-    if not callable(getattr(opt, "step", None)) or not hasattr(opt, "param_groups"):
-        raise TypeError(f"opt_func={opt_func!r} returned {opt!r}, which is not an optimizer")
-    return opt

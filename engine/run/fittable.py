@@ -18,6 +18,8 @@ class Fittable(Loop, EventSource):
 
     Attributes:
         lr: the learning rate for `opt_func`.
+        fit_lr: that of the running fit, or of the last one: `lr` of `fit`, or else the learner's;
+            None if the optimizer is kept and has its own.
         opt_func: makes the optimizer of a fit; None keeps the current optimizer.
         cleanup_timeout: seconds that an async Cleanup* receiver gets after the host has cancelled.
         drain_timeout: seconds that observers get for their buffers after the fit has ended.
@@ -26,6 +28,7 @@ class Fittable(Loop, EventSource):
     """
 
     lr: float
+    fit_lr: Any = None
     opt_func: Callable[..., Any] | None
     cleanup_timeout: float = 5.0
     drain_timeout: float = 2.0

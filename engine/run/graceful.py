@@ -17,6 +17,7 @@ callback on the host's loop also gets that first signal, because a file descript
 from __future__ import annotations
 
 import math
+import os
 import signal
 import threading
 import time
@@ -25,8 +26,7 @@ from contextlib import suppress
 from types import FrameType
 from typing import Any, ClassVar
 
-import structlog
-
+from .. import log
 from .fittable import Fittable
 from .stack import thread_stack
 
@@ -45,6 +45,10 @@ class GracefulStop:
 
     An ignored signal stays ignored, such as SIGINT in a process that a script started with `&`.
 
+    A process that is forked meanwhile, such as the worker of a loader, ignores the first SIGINT,
+    which a terminal sends to both, so that the current batch can be completed; SIGTERM gets to the
+    host's handler there.
+
     Args:
         learner: the learner that fits.
         graceful: seconds after which the fit is stopped at its next event instead; True means 25.
@@ -58,6 +62,8 @@ class GracefulStop:
     _entered: ClassVar[list[GracefulStop]] = []
     _host_handlers: ClassVar[dict[signal.Signals, Any]] = {}
     """The handlers of the host that `_on_signal` replaces, or has replaced."""
+    _process: ClassVar[int] = 0
+    """The process in which they were entered, and not its forks."""
     _forwarding: ClassVar[bool] = False
     """Whether `_on_signal` is calling the host's handler."""
 
@@ -88,6 +94,7 @@ class GracefulStop:
                 if host is not _on_signal:
                     self._host_handlers[signum] = host
                 signal.signal(signum, _on_signal)
+        GracefulStop._process = os.getpid()
         self._entered.append(self)
 
     def __exit__(self, exc_type: object, exc: BaseException | None, traceback: object) -> None:
@@ -120,7 +127,7 @@ class GracefulStop:
             hint = (
                 "the batch is not completed: the fit ends at its next event, without a checkpoint"
             )
-        structlog.get_logger("eventrain").warning(
+        log.warning(
             "graceful_deadline_passed",
             run_id=learner.run_id,
             signal=name,
@@ -139,6 +146,8 @@ def _on_signal(signum: int, frame: FrameType | None) -> None:
     GracefulStop._entered.clear()
     was_set = signal.getsignal(signum) is _on_signal
     _restore_handlers()
+    if os.getpid() != GracefulStop._process and signum == signal.SIGTERM:
+        stops = ()  # of the parent's fits
     for stop in stops:
         stop.receive(signal.Signals(signum).name)
     if stops or GracefulStop._forwarding:

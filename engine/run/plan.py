@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any
+
+import torch
 
 from ...events import ActionEvent, Callback, GetLoss, Predict
 from ...events.checks import is_int
@@ -19,6 +22,8 @@ class FitPlan:
 
     Attributes:
         purpose: "fit", "validate", "predict" or "lr_find", by the method that makes the plan.
+        within: a context manager that is entered before the fit is prepared and left after it, both
+            in the fit's own thread.
 
     Raises:
         ValueError: an argument is not valid, whatever the others are; or `lr` is given with
@@ -34,6 +39,7 @@ class FitPlan:
     resume: str | os.PathLike[str] | None = None
     graceful: bool | float = False
     purpose: Purpose = "fit"
+    within: AbstractContextManager[object] = field(default_factory=nullcontext)
 
     def __post_init__(self) -> None:
         if not is_int(self.n_epochs, 0):
@@ -57,5 +63,6 @@ class FitPlan:
 
 def check_lr(lr: Any) -> None:
     """Raise a ValueError for a learning rate that is negative or NaN."""
-    if isinstance(lr, int | float) and not lr >= 0:
+    is_number = isinstance(lr, int | float) or (isinstance(lr, torch.Tensor) and lr.numel() == 1)
+    if is_number and not lr >= 0:
         raise ValueError(f"lr={lr!r}: give a learning rate of 0 or more")

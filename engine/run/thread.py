@@ -11,9 +11,7 @@ after a native `Task.cancel()` it returns at once while the worker continues to 
 
 from __future__ import annotations
 
-import contextvars
 import math
-import sys
 import threading
 import time
 from collections.abc import Callable, Coroutine
@@ -24,19 +22,19 @@ from typing import Any, ClassVar
 import anyio
 import anyio.from_thread
 import anyio.lowlevel
-import structlog
 
 from ...events import Event
 from ...events.errors import unwrap
+from .. import log
+from ..context import caller_context
 from ..data.thread_state import torch_state
 from ..listeners.observers import Observer
 from ..loop.requests import InterruptedFit
+from . import forks
 from .fittable import Fittable
 from .graceful import GracefulStop
 from .openmp import end_idle_threads
 from .stack import thread_stack
-
-log = structlog.get_logger("eventrain")
 
 PUMP_INTERVAL = 0.05
 """Seconds between two deliveries to the observers."""
@@ -56,7 +54,6 @@ class TrainingThread:
         graceful: its deadline is checked while the thread runs; None for a fit without it.
     """
 
-    _running: ClassVar[set[TrainingThread]] = set()
     _warned_of_shared_rng: ClassVar[bool] = False
 
     def __init__(self, learner: Fittable, graceful: GracefulStop | None = None) -> None:
@@ -68,6 +65,7 @@ class TrainingThread:
         self._reported: BaseException | None = None
         self._host = threading.get_ident()
         self._begun = threading.Event()
+        self._observing_begun = False
         self._interrupted = False
         self._log_at = math.inf
         self._pump_scope = anyio.CancelScope(shield=True)
@@ -79,8 +77,7 @@ class TrainingThread:
 
         Raises the error of `work`, or else the exception that interrupted it.
         """
-        context = contextvars.copy_context()
-        context.run(_leave_event_loop)
+        context = caller_context()
         thread = threading.Thread(
             target=context.run,
             args=(self._main, work, torch_state()),
@@ -88,7 +85,6 @@ class TrainingThread:
             daemon=True,
         )
         interruption: BaseException | None = None
-        self._running.add(self)
         self._warn_of_shared_rng()
         end_idle_threads()
         try:
@@ -101,8 +97,6 @@ class TrainingThread:
                     self._finish_observers()
         except BaseException as exc:  # cancelled while the observers drained
             interruption = unwrap(exc)
-        finally:
-            self._running.discard(self)
         if self._error is not None and not isinstance(self._error, InterruptedFit):
             raise self._error
         if self._reported is not None:  # by an observer, after the training
@@ -164,17 +158,16 @@ class TrainingThread:
 
     def _log_waiting(self, thread: threading.Thread) -> None:
         self._log_at = math.inf
-        with suppress(Exception):  # the error of a logger must not replace the cancellation
-            log.warning(
-                "cancel_waits",
-                run_id=self._learner.run_id,
-                seconds=CANCEL_PATIENCE,
-                where=thread_stack(thread.ident),
-                hint="the fit was cancelled, and returns when its thread reaches its next event",
-            )
+        log.warning(
+            "cancel_waits",
+            run_id=self._learner.run_id,
+            seconds=CANCEL_PATIENCE,
+            where=thread_stack(thread.ident),
+            hint="the fit was cancelled, and returns when its thread reaches its next event",
+        )
 
     def _warn_of_shared_rng(self) -> None:
-        if len(self._running) > 1 and not TrainingThread._warned_of_shared_rng:
+        if len(forks.running) > 1 and not TrainingThread._warned_of_shared_rng:
             TrainingThread._warned_of_shared_rng = True
             log.warning(
                 "concurrent_fits_share_rng",
@@ -194,6 +187,10 @@ class TrainingThread:
             self._error = exc
         with suppress(anyio.RunFinishedError):  # the event loop has ended
             anyio.from_thread.run_sync(self._finished.set, token=self._token)
+
+    def begin_observing(self) -> None:
+        """Serve the observers from now on: the fit is prepared, and was not refused."""
+        self._observing_begun = True
 
     def async_wrapper(
         self, receiver: Callable[[Any], Coroutine[Any, Any, Any]]
@@ -253,6 +250,7 @@ class TrainingThread:
         finally:
             self._receiver_scope = None
         if not done.done() and event.deliver_to_all:
+            done.set_result(None)  # first: the training waits for it
             log.warning(
                 "cleanup_cut_short",
                 run_id=self._learner.run_id,
@@ -260,7 +258,6 @@ class TrainingThread:
                 cleanup=type(event).__name__,
                 cleanup_timeout=self._learner.cleanup_timeout,
             )
-            done.set_result(None)
         elif not done.done():
             done.set_exception(InterruptedFit())
         del done  # avoids a reference cycle of its error and this frame
@@ -272,11 +269,14 @@ class TrainingThread:
                 self._start_observers()
                 for stream in tuple(self._learner.fit_streams):
                     stream.wake()
+                    stream.check_reader()
                 if self._graceful is not None:
                     self._graceful.check_deadline()
                 await anyio.sleep(PUMP_INTERVAL)
 
     def _start_observers(self) -> None:
+        if not self._observing_begun:
+            return
         for stream in tuple(self._learner.fit_streams):
             if isinstance(stream, Observer) and stream not in self._observing:
                 self._observing[stream] = anyio.CancelScope(shield=True)
@@ -294,15 +294,11 @@ class TrainingThread:
 
     def _finish_observers(self) -> None:
         """Let the observers drain their buffers, until a deadline."""
+        if not self._observing_begun:
+            return
         deadline = anyio.current_time() + self._learner.drain_timeout
         self._start_observers()  # those that were opened after the last turn of the pump
         for stream in tuple(self._learner.fit_streams):
             stream.end()
         for scope in self._observing.values():
             scope.deadline = deadline
-
-
-def _leave_event_loop() -> None:
-    """Mark the thread's context as outside of the caller's event loop, which it was copied from."""
-    if sniffio := sys.modules.get("sniffio"):  # if trio is installed, anyio asks sniffio
-        sniffio.current_async_library_cvar.set(None)

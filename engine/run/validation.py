@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from typing import Any
 
 from ..data.dataloaders import DataLoaders
-from .fit import check_idle
 from .fittable import Fittable
 
 
@@ -16,10 +15,8 @@ def validating_on(learner: Fittable, dl: Any) -> Iterator[None]:
     """Validate on `dl` if it is given; restore the loaders and the modes of the modules afterwards.
 
     Raises:
-        RuntimeError: the learner is fitting.
         ValueError: there is no loader to validate on.
     """
-    check_idle(learner)
     dls = learner.dls
     modes = [(module, module.training) for module in learner.model.modules()]
     if dl is not None:

@@ -23,7 +23,7 @@ Change = Callable[[list[Any]], list[Any]]
 @pytest.fixture
 def measure(fashion_mnist: Path, monkeypatch: pytest.MonkeyPatch) -> Measure:
     """On 70 images, on the CPU."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
 
     def measure() -> Report:
         return data.run(parsed("--data", str(fashion_mnist), "--images", "70", "--repeats", "1"))

@@ -274,7 +274,7 @@ def test_it_draws_every_half_second_and_once_for_a_host_that_was_busy(
     monkeypatch.setattr(curve, "monotonic", clock)
     learner.trains = True
     learner.batch = None
-    fit = {"learner": learner, "run_id": "r1", "time": 0.0, "n_epochs": 1}
+    fit = {"learner": learner, "run_id": "r1", "time": 0.0, "purpose": "fit", "n_epochs": 1}
     epoch = {"epoch": 0, "training": True, "n_iter": 60}
     batch = {"n_samples": 0, "lr": 0.1, "loss": torch.tensor(1.0)}
     watcher = cb.watcher(BeforeFit(**fit))

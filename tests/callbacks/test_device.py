@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -174,6 +174,15 @@ class DictLearner(TrainLearner):
         self.loss = self.loss_func(self.preds, self.batch["label"])
 
 
+@pytest.fixture
+def _moving_keeps_parameters() -> Iterator[None]:
+    """Let a model keep its parameters when it is moved to "meta", as when it is moved to a GPU."""
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    yield
+    torch.__future__.set_swap_module_params_on_conversion(False)
+
+
+@pytest.mark.usefixtures("_moving_keeps_parameters")
 def test_device_cb_moves_model_and_dict_batches(
     digits: Digits, make_cnn: Callable[[], nn.Module], backend: dict[str, Any]
 ) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from eventrain.callbacks import CheckpointCB, EarlyStoppingCB, LRFinderCB, MetricsCB
@@ -235,18 +236,37 @@ def test_without_any_numbers_the_error_says_where_they_come_from(
         learner.run(1)
 
 
-@pytest.mark.parametrize("value", [[0.5, 0.5], "0.5", None, True, torch.ones(2), 1j])
+NUMBERS = [2, 2.0, np.float32(2), np.array([2.0]), torch.tensor(2.0), torch.tensor([[2]])]
+NOT_NUMBERS = [[0.5, 0.5], "0.5", None, True, torch.ones(2), torch.tensor(True), 1j]
+
+
+@pytest.mark.parametrize("value", NOT_NUMBERS, ids=repr)
 def test_a_value_that_is_not_a_number_is_refused(value: Any) -> None:
     with pytest.raises(TypeError, match=r"monitor='score': .* is not a number"):
         play([value], EarlyStoppingCB("score"))
 
 
-@pytest.mark.parametrize("value", [2, 2.0, torch.tensor(2.0), torch.tensor([2])])
+@pytest.mark.parametrize("value", NUMBERS, ids=repr)
 def test_whole_numbers_and_tensors_of_one_are_numbers(value: Any) -> None:
     stopping = EarlyStoppingCB("score")
     play([value], stopping)
     assert stopping.best == 2.0
     assert type(stopping.best) is float
+
+
+@pytest.mark.parametrize("value", NUMBERS, ids=repr)
+def test_what_is_a_number_for_it_is_one_for_keep_best(value: Any, tmp_path: Path) -> None:
+    cb = CheckpointCB(tmp_path, keep_last=1, keep_best=("score", "min"))
+    learner_with([value, 3.0]).run(2, cbs=cb)
+    assert cb.best == tmp_path / "checkpoint-000001"
+    assert cb.last == tmp_path / "checkpoint-000002"
+
+
+@pytest.mark.parametrize("value", NOT_NUMBERS, ids=repr)
+def test_what_is_not_a_number_for_it_is_none_for_keep_best(value: Any, tmp_path: Path) -> None:
+    cb = CheckpointCB(tmp_path, keep_best=("score", "min"))
+    with pytest.raises(ValueError, match="has no metric 'score'"):
+        learner_with([value]).run(1, cbs=cb)
 
 
 @pytest.mark.parametrize(

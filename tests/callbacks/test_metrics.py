@@ -147,7 +147,9 @@ def test_a_loss_of_one_element_is_taken_for_its_number(digits: Digits, make_cnn:
 
 
 class Pair:
-    """A batch that is an object of the host's own: nobody can tell how many samples it has."""
+    """A batch that is an object of the host's own: nothing in it says how many samples it has."""
+
+    __slots__ = ("x", "y")
 
     def __init__(self, x: torch.Tensor, y: torch.Tensor) -> None:
         self.x, self.y = x, y

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import anyio
 import pytest
 import torch
 from eventrain.callbacks import (
@@ -238,6 +239,15 @@ def test_float16_wraps_a_backward_and_a_step_of_the_learners_own(
     assert learner.calls == ("backward", "step") * 3
     assert mixed.scaler is not None
     assert mixed.scaler.get_scale() == SCALE
+
+
+def test_a_learner_that_never_trained_predicts_and_validates_under_float16(
+    dls: DataLoaders, make_model: MakeModel
+) -> None:
+    """It has no optimizer whose gradients could be scaled."""
+    learner = TrainLearner(make_model(), dls, cbs=MixedTrainingCB("fp16"))
+    assert anyio.run(learner.validate)["loss"] > 0
+    assert len(anyio.run(learner.get_preds)) == 8
 
 
 # ----------------------------------------------------------------------------------- overflow

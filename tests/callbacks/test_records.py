@@ -292,9 +292,14 @@ async def test_they_are_written_when_the_host_cancels_the_fit() -> None:
 
 def test_a_scope_stopped_before_it_began_took_no_time() -> None:
     """The events of its beginning are not emitted: an epoch's, or the whole fit's."""
-    learn = learner()
-    learn.on(CleanupEpoch, once=True)(lambda event: learn.stop() and None)
-    *_, valid, ended = recorded(learn)
+
+    class StoppedInBetween(TrainLearner):
+        def one_epoch(self) -> None:
+            if not self.training:
+                self.stop()
+            super().one_epoch()
+
+    *_, valid, ended = recorded(StoppedInBetween(nn.Linear(3, 1), learner().dls))
     assert (valid["phase"], valid["seconds"], valid["samples_per_second"]) == ("valid", 0, None)
     assert ended["seconds"] > 0
 

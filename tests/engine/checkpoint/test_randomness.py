@@ -169,6 +169,6 @@ def test_a_state_of_more_devices_is_named(device: str) -> None:
 
 @pytest.mark.skipif(torch.backends.mps.is_available(), reason="there is such a device")
 def test_a_state_of_another_kind_of_device_is_named() -> None:
-    state = {**random_state(DataLoaders()), "mps": torch.zeros(1)}
-    told = "there is no mps device, but the checkpoint has a state for one"
+    state = {**random_state(DataLoaders()), "mps": [torch.zeros(1)]}
+    told = "there are 0 mps devices, but the checkpoint has 1"
     assert random_state_differs(DataLoaders(), state) == told

@@ -139,7 +139,7 @@ class Run:
 
     names: list[str] = field(default_factory=list)
     ends: list[tuple[str, ScopeEnd]] = field(default_factory=list)
-    reached: Counter[tuple[str, str]] = field(default_factory=Counter)
+    completed: Counter[tuple[str, str]] = field(default_factory=Counter)
     batches: Counter[tuple[int, str]] = field(default_factory=Counter)
     cut: dict[tuple[int, str], str] = field(default_factory=dict)
     """The status of the epochs that were not completed."""
@@ -159,6 +159,7 @@ def model_of(injections: Injections) -> Run:
     pending: Raised | None = None
     open_scopes: list[str] = []
     times: Counter[tuple[str, str]] = Counter()
+    previous = ""
     for epoch, name, phase in script():
         closes = CLOSES.get(name)
         if pending is not None and closes != open_scopes[-1]:
@@ -167,13 +168,15 @@ def model_of(injections: Injections) -> Run:
             open_scopes.append(OPENS[name])
         if closes:
             run.ends.append((name, pending.end if pending else ScopeEnd("completed")))
-            if name == "CleanupEpoch" and pending is not None:
+            run.completed[name, phase] += pending is None
+            if name == "CleanupEpoch" and previous != "AfterEpoch" and pending is not None:
                 run.cut[epoch, phase] = pending.end.status
         if name not in ACTIONS:
             run.names.append(name)
-        run.reached[name, phase] += 1
+        run.completed[name, phase] += name == "ZeroGrad"  # the optimizer has stepped
         run.batches[epoch, phase] += name == "AfterBatch"
         times[name, phase] += 1
+        previous = name
         kinds = injections.get(Place(name, phase, times[name, phase]), ())
         raised: Raised | None = None
         for by, kind in zip(BY, kinds if closes else kinds[:1], strict=False):
@@ -341,10 +344,10 @@ async def fit_and_compare(learner: TrainLearner, injections: Injections, carrier
     assert result is not None
     assert [result.n_epochs, result.epochs, result.batches, result.valid_batches, result.steps] == [
         N_EPOCHS,
-        expected.reached["AfterEpoch", "train"],
-        expected.reached["AfterBatch", "train"],
-        expected.reached["AfterBatch", "valid"],
-        expected.reached["ZeroGrad", "train"],
+        expected.completed["CleanupEpoch", "train"],
+        expected.completed["CleanupBatch", "train"],
+        expected.completed["CleanupBatch", "valid"],
+        expected.completed["ZeroGrad", "train"],
     ]
     assert list(result.history) == [
         {"epoch": epoch, "train": {"train": "train", "valid": "eval"}[phase], "batches": n}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import anyio
@@ -314,12 +315,47 @@ def test_an_opt_func_that_raises_is_named(learner: TrainLearner) -> None:
     assert "called as opt_func(model.parameters(), 0.1)" in notes_of(raised)
 
 
-@pytest.mark.parametrize("opt_func", ["SGD", lambda: None, 3], ids=["text", "lambda", "number"])
-def test_an_invalid_opt_func_is_named(opt_func: Any, learner: TrainLearner) -> None:
-    learner.opt_func = opt_func
-    with refused(learner, TypeError) as raised:
+def test_an_opt_func_with_other_arguments_is_named(learner: TrainLearner) -> None:
+    learner.opt_func = lambda: None
+    with refused(learner, TypeError, "takes 0 positional arguments") as raised:
         learner.run(1)
-    assert f"raised by opt_func={opt_func!r}" in notes_of(raised)
+    assert f"raised by opt_func={learner.opt_func!r}" in notes_of(raised)
+
+
+def test_an_opt_func_with_its_own_lr_is_told_where_to_give_it(learner: TrainLearner) -> None:
+    learner.opt_func = partial(torch.optim.AdamW, lr=3e-4)
+    with refused(learner, TypeError, "multiple values for argument 'lr'") as raised:
+        learner.run(1)
+    assert "give the learning rate to the learner instead: lr=..." in notes_of(raised)
+
+
+@pytest.mark.parametrize("where", ["Learner", "attribute"])
+@pytest.mark.parametrize(
+    ("opt_func", "says"),
+    [
+        ("AdamW", ["opt_func='AdamW'", "such as torch.optim.AdamW"]),
+        ("sgd", ["opt_func='sgd'", "such as torch.optim.SGD"]),
+        (3, ["opt_func=3", "a function of (params, lr)"]),
+        (
+            torch.optim.AdamW([nn.Parameter(torch.ones(1))]),
+            [
+                "opt_func is an optimizer, AdamW",
+                "opt_func=AdamW or",
+                "opt_func=lambda params, lr: AdamW(params, lr, ...)",
+                "opt_func=lambda params, lr: opt",
+            ],
+        ),
+    ],
+    ids=["name", "other name", "number", "optimizer"],
+)
+def test_an_opt_func_that_cannot_be_called_is_refused_with_what_to_write(
+    opt_func: Any, says: list[str], where: str, learner: TrainLearner
+) -> None:
+    with refused(learner, TypeError, *says):
+        if where == "Learner":
+            TrainLearner(learner.model, learner.dls, opt_func=opt_func)
+        learner.opt_func = opt_func
+        learner.run(1)
 
 
 def test_a_model_without_parameters_is_reported_by_its_optimizer(dls: DataLoaders) -> None:
@@ -333,6 +369,37 @@ def test_a_model_without_parameters_is_reported_by_its_optimizer(dls: DataLoader
 def test_an_opt_func_that_returns_no_optimizer_is_refused(junk: Any, learner: TrainLearner) -> None:
     learner.opt_func = lambda parameters, lr: junk
     with refused(learner, TypeError, "opt_func=", f"returned {junk!r}", "not an optimizer"):
+        learner.run(1)
+
+
+def sgd(learner: TrainLearner) -> torch.optim.Optimizer:
+    return torch.optim.SGD(learner.model.parameters(), 0.1)
+
+
+@pytest.mark.parametrize(
+    ("returned", "says"),
+    [
+        (
+            lambda learner: (sgd(learner), sgd(learner)),
+            ["returned a tuple of SGD, SGD", "return one", "'Two optimizers' in docs/guides"],
+        ),
+        (
+            lambda learner: {"G": sgd(learner), "D": sgd(learner)},
+            ["returned a dict of SGD, SGD", "step(), zero_grad() and param_groups"],
+        ),
+        (
+            lambda learner: (sgd(learner), "scheduler"),
+            ["returned a tuple of SGD, str", "cbs=SchedulerCB(lambda opt: ...)"],
+        ),
+        (lambda learner: None, ["returned None", "add a return statement"]),
+    ],
+    ids=["two", "mapping", "with a scheduler", "nothing"],
+)
+def test_what_an_opt_func_may_not_return_is_refused_with_what_to_write(
+    returned: Any, says: list[str], learner: TrainLearner
+) -> None:
+    learner.opt_func = lambda params, lr: returned(learner)
+    with refused(learner, TypeError, "opt_func=", "not an optimizer", *says):
         learner.run(1)
 
 

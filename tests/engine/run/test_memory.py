@@ -18,7 +18,7 @@ import pytest
 import torch
 from eventrain.callbacks import CheckpointCB, MetricsCB
 from eventrain.engine import DataLoaders, TrainLearner
-from eventrain.engine.run.thread import TrainingThread
+from eventrain.engine.run import forks
 from eventrain.events import (
     AfterBackward,
     AfterBatch,
@@ -188,7 +188,7 @@ async def test_a_learner_that_is_released_frees_everything_of_it(
     del learner, receiver
     gc.collect()
     assert [ref() for ref in refs] == [None] * 3
-    assert TrainingThread._running == set()
+    assert forks.running == []
 
 
 class Listening(Callback):
@@ -284,7 +284,7 @@ async def test_memory_and_threads_are_flat_over_many_fits(
             assert set(anyio.get_running_tasks()) == tasks
             assert learner.bus.subscriptions() == subscriptions
             assert learner.streams == []
-            assert TrainingThread._running == set()
+            assert forks.running == []
     assert statuses == {"completed", "cancelled", "failed"}
     quarter = len(blocks) // 4
     assert max(blocks[quarter:]) - blocks[quarter - 1] < 2_000

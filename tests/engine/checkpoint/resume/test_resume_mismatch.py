@@ -276,6 +276,8 @@ def outcome_of_state(learner: TrainLearner) -> dict[str, Any]:
     state: dict[str, Any] = Snapshot(state_of(learner)).wait()
     for done in state["progress"].values():
         del done["epochs"]  # one of them is not in the checkpoint, but ended before it could load
+    for row in state["history"]:
+        row.pop("status", None)  # how the epoch that could not load has ended
     return state
 
 

@@ -1,0 +1,188 @@
+"""What tensors, modules and containers held, to put it back into the same objects."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.parameter import is_lazy
+
+
+class KeptTensors:
+    """Copies of tensors, one of each, and of the gradients of parameters."""
+
+    def __init__(self) -> None:
+        self._kept: dict[int, _KeptTensor] = {}
+        self._gradients: list[tuple[torch.Tensor, torch.Tensor | None]] = []
+
+    def keep(self, tensor: torch.Tensor) -> None:
+        if id(tensor) not in self._kept:
+            self._kept[id(tensor)] = _KeptTensor(tensor)
+
+    def keep_gradient(self, p: torch.Tensor) -> None:
+        self._gradients.append((p, p.grad))
+        if p.grad is not None:
+            self.keep(p.grad)
+
+    def put_back(self, tensor: torch.Tensor, into: torch.Tensor | None = None) -> torch.Tensor:
+        """Give a tensor the value it had; or give it to another one, which has taken its place."""
+        into = tensor if into is None else into
+        self._kept[id(tensor)].put_back(into)
+        return into
+
+    def put_back_gradients(self) -> None:
+        for p, gradient in self._gradients:
+            p.grad = None
+            if gradient is not None:
+                self.put_back(gradient)
+                p.grad = gradient if gradient.device == p.device else gradient.to(p.device)
+
+
+class _KeptTensor:
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._tensor = tensor  # so that its id is not used again
+        self._class = type(tensor)
+        self._is_back = False
+        self._value = None if is_lazy(tensor) else tensor.detach().clone()
+
+    @torch.no_grad()
+    def put_back(self, tensor: torch.Tensor) -> None:
+        if self._is_back:
+            return  # a parameter is reached from its module and from its optimizer
+        self._is_back = True
+        if self._value is None:  # it had no shape yet
+            if not is_lazy(tensor):
+                tensor.data = tensor.new_empty(0)
+                tensor.__class__ = self._class
+        elif tensor.shape == self._value.shape and tensor.dtype == self._value.dtype:
+            tensor.copy_(self._value)
+        else:
+            tensor.data = self._value.to(tensor.device)
+
+
+class KeptModule:
+    """What one module held, without its submodules: parameters, buffers, its mode and its members.
+
+    Args:
+        module: the module.
+        tensors: where its parameters and buffers, and their gradients, are kept.
+    """
+
+    def __init__(self, module: nn.Module, tensors: KeptTensors) -> None:
+        self._module = module
+        self._tensors = tensors
+        self._training = module.training
+        self._members = {name: dict(vars(module)[name]) for name in _MEMBERS}
+        self._not_saved = set(module._non_persistent_buffers_set)
+        self._others = {k: v for k, v in vars(module).items() if isinstance(v, torch.Tensor)}
+        # A lazy module becomes another class, and loses its hooks, with its first batch.
+        self._lazy = _LazyModule(module) if isinstance(module, LazyModuleMixin) else None
+        parameters, buffers = self._members["_parameters"], self._members["_buffers"]
+        for tensor in (*parameters.values(), *buffers.values(), *self._others.values()):
+            if tensor is not None:
+                tensors.keep(tensor)
+        for p in parameters.values():
+            if p is not None:
+                tensors.keep_gradient(p)
+
+    def put_back(self) -> None:
+        module = self._module
+        if self._lazy is not None:
+            self._lazy.put_back()
+        module.training = self._training
+        module._non_persistent_buffers_set = set(self._not_saved)
+        for name, members in self._members.items():
+            here = vars(module)[name]
+            before = {key: self._place(here.get(key), was) for key, was in members.items()}
+            here.clear()
+            here.update(before)
+        here = vars(module)
+        for name in [k for k, v in here.items() if isinstance(v, torch.Tensor)]:
+            if name not in self._others:
+                del here[name]
+        for name, was in self._others.items():
+            here[name] = self._place(here.get(name), was)
+
+    def _place(self, now: Any, was: Any) -> Any:
+        """What is to be in the place of `now`: the object of before, with its value.
+
+        If it is on another device now, the module was moved and stays there.
+        """
+        if not isinstance(was, torch.Tensor):
+            return was
+        moved = isinstance(now, torch.Tensor) and now.device != was.device
+        return self._tensors.put_back(was, now if moved else was)
+
+
+_MEMBERS = ("_parameters", "_buffers", "_modules")
+
+
+class _LazyModule:
+    """The class, attributes and hooks of a lazy module."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._class = type(module)
+        self._attributes = dict(vars(module))
+        self._dicts = {k: dict(v) for k, v in vars(module).items() if isinstance(v, dict)}
+
+    def put_back(self) -> None:
+        self._module.__class__ = self._class
+        vars(self._module).update(self._attributes)
+        for name, items in self._dicts.items():
+            held = self._attributes[name]  # the same object: handles of hooks refer to it
+            held.clear()
+            held.update(items)
+
+
+class KeptAttributes:
+    """The attributes of a learner or a callback."""
+
+    def __init__(self, owner: Any, tensors: KeptTensors) -> None:
+        self._owner = owner
+        self._values = dict(vars(owner))
+        self._contents = {
+            name: keep_contents(value, tensors)
+            for name, value in self._values.items()
+            if isinstance(value, list | dict) and len(value) <= _LONGEST
+        }
+
+    def put_back(self, name: str) -> None:
+        """Put back an attribute, and what it held if it is a list or a dict."""
+        if name in self._contents:
+            self._contents[name]()
+        here = vars(self._owner)
+        if name not in self._values:
+            here.pop(name, None)
+        elif here.get(name) is not self._values[name]:
+            here[name] = self._values[name]
+
+
+_LONGEST = 1000
+
+
+def keep_contents(value: Any, tensors: KeptTensors) -> Callable[[], Any]:
+    """Keep what nested dicts and lists hold. Returns a function that puts it back into them."""
+    if isinstance(value, torch.Tensor):
+        tensors.keep(value)
+        return partial(tensors.put_back, value)
+    if isinstance(value, dict):
+        items = {key: keep_contents(item, tensors) for key, item in value.items()}
+        return lambda: _refill(value, {key: put_back() for key, put_back in items.items()})
+    if isinstance(value, list | tuple):
+        listed = [keep_contents(item, tensors) for item in value]
+        return lambda: _refill(value, [put_back() for put_back in listed])
+    return lambda: value
+
+
+def _refill(container: Any, items: Iterable[Any]) -> Any:
+    if isinstance(container, dict):
+        container.clear()
+        container.update(items)
+    elif isinstance(container, list):
+        container[:] = items
+    return container

@@ -1,0 +1,157 @@
+"""The async methods of a learner for scripts, where no event loop is running."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Coroutine, Iterable
+from functools import partial, update_wrapper
+from types import MethodType
+from typing import Any, TypeVar, cast
+
+import anyio
+import anyio.lowlevel
+
+from ...events import Callback
+from .fittable import Fittable
+from .lr_finder import LRFinderCB
+from .predictions import Keep
+from .result import FitResult
+
+R = TypeVar("R")
+AsyncMethod = TypeVar("AsyncMethod", bound=Callable[..., Coroutine[Any, Any, Any]])
+
+
+def has_script_form(name: str) -> Callable[[AsyncMethod], AsyncMethod]:
+    """Name the form for scripts in Python's warning that a coroutine was never awaited."""
+
+    def decorate(method: AsyncMethod) -> AsyncMethod:
+        return cast(AsyncMethod, _HintedMethod(method, f"in a script: learner.{name}(...)"))
+
+    return decorate
+
+
+class _HintedMethod:
+    """An async method whose coroutines have a hint in their qualified names.
+
+    The warning about a coroutine that was never awaited contains nothing else. The attributes are
+    those by which `inspect` recognises a coroutine function that is not written in Python.
+    """
+
+    __qualname__: str
+
+    def __init__(self, method: Callable[..., Coroutine[Any, Any, Any]], hint: str) -> None:
+        update_wrapper(self, method)
+        self._method = method
+        self._hint = hint
+        for name in ("__code__", "__defaults__", "__kwdefaults__"):
+            setattr(self, name, getattr(method, name))
+
+    def __get__(self, instance: object, owner: type) -> Any:
+        return self if instance is None else MethodType(self, instance)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Coroutine[Any, Any, Any]:
+        coroutine: Any = self._method(*args, **kwargs)
+        coroutine.__qualname__ += f" ({self._hint})"
+        return coroutine  # type: ignore[no-any-return]
+
+    def __reduce__(self) -> str:
+        return self.__qualname__  # pickled by name, as functions are
+
+
+class ScriptForms(Fittable):
+    """The async methods of a learner for scripts: each starts an event loop, and ends it."""
+
+    fit: Callable[..., Coroutine[Any, Any, FitResult]]
+    validate: Callable[..., Coroutine[Any, Any, dict[str, Any]]]
+    get_preds: Callable[..., Coroutine[Any, Any, Any]]
+    lr_find: Callable[..., Coroutine[Any, Any, LRFinderCB]]
+
+    def run(
+        self,
+        n_epochs: int = 1,
+        train: bool = True,
+        valid: bool = True,
+        cbs: Callback | Iterable[Callback] | None = None,
+        lr: float | None = None,
+        *,
+        run_id: str | None = None,
+        resume: str | os.PathLike[str] | None = None,
+        graceful: bool | float = False,
+        backend: str = "asyncio",
+        backend_options: dict[str, Any] | None = None,
+    ) -> FitResult:
+        """`fit` for scripts: starts an event loop, fits, and ends the event loop.
+
+        Args:
+            n_epochs, train, valid, cbs, lr, run_id, resume, graceful: as in `fit`.
+            backend: "asyncio" or "trio".
+            backend_options: for `anyio.run`, such as {"use_uvloop": True}.
+
+        Raises:
+            RuntimeError: an event loop is running in this thread.
+            KeyboardInterrupt: on Ctrl-C, after the training has stopped and cleaned up.
+        """
+        fit = partial(self.fit, n_epochs, train, valid, cbs, lr)
+        fit = partial(fit, run_id=run_id, resume=resume, graceful=graceful)
+        return _run("run", "fit", fit, backend, backend_options)
+
+    def run_validate(
+        self,
+        dl: Any = None,
+        *,
+        backend: str = "asyncio",
+        backend_options: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """`validate` for scripts; see `run`."""
+        validate = partial(self.validate, dl)
+        return _run("run_validate", "validate", validate, backend, backend_options)
+
+    def run_get_preds(
+        self,
+        dl: Any = None,
+        with_targets: bool = False,
+        *,
+        keep: Keep = None,
+        backend: str = "asyncio",
+        backend_options: dict[str, Any] | None = None,
+    ) -> Any:
+        """`get_preds` for scripts; see `run`."""
+        get_preds = partial(self.get_preds, dl, with_targets, keep=keep)
+        return _run("run_get_preds", "get_preds", get_preds, backend, backend_options)
+
+    def run_lr_find(
+        self,
+        lr_mult: float = 1.3,
+        start_lr: float = 1e-5,
+        max_epochs: int = 10,
+        end_lr: float = 10.0,
+        *,
+        backend: str = "asyncio",
+        backend_options: dict[str, Any] | None = None,
+    ) -> LRFinderCB:
+        """`lr_find` for scripts; see `run`."""
+        lr_find = partial(self.lr_find, lr_mult, start_lr, max_epochs, end_lr)
+        return _run("run_lr_find", "lr_find", lr_find, backend, backend_options)
+
+
+def _run(
+    name: str,
+    method: str,
+    function: Callable[[], Coroutine[Any, Any, R]],
+    backend: str,
+    backend_options: dict[str, Any] | None,
+) -> R:
+    if _event_loop_runs():
+        raise RuntimeError(
+            f"{name}() starts an event loop, and one is running in this thread already: use"
+            f" `await learner.{method}(...)` here"
+        )
+    return anyio.run(function, backend=backend, backend_options=backend_options)
+
+
+def _event_loop_runs() -> bool:
+    try:
+        anyio.lowlevel.current_token()
+    except anyio.NoEventLoopError:
+        return False
+    return True

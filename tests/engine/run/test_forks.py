@@ -1,0 +1,262 @@
+"""Forks: a forked process fits, and a process forked during a fit inherits no lock in use."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from typing import Any
+
+import anyio
+import anyio.lowlevel
+import pytest
+import torch
+from eventrain.engine import DataLoaders, TrainLearner
+from eventrain.engine.run import forks
+from eventrain.events import AfterBatch, BeforeBatch, BeforeEpoch, BeforeFit, Bus
+from torch.utils.data import DataLoader, Dataset
+
+from tests.support.waiting import GUARD, in_a_thread
+
+pytestmark = [
+    pytest.mark.skipif(not hasattr(os, "fork"), reason="no forks here"),
+    pytest.mark.filterwarnings("ignore:This process .* is multi-threaded"),
+]
+
+FIT_IN_A_CHILD = """
+import faulthandler, multiprocessing, os, sys, threading
+import torch
+import torch._dynamo  # as the first fit of a process does
+from eventrain.engine import DataLoaders, TrainLearner
+
+torch.set_num_threads(2)  # a fork copies only one of them
+batches = [(torch.randn(4096, 300), torch.zeros(4096, 1))] * 2
+
+def fit(**backend):
+    learner = TrainLearner(torch.nn.Linear(300, 1), DataLoaders(batches), bus=bus)
+    assert learner.run(2, valid=False, **backend).status == "completed"
+
+def child(backend):
+    faulthandler.dump_traceback_later(60, exit=True)  # with status 1
+    fit(**backend)
+    os._exit(7)
+
+bus = None
+if sys.argv[1] == "fit":
+    from eventrain.events import Bus
+    bus = Bus()
+    fit()
+torch.ones(1_000_000).exp().sum()
+assert len(os.listdir("/proc/self/task")) > 1, "torch made no thread"
+for backend in {"backend": "asyncio"}, {"backend": "trio"}:
+    if (pid := os.fork()) == 0:
+        child(backend)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7, backend
+    process = multiprocessing.get_context("fork").Process(target=child, args=(backend,))
+    process.start()
+    process.join()
+    assert process.exitcode == 7, backend
+fit()
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts threads in /proc")
+@pytest.mark.parametrize("parent", ["torch", "fit"])
+def test_a_forked_process_fits_though_its_parent_has_used_torch_or_has_fitted(parent: str) -> None:
+    """As gunicorn with --preload, and multiprocessing with "fork"."""
+    done = subprocess.run(
+        [sys.executable, "-c", FIT_IN_A_CHILD, parent], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def exit_code_of_fork(work: Any) -> int:
+    """Fork, have the child do the work, and return 0; 1 if it raised; or the signal if it hung."""
+    pid = os.fork()
+    if pid == 0:
+        signal.alarm(GUARD)
+        try:
+            work()
+        except BaseException as exc:
+            sys.stderr.write(f"in the child: {exc!r}\n")
+            os._exit(1)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def test_a_process_that_is_forked_during_a_fit_fits_another_learner_on_the_same_bus(
+    make_model: Any, dls: DataLoaders, backend: Any
+) -> None:
+    """G10: only the parent goes on with the fit; the learner says so in the child."""
+    bus = Bus()
+    learner, codes = TrainLearner(make_model(), dls, bus=bus), []
+
+    def in_child() -> None:
+        assert forks.running == []
+        with pytest.raises(RuntimeError, match=r"when this process was forked.*make another"):
+            learner.run()
+        assert TrainLearner(make_model(), dls, bus=bus).run(**backend).status == "completed"
+
+    @learner.on(AfterBatch, once=True)
+    def fork(event: AfterBatch) -> None:
+        codes.append(exit_code_of_fork(in_child))
+
+    result = in_a_thread(lambda: learner.run(**backend))
+    assert (result.status, codes) == ("completed", [0])
+    assert learner.run(**backend).status == "completed"
+
+
+def test_a_bus_is_not_locked_in_a_forked_process_though_another_thread_had_locked_it() -> None:
+    bus = Bus()
+    locked, forked = threading.Event(), threading.Event()
+
+    def lock() -> None:
+        with bus.lock:
+            locked.set()
+            forked.wait(0.1)
+
+    thread = threading.Thread(target=lock)
+    thread.start()
+    locked.wait()
+    code = exit_code_of_fork(lambda: bus.subscribe(BeforeFit, print).close())
+    forked.set()
+    thread.join()
+    assert code == 0
+
+
+class Locking(Dataset[Any]):
+    """Its samples take a lock, as a log line does."""
+
+    def __init__(self, lock: Any) -> None:
+        self.lock = lock
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> Any:
+        with self.lock:
+            return torch.ones(3), torch.zeros(1)
+
+
+@pytest.mark.parametrize("listener", ["observer", "async observer", "stream", "task"])
+async def test_workers_start_while_nothing_on_the_event_loop_holds_a_lock(
+    make_model: Any, listener: str
+) -> None:
+    """A worker that is forked while an observer writes a log line waited for its lock for ever."""
+    lock = threading.Lock()
+    loader = DataLoader(Locking(lock), 4, num_workers=2, timeout=10, multiprocessing_context="fork")
+    learner = TrainLearner(make_model(), DataLoaders(loader))
+
+    def take(event: object) -> None:
+        with lock:
+            time.sleep(0.02)
+
+    async def take_async(event: object) -> None:
+        take(event)
+        await anyio.lowlevel.checkpoint()
+        take(event)
+
+    async def read() -> None:
+        async with learner.events(BeforeEpoch, AfterBatch) as stream:
+            async for event in stream:
+                take(event)
+
+    async def work() -> None:
+        while True:
+            take(None)
+            await anyio.lowlevel.checkpoint()
+
+    if "observer" in listener:
+        learner.observe(take_async if "async" in listener else take, BeforeEpoch, AfterBatch)
+    with anyio.fail_after(GUARD):
+        async with anyio.create_task_group() as tasks:
+            if listener == "stream":
+                tasks.start_soon(read)
+            elif listener == "task":
+                tasks.start_soon(work)
+            result = await learner.fit(6, valid=False)
+            tasks.cancel_scope.cancel()
+    assert result.status == "completed"
+
+
+def test_a_fork_on_the_event_loop_itself_does_not_wait_for_it(
+    learner: TrainLearner, backend: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(forks, "LIMIT", 2 * GUARD)
+    codes = []
+
+    def fork(event: BeforeBatch) -> None:
+        codes.append(exit_code_of_fork(lambda: None))
+
+    async def fork_async(event: BeforeBatch) -> None:
+        fork(event)
+
+    learner.observe(fork, BeforeBatch)
+    learner.observe(fork_async, BeforeBatch)
+    learner.on(BeforeBatch)(fork_async)
+    result = in_a_thread(lambda: learner.run(valid=False, **backend))
+    assert result.status == "completed"
+    assert codes == [0] * 9
+
+
+def test_a_fork_goes_on_though_the_event_loop_is_blocked(
+    learner: TrainLearner, backend: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As by a host that waits on its loop for the thread that forks."""
+    monkeypatch.setattr(forks, "LIMIT", 0.01)
+    codes: list[int] = []
+    forked = threading.Event()
+    blocked = threading.Event()
+
+    def block(event: BeforeFit) -> None:
+        blocked.set()
+        assert forked.wait(GUARD)
+
+    learner.observe(block, BeforeFit)
+
+    @learner.on(AfterBatch, once=True)
+    def fork(event: AfterBatch) -> None:
+        assert blocked.wait(GUARD)
+        codes.append(exit_code_of_fork(lambda: None))
+        forked.set()
+
+    result = in_a_thread(lambda: learner.run(valid=False, **backend))
+    assert (result.status, codes) == ("completed", [0])
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_process_forked_in_a_graceful_fit_ends_by_sigterm_and_leaves_ctrl_c_to_its_parent(
+    learner: TrainLearner, backend: Any, signum: signal.Signals
+) -> None:
+    """Its inherited handler stopped a fit that it does not run: `Process.terminate()` did nothing.
+
+    A terminal sends SIGINT to the workers of a loader too, which the current batch still needs.
+    """
+    context = multiprocessing.get_context("fork")
+    codes = []
+
+    @learner.on(AfterBatch, once=True)
+    def start(event: AfterBatch) -> None:
+        ready, done = context.Event(), context.Event()
+
+        def child() -> None:
+            ready.set()
+            os._exit(7 if done.wait(GUARD) else 1)
+
+        process = context.Process(target=child)
+        process.start()
+        assert ready.wait(GUARD)
+        assert process.pid is not None
+        os.kill(process.pid, signum)
+        if signum == signal.SIGINT:
+            done.set()
+        process.join(GUARD)
+        codes.append(process.exitcode)
+
+    result = learner.run(graceful=True, **backend)
+    assert result.status == "completed"
+    assert codes == [-signal.SIGTERM if signum == signal.SIGTERM else 7]
