@@ -88,6 +88,10 @@ class ProgressCB(Callback):
         with optional_import("ProgressCB", "rich", "progress"):
             # All of them now: later it would be on the host's event loop.
             from rich import get_console, live, progress_bar, table, text  # noqa: F401
+
+            from . import _redirect  # noqa: F401
+
+            text.Text.from_markup(":check_mark:")  # imports the names of all emoji
         self.console = console or get_console()
         self._fit: _FitWatcher | None = None  # the one whose display was made last
 
