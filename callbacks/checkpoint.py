@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from time import monotonic
-from typing import Literal, cast
+from typing import Literal, NoReturn, cast
 
 from ..engine import Learner, log
 from ..engine.checkpoint.background import BackgroundWriter
@@ -129,6 +129,12 @@ class CheckpointCB(Callback):
         return self.folder
 
     # ------------------------------------------------------------------------------ when to save
+
+    def __deepcopy__(self, memo: object) -> NoReturn:
+        raise TypeError(
+            f"two learners cannot save into the same folder, {self.folder}: copy the learner"
+            " without its CheckpointCB (remove_cbs, or give it to fit), and give each its own"
+        )
 
     def before_fit(self, event: BeforeFit) -> None:
         learner = _learner_of(event)

@@ -63,7 +63,11 @@ _MEMBERS = {"_parameters", "_buffers"}
 
 
 def _memory(tensor: torch.Tensor) -> Any:
-    """The address of its memory; None if it has none."""
+    """The address of its memory; the `id` of the tensor if that has none, as on some devices."""
+    no_address = "id", id(tensor)
     if is_lazy(tensor) or tensor.layout is not torch.strided:
-        return None
-    return tensor.data_ptr() or None
+        return no_address
+    try:
+        return tensor.untyped_storage().data_ptr() or no_address
+    except RuntimeError:  # a subclass whose values are in other tensors
+        return no_address
