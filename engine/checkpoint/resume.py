@@ -103,6 +103,7 @@ class ResumedBatchReader(ResumableBatchReader):
         Raises:
             CheckpointMismatchError: it does not fit; nothing has been changed.
         """
+        super().begin(loop)
         position = self.position
         if (position.epoch, position.batches) > (loop.n_epochs, 0):
             raise CheckpointMismatchError(

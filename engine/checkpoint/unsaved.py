@@ -15,8 +15,8 @@ from .parts import (
     is_module,
     is_optimizer,
     is_users,
-    own_states,
     parts_of,
+    speaks_for_itself,
     tensors_outside,
 )
 
@@ -35,11 +35,10 @@ def unsaved_tensors(learner: SavedLearner) -> list[str]:
     for part in parts:
         saved += optimizer_parameters(part.value) if is_optimizer(part.value) else []
     memories = {_memory(tensor) for tensor in saved} - {None}
-    own = {id(owner) for owner in own_states(learner).values()}
     found = [
         (str(outside), outside.tensor)
         for outside in tensors_outside(learner)
-        if id(outside.owner) not in own
+        if not speaks_for_itself(outside.owner)
     ]
     for module in modules:
         if any(p.requires_grad for p in module.parameters()):  # a frozen teacher does not change
@@ -64,7 +63,11 @@ _MEMBERS = {"_parameters", "_buffers"}
 
 
 def _memory(tensor: torch.Tensor) -> Any:
-    """The address of its memory; None if it has none."""
+    """The address of its memory; the `id` of the tensor if that has none, as on some devices."""
+    no_address = "id", id(tensor)
     if is_lazy(tensor) or tensor.layout is not torch.strided:
-        return None
-    return tensor.untyped_storage().data_ptr() or None
+        return no_address
+    try:
+        return tensor.untyped_storage().data_ptr() or no_address
+    except RuntimeError:  # a subclass whose values are in other tensors
+        return no_address

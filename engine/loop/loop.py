@@ -50,7 +50,6 @@ from .reading import BatchReader
 from .requests import CANCELS, Request, scope_for
 from .scope import scope, scope_within
 from .state import LoopState
-from .trained_parameters import check_trained_parameters
 
 
 class Loop(LoopState):
@@ -59,7 +58,6 @@ class Loop(LoopState):
     @scope(CancelFitException, CleanupFit)
     def one_fit(self) -> None:
         self.emit(BeforeFit)
-        check_trained_parameters(self)
         self.batch_reader.begin(self)
         for self.epoch in self.epochs:
             if self.trains and self._start_epoch(training=True):
@@ -147,8 +145,10 @@ class Loop(LoopState):
         except BaseException as exc:
             if not hasattr(self, action.hook):  # its performer was removed during the fit
                 raise nobody_performs(self, action) from None
-            annotate_error(exc, f"{type(self).__qualname__}.{action.hook}", action.of(self))
-            raise
+            error = annotate_error(exc, f"{type(self).__qualname__}.{action.hook}", action.of(self))
+            if error is exc:
+                raise
+            raise error from None
 
     def _delegate(
         self, action: type[ActionEvent], following: tuple[Subscription, ...] | None

@@ -8,6 +8,7 @@ from .. import log
 from ..data.batches import check_batch
 from ..data.dataloaders import why_empty
 from .state import LoopState
+from .trained_parameters import check_trained_parameters
 
 
 class BatchReader:
@@ -20,7 +21,12 @@ class BatchReader:
     guess: str | None = None
 
     def begin(self, loop: LoopState) -> None:
-        """Prepare for the fit. Called after BeforeFit."""
+        """Check what receivers of BeforeFit have left. Called after it.
+
+        Raises:
+            RuntimeError: the optimizer has parameters that the model no longer has.
+        """
+        check_trained_parameters(loop)
 
     def includes(self, epoch: int, training: bool) -> bool:
         """Whether the training (or validation) of this epoch is to be run."""
@@ -33,12 +39,13 @@ class BatchReader:
         """
         return read_batches(loop, loop.dl)
 
-    def note_guess(self, size: int, why: str) -> None:
+    def note_guess(self, loop: LoopState, size: int, why: str) -> None:
         """Log, once per fit, that the size of a batch is a guess."""
         if self.guess is None:
             self.guess = why
             log.warning(
                 "batch_size_is_a_guess",
+                run_id=loop.run_id,
                 size=size,
                 reason=why,
                 hint="define batch_size(self, batch) in your learner class: it returns the number"

@@ -56,9 +56,9 @@ def outcomes(
             text=True,
             timeout=LIMIT,
         )
-        output = process.stdout
+        output = f"the process ended with {process.returncode}\n{process.stdout}"
     except subprocess.TimeoutExpired as exc:
-        output = f"killed after {LIMIT} seconds\n{(exc.stdout or b'').decode()}"
+        output = f"killed after {LIMIT} seconds\n{exc.stdout!s}"
     found = dict.fromkeys(names, ("missing", output))
     for line in file.read_text().splitlines() if file.exists() else []:
         name, outcome, report = json.loads(line)

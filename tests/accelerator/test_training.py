@@ -40,7 +40,7 @@ from eventrain.engine import (
     TensorLoader,
     TrainLearner,
 )
-from eventrain.events import AfterBatch, BeforeStep, Callback
+from eventrain.events import AfterBatch, BeforeBatch, BeforeStep, Callback
 from matplotlib.figure import Figure
 from prometheus_client import CollectorRegistry
 from rich.console import Console
@@ -301,6 +301,88 @@ def test_a_resumed_run_is_the_same_run(
     result = resumed.run(3, resume="last")
     assert result.resumed_from is not None
     assert torch.equal(weights(resumed.model), weights(whole.model))
+
+
+def adamw(params: Any, lr: float) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(params, lr / 10)
+
+
+@pytest.mark.parametrize(
+    ("learner_class", "opt_func", "make_cbs", "in_training"),
+    [
+        (MomentumLearner, torch.optim.SGD, list, set()),
+        (TrainLearner, adamw, lambda: [GradientAccumulationCB(3), GradientClippingCB(0.1)], set()),
+        (
+            TrainLearner,
+            torch.optim.SGD,
+            lambda: [MetricsCB(accuracy=MulticlassAccuracy()), EarlyStoppingCB("loss")],
+            {"MeanLoss.item", "_number"},
+        ),
+        (
+            TrainLearner,
+            torch.optim.SGD,
+            lambda: [MixedTrainingCB("fp16")],
+            {"MixedTrainingCB.step", "MixedTrainingCB.state_dict"},
+        ),
+    ],
+    ids=["momentum", "adamw, accumulation", "metrics", "fp16"],
+)
+def test_state_of_every_kind_is_resumed_in_the_middle_of_an_epoch(
+    learner_class: type[TrainLearner],
+    opt_func: Any,
+    make_cbs: MakeCbs,
+    in_training: set[str],
+    digits: Digits,
+    make_cnn: MakeModel,
+    tmp_path: Path,
+) -> None:
+    def learner(*cbs: Callback) -> TrainLearner:
+        cbs = (*make_cbs(), DeviceCB(DEVICE), *cbs)
+        return learner_class(
+            make_cnn(), loaders(digits), F.cross_entropy, cbs=cbs, opt_func=opt_func
+        )
+
+    whole = learner()
+    whole.run(3)
+    interrupted = learner(CheckpointCB(tmp_path, every_batches=4))
+    interrupted.subscribe(
+        BeforeBatch, lambda event: interrupted.stop() if event.epoch == 1 and event.iter else None
+    )
+    with counted(waits) as found:
+        interrupted.run(3)
+    assert found.keys() <= in_training | {"Snapshot.wait"}
+    resumed = learner(CheckpointCB(tmp_path, every_batches=4))
+    result = resumed.run(3, resume="last")
+    assert result.resumed_from is not None
+    assert torch.equal(weights(resumed.model), weights(whole.model))
+    assert resumed.result is not None
+    assert whole.result is not None
+    assert resumed.result.history == whole.result.history
+
+
+def test_tied_weights_of_a_device_stay_tied(digits: Digits, tmp_path: Path) -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(64, 64), nn.Linear(64, 64)
+            self.second.weight = self.first.weight
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.second(self.first(x.flatten(1)).relu())
+
+    def run(n_epochs: int, resume: str | None) -> TrainLearner:
+        torch.manual_seed(3)
+        cbs = [CheckpointCB(tmp_path), DeviceCB(DEVICE)]
+        learner = TrainLearner(Tied(), loaders(digits), F.cross_entropy, cbs=cbs)
+        learner.run(n_epochs, resume=resume)
+        return learner
+
+    torch.manual_seed(3)
+    expected = plain(Tied(), digits)
+    run(1, None)
+    resumed = run(N_EPOCHS, "last")
+    assert resumed.model.first.weight is resumed.model.second.weight
+    assert torch.equal(weights(resumed.model), expected)
 
 
 def test_a_checkpoint_of_a_device_is_resumed_on_the_cpu_and_the_other_way_round(

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from eventrain.callbacks import AccelerateCB, CompileCB, DeviceCB, MetricsCB
+from eventrain.callbacks import AccelerateCB, CheckpointCB, CompileCB, DeviceCB, MetricsCB
 from eventrain.engine import DataLoaders, MomentumLearner, TrainLearner
 from eventrain.events import BeforeBatch, BeforeFit
 from torch import nn
@@ -209,3 +210,11 @@ def test_a_lazy_model_and_a_momentum_learner(dls: DataLoaders) -> None:
     lazy = nn.Sequential(nn.LazyLinear(4), nn.ReLU(), nn.LazyLinear(1))
     assert TrainLearner(lazy, dls).run(1).status == "completed"
     assert MomentumLearner(net(), dls).run(1).status == "completed"
+
+
+def test_a_fit_that_resumes_is_checked_too(dls: DataLoaders, tmp_path: Path) -> None:
+    TrainLearner(net(), dls, cbs=CheckpointCB(tmp_path)).run(1)
+    learner = TrainLearner(net(), dls, cbs=CheckpointCB(tmp_path))
+    learner.subscribe(BeforeFit, lambda _: replace_model(learner))
+    with pytest.raises(RuntimeError, match="has replaced 4 parameters"):
+        learner.run(2, resume="last")
