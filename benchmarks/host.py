@@ -39,7 +39,9 @@ async def tick_during(
 
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(tick)
+        await anyio.sleep(2 * interval)  # it ticks already when the work begins
         await work()
+        await anyio.sleep(2 * interval)  # and is late for what the work did last
         tasks.cancel_scope.cancel()
     return max(late, default=0.0)
 

@@ -93,6 +93,7 @@ class Loaders:
 def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
     calls = Calls()
     monkeypatch.setattr(copy, "deepcopy", calls.noting(copy.deepcopy, "deepcopy"))
+    monkeypatch.setattr(torch, "cat", calls.noting(torch.cat, "cat"))
     monkeypatch.setattr(torch.Tensor, "clone", calls.noting(torch.Tensor.clone, "clone"))
     return calls
 
@@ -117,10 +118,10 @@ USES: dict[str, tuple[Callable[[TrainLearner], Any], set[str]]] = {
     ),
     "lr_find": (
         lambda learner: learner.lr_find(max_epochs=1),
-        {"deepcopy", "state_dict", "load_state_dict", "modules", "__init__"},
+        {"deepcopy", "callback.state_dict", "callback.load_state_dict", "__init__"},
     ),
     "validate": (lambda learner: learner.validate(), {"modules", "dls.train", "len(loader)"}),
-    "get_preds": (lambda learner: learner.get_preds(), {"modules", "dls.train", "forward"}),
+    "get_preds": (lambda learner: learner.get_preds(), {"modules", "dls.train", "forward", "cat"}),
 }
 
 
@@ -260,14 +261,19 @@ async def test_a_failure_while_lr_find_restores_is_the_error_of_the_call(
 ) -> None:
     """In the thread, it would be lost if nobody handed it on."""
 
-    def fail(state: Any) -> None:
-        raise ZeroDivisionError("cannot be loaded")
+    class Broken(Callback):
+        def state_dict(self) -> dict[str, Any]:
+            return {}
 
-    learner.model.load_state_dict = fail
+        def load_state_dict(self, state: dict[str, Any]) -> None:
+            raise ZeroDivisionError("cannot be loaded")
+
+    broken = Broken()
+    learner.add_cbs(broken)
     with anyio.fail_after(GUARD), pytest.raises(ZeroDivisionError, match="cannot be loaded"):
         await learner.lr_find(max_epochs=1)
     assert not learner.fitting
-    assert learner.cbs == ()
+    assert learner.cbs == (broken,)
 
 
 async def test_context_variables_and_devices_of_the_caller_reach_the_preparation(
