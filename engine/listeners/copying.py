@@ -42,7 +42,7 @@ def deep_copy(learner: Any, memo: dict[int, Any]) -> Any:
         raise RuntimeError(
             f"this learner is fitting (run {learner.run_id}): copy it before its fit or after it"
         )
-    copy = memo[id(learner)] = type(learner).__new__(type(learner))
+    copy = memo[id(learner)] = object.__new__(type(learner))
     # Learners that are copied together share a bus as before.
     bus = memo[id(learner.bus)] = memo.get(id(learner.bus)) or Bus()
     LoopState.__init__(copy, bus, learner.batch_reader)  # another reader with the next fit
