@@ -11,13 +11,14 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import data, endtoend, memory, monitor, overhead
+from . import data, endtoend, lateness, memory, monitor, overhead
 
 BENCHMARKS = {
     "overhead": overhead,
     "data": data,
     "endtoend": endtoend,
     "monitor": monitor,
+    "lateness": lateness,
     "memory": memory,
 }
 

@@ -22,7 +22,9 @@ BACKENDS: dict[str, dict[str, Any]] = {
 }
 
 
-async def tick_during(work: Callable[[], Awaitable[object]], late: list[float]) -> float:
+async def tick_during(
+    work: Callable[[], Awaitable[object]], late: list[float], interval: float = TICK
+) -> float:
     """Tick until `work` is done, and add to `late` by how many seconds each tick was late.
 
     Returns:
@@ -31,8 +33,8 @@ async def tick_during(work: Callable[[], Awaitable[object]], late: list[float]) 
 
     async def tick() -> None:
         while True:
-            due = time.perf_counter() + TICK
-            await anyio.sleep(TICK)
+            due = time.perf_counter() + interval
+            await anyio.sleep(interval)
             late.append(time.perf_counter() - due)
 
     async with anyio.create_task_group() as tasks:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from numbers import Real
 from typing import Any
 
@@ -31,10 +32,24 @@ def check_float(name: str, value: Any, hint: str, positive: bool = False) -> flo
     return value  # type: ignore[no-any-return]
 
 
+def check_installed(user: str, package: str, extra: str) -> None:
+    """Raise an ImportError that says how to install what `user` needs.
+
+    The package is found, but not imported: this may be called on the host's event loop, which a
+    first import of some packages would hold up for half a second.
+    """
+    if find_spec(package) is None:
+        raise ImportError(_how_to_install(user, package, extra))
+
+
 @contextmanager
 def optional_import(user: str, package: str, extra: str) -> Iterator[None]:
     """Turn an ImportError into one that says how to install what `user` needs."""
     try:
         yield
     except ImportError as exc:
-        raise ImportError(f"{user} needs {package}: pip install 'eventrain[{extra}]'") from exc
+        raise ImportError(_how_to_install(user, package, extra)) from exc
+
+
+def _how_to_install(user: str, package: str, extra: str) -> str:
+    return f"{user} needs {package}: pip install 'eventrain[{extra}]'"

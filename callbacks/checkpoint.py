@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from time import monotonic
-from typing import Literal, cast
+from typing import Literal, NoReturn, cast
 
 from ..engine import Learner, log
 from ..engine.checkpoint.background import BackgroundWriter
@@ -27,10 +27,13 @@ from ._monitor import is_training, number_of
 class CheckpointCB(Callback):
     """Saves the whole run, so that `fit(..., resume="last")` continues it exactly.
 
-    A checkpoint holds the model, gradients that are kept, the optimizer, every callback (and
-    learner class) with `state_dict` and `load_state_dict`, the random states of Python, numpy,
-    torch, the device and the loaders' generators, and the position in the data. State that is in
-    no `state_dict`, such as the count of `every=` of a subscription, starts anew.
+    A checkpoint holds the model, the optimizer, and every other module, optimizer, scheduler and
+    random generator that is an attribute of the learner or of a callback, or has `state_dict` and
+    `load_state_dict`; gradients that are kept; the random states of Python, numpy, torch, the
+    device and the loaders' generators; and the position in the data. A callback (or learner class)
+    with these two methods is saved by them. Tensors outside of all these are logged before the
+    first save. State that is in no `state_dict`, such as the count of `every=` of a subscription,
+    starts anew.
 
     The training waits only while the state is copied to the host; a thread writes it, and the next
     save waits for the one before. A graceful `stop`, `TimeLimitCB` and the end of the last epoch
@@ -126,6 +129,12 @@ class CheckpointCB(Callback):
         return self.folder
 
     # ------------------------------------------------------------------------------ when to save
+
+    def __deepcopy__(self, memo: object) -> NoReturn:
+        raise TypeError(
+            f"two learners cannot save into the same folder, {self.folder}: copy the learner"
+            " without its CheckpointCB (remove_cbs, or give it to fit), and give each its own"
+        )
 
     def before_fit(self, event: BeforeFit) -> None:
         learner = _learner_of(event)

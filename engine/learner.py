@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Never
 
 from torch import nn, optim
 from torch.nn import functional as F
@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from ..events import Bus, Callback
 from ..events.types import numbers_of
 from .checkpoint.preserve import preserved
+from .run.arguments import check_loss_func, check_model, check_no_unknown
 from .run.fit import Fit
 from .run.lr_finder import LRFinderCB
 from .run.mean_loss import RecordMeanLoss
@@ -80,11 +81,13 @@ class Learner(ScriptForms):
         opt_func: Callable[..., Any] | None = optim.SGD,
         *,
         bus: Bus | None = None,
+        **unknown: Never,
     ) -> None:
+        check_no_unknown(type(self).__name__, unknown)
         super().__init__(bus)
-        self.model = model
+        self.model = check_model(model)
         self.dls = dls
-        self.loss_func = loss_func
+        self.loss_func = check_loss_func(loss_func)
         self.lr = lr
         self.opt_func = check_opt_func(opt_func)
         self.add_cbs(cbs)

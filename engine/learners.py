@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Never
 
 from torch import nn, optim
 from torch.nn import functional as F
@@ -79,8 +79,9 @@ class MomentumLearner(TrainLearner):
         mom: float = 0.85,
         *,
         bus: Bus | None = None,
+        **unknown: Never,
     ) -> None:
-        super().__init__(model, dls, loss_func, lr, cbs, opt_func, bus=bus)
+        super().__init__(model, dls, loss_func, lr, cbs, opt_func, bus=bus, **unknown)
         self.mom = mom
 
     @replaceable

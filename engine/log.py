@@ -48,6 +48,14 @@ def error(event: str, **fields: Any) -> None:
     _write("error", event, fields)
 
 
+def wait_for_lines() -> None:
+    """Wait until the lines of other threads are written; not for those that a logger blocks."""
+    line = _last
+    if line is None or line.left or line is threading.current_thread() or not line.is_alive():
+        return
+    line.join(PATIENCE)
+
+
 class _Line(threading.Thread):
     """Writes one line, after the line before it.
 
@@ -88,12 +96,12 @@ def _write(level: str, event: str, fields: dict[str, Any]) -> None:
     line = _Line(level, event, fields, previous)
     if line.waiting > MAX_WAITING:
         return
+    _last = line
     try:
         line.start()
     except RuntimeError:  # the system has no more threads, or the interpreter is about to end
         line.run()
     else:
-        _last = line
         line.join(0 if previous is not None and previous.left else PATIENCE)
         line.left = line.is_alive()
     error, line.error = line.error, None

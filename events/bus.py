@@ -11,7 +11,7 @@ import threading
 import weakref
 from collections.abc import Callable
 from functools import cache
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from .base import ActionEvent, Event
 from .checks import is_int
@@ -67,6 +67,12 @@ class Bus:
     def without_receivers(self) -> set[type[Event]]:
         """The event classes without receivers, among those whose signal has been made."""
         return self.signals.without_receivers
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise TypeError(
+            "a Bus can neither be pickled nor copied by itself, without the learners that use it:"
+            " make a new one, or copy.deepcopy(learner), which gives the copy its own"
+        )
 
     def signal(self, event_type: type[Event]) -> EventSignal:
         """The blinker signal of one event class."""

@@ -8,20 +8,36 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 
-from .base import Event
+from .base import ActionEvent, Event
 from .cancel import CancelException
 
 
 def annotate_error(exc: BaseException, who: str, event: Event) -> BaseException:
-    """Unwrap an error, and note which receiver raised it and on which event; return it."""
+    """Unwrap an error, and note which receiver raised it and on which event; return it.
+
+    For a receiver that caused its own event until Python's limit, return an error that says so.
+    """
     exc = unwrap(exc)
     if isinstance(exc, CancelException) and exc.who is None:
         exc.who = who
     where = "".join(
         f", {name} {getattr(event, name)}" for name in ("epoch", "iter") if hasattr(event, name)
     )
-    exc.add_note(f"raised by {who} on {type(event).__name__}{where}")
+    note = f"raised by {who} on {type(event).__name__}{where}"
+    if note in getattr(exc, "__notes__", ()):
+        if not isinstance(exc, RecursionError):
+            return exc
+        exc = RecursionError(_calls_itself(who, type(event)))
+    exc.add_note(note)
     return exc
+
+
+def _calls_itself(who: str, event_type: type[Event]) -> str:
+    name = event_type.__name__
+    if issubclass(event_type, ActionEvent):
+        instead = f"in a callback, call event.proceed(); in a learner, super().{event_type.hook}()"
+        return f"{who} performs {name}, which calls it again, without end: {instead}"
+    return f"{who} emits {name}, which calls it again, without end: emit another event there"
 
 
 def who_raised(exc: BaseException) -> str | None:

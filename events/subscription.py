@@ -77,6 +77,11 @@ class Subscription(Closing):
         """The receiver's name, as it appears in notes, results and `explain`."""
         return name_of(self.receiver)
 
+    @property
+    def filters(self) -> dict[str, Any]:
+        """The arguments of `Bus.subscribe` that say which events it receives."""
+        return {"every": self._every, "once": self._once, "where": self._where}
+
     def accepts(self, event: Event) -> bool:
         """Whether it is open and the event comes from its learner."""
         return not self.closed and (self.learner is None or self.learner is event.learner)

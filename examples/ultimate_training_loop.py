@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 
-import anyio
 import torch
 from eventrain.callbacks import (
     AccelerateCB,
@@ -132,7 +131,7 @@ def lr_finder(dls: DataLoaders) -> None:
 def lr_find(dls: DataLoaders) -> None:
     """The learning-rate finder, as a method that restores everything afterwards."""
     learner = MomentumLearner(get_model(), dls, loss_func, cbs=DeviceCB())
-    finder = anyio.run(learner.lr_find)
+    finder = learner.run_lr_find()
     for lr, loss in zip(finder.lrs[::6], finder.losses[::6], strict=True):
         print(f"{lr:.1e}  {loss:.3f}")
     print(f"suggestion: {finder.suggestion('valley'):.2e}; finder.plot() draws it")

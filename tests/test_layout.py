@@ -67,8 +67,12 @@ OF_OTHERS = {
     "_compiled_call_impl",
     "_current_frames",  # sys's
     "_fields",  # a namedtuple's
-    "_modules",  # nn.Module's
+    "_load_from_state_dict",  # nn.Module's
+    "_load_state_dict_pre_hooks",
+    "_modules",
+    "_non_persistent_buffers_set",
     "_opt_called",  # of torch's schedulers
+    "_replace",  # a namedtuple's
 }
 
 

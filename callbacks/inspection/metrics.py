@@ -85,7 +85,9 @@ class MetricsCB(Callback):
         self.metrics: dict[str, Metric[Any]] = {}
         for name, metric in [*((type(m).__name__, m) for m in metrics), *named.items()]:
             if not isinstance(metric, Metric):
-                raise TypeError(f"{name}={metric!r} is not a torcheval metric")
+                raise TypeError(
+                    f"{name}={metric!r} is not a torcheval metric: pass an instance of one"
+                )
             if name in self.metrics or name in ("epoch", "train", "status", "loss"):
                 raise ValueError(f"the name {name!r} is taken: pass the metric as yourname=...")
             self.metrics[name] = metric

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from copy import copy
 from typing import TYPE_CHECKING, Any
 
 from ...events import CleanupBatch, CleanupEpoch, CleanupFit
@@ -52,6 +53,13 @@ class Meters:
         self.done = {(training, status): 0 for training in (True, False) for status in statuses}
         self._reported = dict(self.done)
         self.n_samples = 0  # of this epoch
+
+    def __deepcopy__(self, memo: object) -> Meters:
+        """With the same instruments, and counts of its own."""
+        copied = copy(self)
+        copied.done, copied._reported = dict.fromkeys(self.done, 0), dict.fromkeys(self.done, 0)
+        copied._names = set(self._names)
+        return copied
 
     def end_batch(self, event: CleanupBatch, seconds: float | None) -> None:
         self._count(event)

@@ -11,7 +11,7 @@ import torch
 
 from ...engine.run.mean_loss import MeanLoss
 from ...events import AfterBatch, BeforeFit, Callback, CleanupEpoch, CleanupFit, Event, Watcher
-from .._checks import optional_import
+from .._checks import check_installed
 from ._notebook_cell import CellOutput, in_notebook
 from ._pending_scalar import PendingScalar
 
@@ -72,9 +72,7 @@ class LossCurveCB(Callback):
     observes = (BeforeFit, AfterBatch, CleanupEpoch, CleanupFit)
 
     def __init__(self, ax: Axes | None = None) -> None:
-        with optional_import("LossCurveCB", "matplotlib", "plot"):
-            # Imported now: it is slow, and would block the host's event loop later.
-            from ...engine.run import notebook_figure  # noqa: F401
+        check_installed("LossCurveCB", "matplotlib", "plot")
         self._canvas = _Canvas(ax)
         self._fit = _FitCurve(self._canvas)  # the one that is shown
 
@@ -92,6 +90,9 @@ class LossCurveCB(Callback):
 
     def watcher(self, event: Event) -> Watcher:
         """The object that collects and draws the losses of one fit."""
+        # Imported here, in the training thread: it is slow, and would block the event loop.
+        from ...engine.run import notebook_figure  # noqa: F401
+
         fit = _FitCurve(self._canvas)
         if isinstance(event, BeforeFit) and event.purpose == "fit" and event.learner.trains:
             self._fit.shown, fit.shown = False, True

@@ -263,6 +263,9 @@ class _Spans:
         self._tracer = tracer
         self._now = 0.0
 
+    def __deepcopy__(self, memo: object) -> _Spans:
+        return _Spans(self._tracer)
+
     def begin(self, depth: int, name: str, event: Event, attributes: dict[str, Any]) -> None:
         self.leave(depth)
         self._now = event.time

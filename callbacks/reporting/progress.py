@@ -6,8 +6,9 @@ import sys
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from copy import copy
 from time import monotonic
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Self
 
 from ...events import (
     AfterBatch,
@@ -87,11 +88,26 @@ class ProgressCB(Callback):
         with optional_import("ProgressCB", "rich", "progress"):
             # All of them now: later it would be on the host's event loop.
             from rich import get_console, live, progress_bar, table, text  # noqa: F401
+
+            from . import _redirect  # noqa: F401
+
+            text.Text.from_markup(":check_mark:")  # imports the names of all emoji
         self.console = console or get_console()
         self._fit: _FitWatcher | None = None  # the one whose display was made last
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """One that draws on the same console."""
+        copied = copy(self)
+        copied._fit = None
+        return copied
+
     def watcher(self, event: Event) -> Watcher:
         """The object that shows one fit."""
+        # Imported here, in the training thread: later imports would hold up the event loop.
+        from rich import box, live, progress_bar, table, text  # noqa: F401
+        from rich.emoji import Emoji
+
+        Emoji.replace("")  # which imports its table
         return _FitWatcher(self, event)
 
     def close(self) -> None:

@@ -231,6 +231,9 @@ class _Collectors:
                 undo.callback(registry.unregister, collector)
             undo.pop_all()
 
+    def __deepcopy__(self, memo: object) -> _Collectors:
+        return self
+
     def admit(self, name: str) -> bool:
         """Whether a metric of this name may be shown; a name stays admitted."""
         if len(self._admitted) < MAX_METRICS:

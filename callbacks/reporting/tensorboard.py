@@ -17,7 +17,7 @@ import anyio
 import anyio.to_thread
 
 from ...events import AfterBatch, Callback, CleanupEpoch, Event, Watcher
-from .._checks import optional_import
+from .._checks import check_installed
 from ._not_reported import NotReported
 from ._sampling import check_sampling
 from ._tensorboard_files import event_files, purge_steps, remove_epochs
@@ -92,7 +92,7 @@ class TensorBoardCB(Callback):
         self.log_dir = _checked(log_dir)
         self.every = every
         self.every_seconds = every_seconds
-        _summary_writer()
+        check_installed("TensorBoardCB", "tensorboard", "tensorboard")
         self._fits: WeakSet[_FitFiles] = WeakSet()
 
     def watcher(self, event: Event) -> Watcher:
@@ -170,10 +170,12 @@ class _FitFiles(RecordWatcher):
         await _in_thread(self.close_files)
 
     def _open(self) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
         if self._earlier is None:
             self._earlier = event_files(self._folder) if self._replaces else []
         # The queue has no bound: a full one would block the host's event loop.
-        self._writer = _summary_writer()(self._folder, max_queue=0, flush_secs=FLUSH_SECONDS)
+        self._writer = SummaryWriter(self._folder, max_queue=0, flush_secs=FLUSH_SECONDS)
         self._close = weakref.finalize(self, self._writer.close)
 
     def close_files(self) -> None:
@@ -202,12 +204,6 @@ class _FitFiles(RecordWatcher):
 async def _in_thread(function: Callable[[], None]) -> None:
     # With a limiter of its own: all threads of the host's default limiter may be in use for long.
     await anyio.to_thread.run_sync(function, limiter=anyio.CapacityLimiter(1))
-
-
-def _summary_writer() -> type[SummaryWriter]:
-    with optional_import("TensorBoardCB", "tensorboard", "tensorboard"):
-        from torch.utils.tensorboard import SummaryWriter
-    return SummaryWriter
 
 
 def _checked(log_dir: Any) -> str:

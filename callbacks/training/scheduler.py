@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -117,7 +118,32 @@ class SchedulerCB(Callback):
                 )
         elif isinstance(scheduler, LRScheduler) and self.monitor is not None:
             raise ValueError(f"monitor={self.monitor!r}: {name} is stepped without a number")
+        if not isinstance(scheduler, LRScheduler):
+            self._check_step(scheduler)
         return scheduler
+
+    def _check_step(self, scheduler: Any) -> None:
+        """Refuse a scheduler whose `step` takes other arguments, as those of timm do."""
+        try:
+            signature = inspect.signature(scheduler.step)
+        except (TypeError, ValueError):  # it is not written in Python
+            return
+        given = () if self.monitor is None else (0.0,)
+        is_count = next(iter(signature.parameters), None) == "epoch"
+        try:
+            signature.bind(*given)
+        except TypeError:
+            fits = False
+        else:
+            fits = not (given and is_count)
+        if not fits:
+            raise TypeError(
+                f"{type(scheduler).__qualname__}.step({', '.join(signature.parameters)}) does not"
+                " fit: SchedulerCB calls"
+                f" step({'number' if given else ''}). Wrap it in a class whose step() counts its"
+                " calls and passes the count on: see 'A scheduler that wants the epoch' in"
+                " docs/guides/any-loop.md"
+            )
 
     def after_step(self, event: AfterStep) -> None:
         self._stepped = True

@@ -18,6 +18,12 @@ class TrainCB(Callback):
     It leaves to a learner class of your own the actions for which that has a method. It is the last
     in order: any other callback that performs an action takes precedence.
 
+    Args:
+        n_inp: the number of inputs in a batch; only 1 is supported.
+
+    Raises:
+        ValueError: `n_inp` is not 1.
+
     Example:
         >>> import torch
         >>> from eventrain.callbacks import TrainCB
@@ -32,6 +38,15 @@ class TrainCB(Callback):
 
     order: float = 1000
     shareable = True
+
+    def __init__(self, n_inp: int = 1) -> None:
+        if n_inp != 1:
+            raise ValueError(
+                f"n_inp={n_inp!r}: only batches of (inputs, targets) are supported. For several"
+                " inputs, derive a class from TrainCB with a method of your own: def predict(self,"
+                " event): learner = event.learner; learner.preds = learner.model(*learner.batch[:"
+                f"{n_inp}]), and likewise get_loss"
+            )
 
     def receivers(self, learner: Any) -> Iterator[tuple[type[Event], Callable[[Any], Any]]]:
         """As for any callback, but without the actions for which the learner has its own method."""

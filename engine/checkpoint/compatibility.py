@@ -72,7 +72,11 @@ def _differences(learner: SavedLearner, state: State) -> Iterator[str]:
             yield from _part_differs(part, record)
         elif part.path != OPTIMIZER:
             yield f"{part} is not in the checkpoint"
-    yield from (f"there is no {path_name(path)}, which the checkpoint has" for path in records)
+    for path in records:
+        yield (
+            f"there is no {path_name(path)}, which the checkpoint has: it must be there when the"
+            " fit has begun, so make it in before_fit at the latest"
+        )
     yield from _callbacks_differ(own_states(learner), state["callbacks"])
     if difference := random_state_differs(learner.dls, state["random"]):
         yield difference

@@ -49,7 +49,6 @@ class _KeptTensor:
         self._is_back = False
         self._value = None if is_lazy(tensor) else tensor.detach().clone()
 
-    @torch.no_grad()
     def put_back(self, tensor: torch.Tensor) -> None:
         if self._is_back:
             return  # a parameter is reached from its module and from its optimizer
@@ -58,10 +57,24 @@ class _KeptTensor:
             if not is_lazy(tensor):
                 tensor.data = tensor.new_empty(0)
                 tensor.__class__ = self._class
-        elif tensor.shape == self._value.shape and tensor.dtype == self._value.dtype:
-            tensor.copy_(self._value)
-        else:
+        elif (
+            tensor.shape == self._value.shape
+            and tensor.dtype == self._value.dtype
+            and not _overlaps(tensor)
+        ):
+            with torch.inference_mode() if tensor.is_inference() else torch.no_grad():
+                tensor.copy_(self._value)
+        elif tensor.shape != self._value.shape or not torch.equal(tensor, self._value):
             tensor.data = self._value.to(tensor.device)
+
+
+def _overlaps(tensor: torch.Tensor) -> bool:
+    """Whether several of its elements are one in memory, as after `expand`."""
+    if tensor.layout is not torch.strided:
+        return False
+    return any(
+        size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    )
 
 
 class KeptModule:
@@ -150,6 +163,11 @@ class KeptAttributes:
             for name, value in self._values.items()
             if isinstance(value, list | dict) and len(value) <= _LONGEST
         }
+
+    def put_back_all(self) -> None:
+        """Put back every attribute, and remove new ones."""
+        for name in {*self._values, *vars(self._owner)}:
+            self.put_back(name)
 
     def put_back(self, name: str) -> None:
         """Put back an attribute, and what it held if it is a list or a dict."""

@@ -97,7 +97,7 @@ MODEL, OPTIMIZER = ("learner", "model"), ("learner", "opt")
 
 def own_states(learner: SavedLearner) -> dict[str, Any]:
     """The callbacks with a `state_dict`, and the learner if its class has one, by name."""
-    return {name: owner for name, owner in owners_of(learner) if _speaks_for_itself(owner)}
+    return {name: owner for name, owner in owners_of(learner) if _has_own_state(owner)}
 
 
 def owners_of(learner: SavedLearner) -> Iterator[tuple[str, Any]]:
@@ -165,8 +165,19 @@ def is_users(cls: type) -> bool:
     return root == "__main__" or root not in _LIBRARIES
 
 
-def _speaks_for_itself(owner: Any) -> bool:
+def _has_own_state(owner: Any) -> bool:
     return hasattr(owner, "state_dict") and hasattr(owner, "load_state_dict")
+
+
+def speaks_for_itself(owner: Any) -> bool:
+    """Whether its own `state_dict` is meant to have all that it holds.
+
+    One that a user's class inherits from a callback of eventrain does not know what was added.
+    """
+    if not _has_own_state(owner):
+        return False
+    cls = next((cls for cls in type(owner).__mro__ if "state_dict" in vars(cls)), type(owner))
+    return is_users(cls) or not is_users(type(owner))
 
 
 class _Search:
@@ -185,6 +196,9 @@ class _Search:
         loaders = [getattr(learner.dls, name, None) for name in ("train", "valid")]
         for value in (learner, *learner.cbs, learner.dls, *loaders, *generators(learner.dls)):
             self._know(value)
+        for loader in loaders:  # their position is saved with that in the epoch
+            for name in ("dataset", "sampler", "batch_sampler", "loader"):
+                self._know(getattr(loader, name, None))
         for name in ("dl", "batch", "preds", "loss"):
             value = getattr(learner, name, None)
             self._know(value)
@@ -193,7 +207,7 @@ class _Search:
         self._visit("learner", "model", learner.model)
         self._visit("learner", "opt", learner.opt)
         for name, owner in owners_of(learner):
-            if owner is learner or not _speaks_for_itself(owner):
+            if owner is learner or not speaks_for_itself(owner):
                 self._search(name if owner is not learner else "learner", owner)
 
     def _know(self, value: Any) -> None:
@@ -238,7 +252,9 @@ class _Search:
 def _contents(value: Any) -> Iterator[tuple[str, Any]]:
     """What a container, a partial, a bound method or an object of the user's holds, by name."""
     if isinstance(value, dict):
-        yield from ((f"[{key!r}]", item) for key, item in islice(dict.items(value), _LONGEST))
+        for i, (key, item) in enumerate(islice(dict.items(value), _LONGEST)):
+            # The repr of another key may be long, or make the host wait for the device.
+            yield f"[{key!r}]" if isinstance(key, str | int) else f"[{i}]", item
     elif isinstance(value, list | tuple | deque):
         yield from ((f"[{i}]", item) for i, item in enumerate(islice(value, _LONGEST)))
     elif isinstance(value, MethodType):

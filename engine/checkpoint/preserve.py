@@ -86,7 +86,7 @@ class KeptLearner:
         self._add("the attributes", self._put_back_attributes)
         self._add("the gradients", self._tensors.put_back_gradients)
         for name, owner in own_states(learner).items():
-            self._add(name, partial(owner.load_state_dict, copy.deepcopy(owner.state_dict())))
+            self._add(name, self._keep_own_state(owner))
         for part in parts:
             if is_generator(part.value):  # after the callbacks, which may draw while they load
                 state = generator_state(part.value)
@@ -130,6 +130,13 @@ class KeptLearner:
         if isinstance(value, Optimizer):
             self._add(what, partial(setattr, value, "state", value.state))
             self._add(what, keep_contents(value.state, self._tensors))
+
+    def _keep_own_state(self, owner: Any) -> Callable[[], Any]:
+        try:
+            state = copy.deepcopy(owner.state_dict())
+        except Exception:  # it has none before its first fit: its attributes are put back
+            return self._attributes[id(owner)].put_back_all
+        return partial(owner.load_state_dict, state)
 
     def _keep_module(self, part: Part) -> None:
         for name, module in part.value.named_modules():

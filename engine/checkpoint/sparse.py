@@ -44,6 +44,7 @@ def _decode(value: Any, seen: dict[int, Any]) -> Any:
 
 
 def _sparse(indices: Any, values: Any, shape: Any, is_coalesced: Any) -> torch.Tensor:
-    tensor = torch.sparse_coo_tensor(indices, values, shape, check_invariants=True)
-    # Coalescing would add the values in another order: the flag is restored as it was.
-    return tensor._coalesced_(bool(is_coalesced))
+    # It stays as it was: coalescing would add the values in another order.
+    return torch.sparse_coo_tensor(
+        indices, values, shape, check_invariants=True, is_coalesced=bool(is_coalesced)
+    )

@@ -15,8 +15,8 @@ from .parts import (
     is_module,
     is_optimizer,
     is_users,
-    own_states,
     parts_of,
+    speaks_for_itself,
     tensors_outside,
 )
 
@@ -34,12 +34,11 @@ def unsaved_tensors(learner: SavedLearner) -> list[str]:
         saved += [*module.parameters(), *module.buffers()]
     for part in parts:
         saved += optimizer_parameters(part.value) if is_optimizer(part.value) else []
-    memories = {_memory(tensor) for tensor in saved}
-    own = {id(owner) for owner in own_states(learner).values()}
+    memories = {_memory(tensor) for tensor in saved} - {None}
     found = [
         (str(outside), outside.tensor)
         for outside in tensors_outside(learner)
-        if id(outside.owner) not in own
+        if not speaks_for_itself(outside.owner)
     ]
     for module in modules:
         if any(p.requires_grad for p in module.parameters()):  # a frozen teacher does not change

@@ -205,7 +205,7 @@ def _sizes_of_unequal(items: Sequence[Any], columns: Sizes, dims: int) -> Sizes:
     """The sizes of a list or tuple whose items do not agree on a number of samples."""
     n, tensors = len(items), all(isinstance(item, torch.Tensor) for item in items)
     one_kind = alike(items)
-    if dims == 1 and not (one_kind and n > 2):
+    if dims == 1 and not (one_kind and (n > 2 or not tensors)):
         second = _agreed(items, 2)
         if second.guess is None and len(second.values) == 1:
             return Sizes(second.values, "its second dimension may be that of the time steps")

@@ -59,6 +59,11 @@ class DataLoaders:
         as a tuple, mapping or tensor. All others are read sample by sample. The path that was
         chosen, and why, is logged ("data_path").
 
+        The tensors of a dataset are not copied, unless to a device: changes that are made in place,
+        such as of labels, are seen in the next batch, as with a DataLoader. What is replaced by
+        another object is not, nor are changes of the images and labels of CIFAR10, which are an
+        array in another layout and a list: make the loaders after such changes.
+
         Args:
             train: the dataset to train on.
             valid: the dataset to validate on; None without validation.
@@ -72,8 +77,8 @@ class DataLoaders:
                 the other arguments for workers are not used for samples that are in memory.
 
         Raises:
-            TypeError, ValueError: as by a DataLoader; and for `sampler` or `batch_sampler`, which
-                belong to one dataset.
+            TypeError, ValueError: as by a DataLoader; also for an argument that it does not have,
+                and for `sampler` or `batch_sampler`, which belong to one dataset.
 
         Example:
             >>> import torch
@@ -110,6 +115,11 @@ def loader_of(dls: Any, training: bool) -> tuple[Any, int | None]:
     phase = "train" if training else "valid"
     loader = getattr(dls, phase, None)
     if loader is None:
+        if isinstance(dls, Iterable) and not hasattr(dls, phase):
+            raise ValueError(
+                f"{phase}=True needs data, but dls.{phase} is missing: dls is a"
+                f" {type(dls).__name__}. Give DataLoaders(train, valid), two iterables of batches"
+            )
         raise ValueError(
             f"{phase}=True needs data, but dls.{phase} is missing. Give DataLoaders a {phase}"
             f" loader, or call fit({phase}=False)"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from .in_memory import NotInMemoryError, in_memory
 from .prefetch import Prefetcher
 from .tensor_loader import TensorLoader
 
+_ARGUMENTS = frozenset(inspect.signature(DataLoader).parameters)
 _WORKER_ARGUMENTS = (
     "multiprocessing_context",
     "num_workers",
@@ -33,7 +35,13 @@ def loader_for(
         phase: "train" or "valid", for the log.
         device: the device of the batches; by default they stay in the host's memory.
         kwargs: the other arguments of a DataLoader.
+
+    Raises:
+        TypeError: a DataLoader has no such argument.
     """
+    for name in kwargs:
+        if name not in _ARGUMENTS:
+            raise TypeError(f"{name}={kwargs[name]!r}: a DataLoader has no argument {name!r}")
     off_host = device is not None and torch.device(device).type != "cpu"
     loader, path, reason = _choose(dataset, device if off_host else None, kwargs)
     if off_host and path != "resident":
@@ -44,20 +52,25 @@ def loader_for(
 
 def _choose(dataset: Any, device: Any, kwargs: dict[str, Any]) -> tuple[Any, str, str]:
     """Return a loader, the name of its path, and the reason for it."""
+    if kwargs["batch_size"] is None:
+        return DataLoader(dataset, **kwargs), "samples", "batch_size=None asks for single samples"
     if kwargs.get("collate_fn") is not None:
         return DataLoader(dataset, **kwargs), "samples", "it has a collate_fn, which takes samples"
     try:
-        tensors, transform = in_memory(dataset)
+        found = in_memory(dataset)
     except NotInMemoryError as exc:
         if _returns_batches(dataset):
             return DataLoader(dataset, **{**kwargs, "collate_fn": collate}), "batches", str(exc)
         return DataLoader(dataset, **kwargs), "samples", str(exc)
     kwargs = {key: value for key, value in kwargs.items() if key not in _WORKER_ARGUMENTS}
     path, reason = "tensors", "its samples are in memory"
+    tensors, transform, indices = found
     if device is not None and _fits(tensors, device):
-        kwargs["device"] = device
+        if indices is not None:  # a copy is made in any case: only of what is used
+            tensors, indices = tuple(t.index_select(0, indices) for t in tensors), None
+        kwargs = {**kwargs, "device": device, "pin_memory": False}
         path, reason = "resident", "its samples are in memory, and fit on the device"
-    return TensorLoader(*tensors, transform=transform, **kwargs), path, reason
+    return TensorLoader(*tensors, transform=transform, indices=indices, **kwargs), path, reason
 
 
 def collate(batch: Any) -> Any:

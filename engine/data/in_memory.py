@@ -16,12 +16,20 @@ class InMemory(NamedTuple):
     """The tensors from which a dataset makes its samples.
 
     Attributes:
-        tensors: one sample per index of the first dimension.
+        tensors: one sample per index of the first dimension. Where the dataset has them as
+            tensors, they are its own, so that changes made in place are seen.
         transform: called with the first tensor of a whole batch; returns the inputs.
+        indices: the samples that belong to the dataset, if it is a Subset; None for all.
     """
 
     tensors: tuple[torch.Tensor, ...]
     transform: Callable[[torch.Tensor], torch.Tensor] | None = None
+    indices: torch.Tensor | None = None
+
+    @property
+    def batches(self) -> TensorBatches:
+        """The dataset that makes whole batches of them."""
+        return TensorBatches(self.tensors, self.transform, indices=self.indices)
 
 
 class NotInMemoryError(Exception):
@@ -41,8 +49,10 @@ def in_memory(dataset: Any) -> InMemory:
     if not hasattr(dataset, "__len__") or not len(dataset):
         raise NotInMemoryError("it is empty, or has no length")
     found = _tensors_of(dataset)
+    if len(found.batches) != len(dataset):
+        raise NotInMemoryError("it has another length than its tensors")
     indices = sorted({0, len(dataset) // 3, len(dataset) - 1})
-    batch = TensorBatches(*found).__getitems__(indices)
+    batch = found.batches.__getitems__(indices)
     expected = default_collate([dataset[i] for i in indices])
     if len(batch) != len(expected) or not all(map(_equal, batch, expected)):
         raise NotInMemoryError("its samples are not what its tensors and transform give")
@@ -51,10 +61,12 @@ def in_memory(dataset: Any) -> InMemory:
 
 def _tensors_of(dataset: Any) -> InMemory:
     kind, get = type(dataset), getattr(type(dataset), "__getitem__", None)
-    if get is Subset.__getitem__:
-        tensors, transform = _tensors_of(dataset.dataset)
-        indices = torch.as_tensor(dataset.indices)
-        return InMemory(tuple(t[indices] for t in tensors), transform)
+    if get is Subset.__getitem__ and kind.__getitems__ is Subset.__getitems__:
+        inner = _tensors_of(dataset.dataset)
+        indices = torch.as_tensor(dataset.indices).long()
+        indices = torch.where(indices < 0, indices + len(dataset.dataset), indices)
+        outer = indices if inner.indices is None else inner.indices[indices]
+        return inner._replace(indices=outer)
     if hasattr(dataset, "__getitems__"):
         raise NotInMemoryError("it has a __getitems__ of its own")
     if get is TensorDataset.__getitem__:

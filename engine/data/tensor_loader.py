@@ -26,7 +26,10 @@ class TensorLoader(DataLoader[Any]):
         transform: called with the inputs of a whole batch, which are its first tensor, such as a
             transform of torchvision.transforms.v2. It draws its random values once per batch.
         device: where to keep the tensors, and thus the batches; they are copied there once, when
-            the loader is made. By default they stay where they are.
+            the loader is made. By default they stay where they are, and are not copied: changes
+            made in place, such as to labels, are seen in the next batch.
+        indices: the samples to use, as those of a Subset, of shape (n_samples,), int64. By
+            default all.
         kwargs: the other arguments of a DataLoader: `generator`, `drop_last`, `sampler`,
             `pin_memory`, ...; `collate_fn` is called with a whole batch, as MixUp expects.
 
@@ -59,9 +62,10 @@ class TensorLoader(DataLoader[Any]):
         shuffle: bool | None = None,
         transform: Callable[[torch.Tensor], torch.Tensor] | None = None,
         device: str | torch.device | None = None,
+        indices: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> None:
-        dataset = TensorBatches(tensors, transform, device)
+        dataset = TensorBatches(tensors, transform, device, indices)
         if dataset.device.type != "cpu":
             for name in ("num_workers", "pin_memory"):
                 if kwargs.get(name):
@@ -81,7 +85,7 @@ class TensorBatches(Dataset[Any]):
     """The dataset of a `TensorLoader`: returns a whole batch for a list of indices.
 
     Args:
-        tensors, transform, device: as for `TensorLoader`.
+        tensors, transform, device, indices: as for `TensorLoader`.
     """
 
     def __init__(
@@ -89,16 +93,18 @@ class TensorBatches(Dataset[Any]):
         tensors: Sequence[torch.Tensor],
         transform: Callable[[torch.Tensor], torch.Tensor] | None = None,
         device: str | torch.device | None = None,
+        indices: torch.Tensor | None = None,
     ) -> None:
         _check(tensors, transform)
         self.tensors = tuple(t if device is None else t.to(device) for t in tensors)
         self.device = self.tensors[0].device
+        self.indices = None if indices is None else indices.to(self.device)
         self.transform = transform
         if isinstance(transform, nn.Module):
             self.transform = transform.to(self.device)
 
     def __len__(self) -> int:
-        return len(self.tensors[0])
+        return len(self.tensors[0] if self.indices is None else self.indices)
 
     def __getitem__(self, index: int) -> list[torch.Tensor]:
         return [t[0] for t in self.__getitems__([index])]
@@ -107,6 +113,8 @@ class TensorBatches(Dataset[Any]):
         index = torch.tensor(indices)
         if self.device.type != "cpu":
             index = copy_to_device(index, self.device)
+        if self.indices is not None:
+            index = self.indices.index_select(0, index)
         batch = [t.index_select(0, index) for t in self.tensors]
         if self.transform is not None:
             batch[0] = self.transform(batch[0])

@@ -48,6 +48,11 @@ class Attachments:
         """In the order of attachment."""
         return tuple(attachment.callback for attachment in self._attached)
 
+    @property
+    def attached(self) -> tuple[Attachment, ...]:
+        """In the order of attachment."""
+        return tuple(self._attached)
+
     def attach(self, callbacks: Iterable[Callback]) -> None:
         """Attach all of `callbacks`, or none if one of them is refused.
 

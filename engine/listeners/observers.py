@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import AsyncIterator, Awaitable, Callable
+from copy import deepcopy
 from typing import Any, Literal, NoReturn, TypeVar
 
 import anyio
@@ -68,6 +69,12 @@ class Observer(EventStream[E], Closing):
                 if self.on_error == "raise":
                     report(error)
                 return
+
+    def copy_to(self, learner: Any, memo: dict[int, Any]) -> None:
+        """Observe another learner, a copy of this one's, in the same way."""
+        receiver, where = deepcopy(self.receiver, memo), deepcopy(self._where, memo)
+        options = {"buffer": self.buffer, "overflow": self.overflow, "on_error": self.on_error}
+        learner.observe(receiver, *self.event_types, where=where, **options)
 
     def _is_read(self) -> bool:
         return True  # by `run`; its receiver may be slow

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, Literal, TextIO, TypeVar
+from typing import Any, Literal, NoReturn, Self, TextIO, TypeVar
 
 from ...events import Bus, Callback, Event, Subscription
 from ...events.callback import Overflow
+from ...events.subscription import check_event_type
 from ..loop.state import AnyBatchReader, LoopState
 from .attachments import Attachments
+from .copying import deep_copy
 from .explain import explain
 from .observers import CallbackObserver, Observer
 from .streams import EventStream
@@ -32,6 +34,17 @@ class EventSource(LoopState):
         self.fit_streams: list[EventStream[Any]] = []
         """The streams and observers of the running fit, including those closed meanwhile."""
         self._attachments = Attachments(self, self.bus, self._observe_for)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return deep_copy(self, memo)  # type: ignore[no-any-return]
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise TypeError(
+            f"a {type(self).__name__} can neither be pickled nor copied by copy.copy(), which would"
+            " share its bus and callbacks: use copy.deepcopy(learner) for a second one; for"
+            " another process, build it there, and save its state with CheckpointCB, or its"
+            " weights with torch.save(learner.model.state_dict(), path)"
+        )
 
     def _observe_for(self, callback: Callback) -> Observer[Any]:
         return CallbackObserver(self, callback).open()
@@ -109,6 +122,8 @@ class EventSource(LoopState):
             batch 2 of 4
             batch 4 of 4
         """
+
+        check_event_type(event_type)  # now: `@learner.on` without arguments passes a function
 
         def decorate(receiver: R) -> R:
             self.subscribe(event_type, receiver, order=order, every=every, once=once, where=where)

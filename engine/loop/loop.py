@@ -145,8 +145,10 @@ class Loop(LoopState):
         except BaseException as exc:
             if not hasattr(self, action.hook):  # its performer was removed during the fit
                 raise nobody_performs(self, action) from None
-            annotate_error(exc, f"{type(self).__qualname__}.{action.hook}", action.of(self))
-            raise
+            error = annotate_error(exc, f"{type(self).__qualname__}.{action.hook}", action.of(self))
+            if error is exc:
+                raise
+            raise error from None
 
     def _delegate(
         self, action: type[ActionEvent], following: tuple[Subscription, ...] | None

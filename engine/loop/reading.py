@@ -39,12 +39,13 @@ class BatchReader:
         """
         return read_batches(loop, loop.dl)
 
-    def note_guess(self, size: int, why: str) -> None:
+    def note_guess(self, loop: LoopState, size: int, why: str) -> None:
         """Log, once per fit, that the size of a batch is a guess."""
         if self.guess is None:
             self.guess = why
             log.warning(
                 "batch_size_is_a_guess",
+                run_id=loop.run_id,
                 size=size,
                 reason=why,
                 hint="define batch_size(self, batch) in your learner class: it returns the number"

@@ -71,7 +71,7 @@ class AnyBatchReader(Protocol):
 
     def read(self, loop: LoopState) -> Iterator[int]: ...
 
-    def note_guess(self, size: int, why: str) -> None: ...
+    def note_guess(self, loop: LoopState, size: int, why: str) -> None: ...
 
 
 class LoopState:
@@ -238,7 +238,7 @@ class LoopState:
                     return shape[0]
         size, guess = size_of(batch)
         if guess is not None:
-            self.batch_reader.note_guess(size, guess)
+            self.batch_reader.note_guess(self, size, guess)
         return size
 
     def measured(self) -> dict[str, Any]:

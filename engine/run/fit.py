@@ -109,6 +109,7 @@ class Fit:
     def _work(self) -> None:
         """Prepare, run the loop, and restore what was changed for this fit alone."""
         learner, plan = self._learner, self._plan
+        learner.begin_use_of_cbs()  # first: what follows may change their state
         with plan.within, self._temporary_callbacks():
             self._prepare()
             kept = plan.train and learner.opt_func is None and plan.lr is not None
@@ -118,7 +119,6 @@ class Fit:
     def _prepare(self) -> None:
         """Check what can be checked before the fit, and set the loop to its beginning."""
         learner, plan = self._learner, self._plan
-        learner.begin_use_of_cbs()
         check_performers(learner, plan.actions)
         for training in [True] * plan.train + [False] * plan.valid:
             learner.lengths[training] = loader_of(learner.dls, training)

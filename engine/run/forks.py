@@ -4,7 +4,7 @@ A forked child has one thread, the one that forked. A lock that another thread h
 stays locked in the child for ever, such as that of a logger, or of a pipe's buffer. So a process
 that fits forks only while the event loops of its fits are between two callbacks, where none of
 their observers, stream readers and receivers is at work: the fork asks each loop to wait, for the
-moment that the fork takes.
+moment that the fork takes. It also waits for a log line of the engine that is being written.
 
 A fit that runs when its process is forked goes on in the parent only.
 """
@@ -21,6 +21,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
 from typing import Any
+
+from .. import log
 
 LIMIT = 2.0
 """Seconds that a fork waits for busy event loops, and that a loop waits for the fork."""
@@ -48,7 +50,8 @@ class HostLoop:
         running.append(self)
 
     def __exit__(self, *exc_info: object) -> None:
-        running.remove(self)
+        with suppress(ValueError):  # in a forked child, where the fit is not running
+            running.remove(self)
 
 
 def is_left_in_parent(learner: object) -> bool:
@@ -97,6 +100,7 @@ def _hold_loops() -> None:
     deadline = time.monotonic() + LIMIT
     for hold in holds:
         hold.holds.wait(max(0, deadline - time.monotonic()))
+    log.wait_for_lines()
 
 
 def _release_loops() -> None:

@@ -60,9 +60,9 @@ class LRFinderCB(Callback):
     fit_purpose = "lr_find"
 
     def __init__(self, lr_mult: float = 1.3, end_lr: float = 10.0) -> None:
-        if not lr_mult > 1:
+        if not isinstance(lr_mult, int | float) or not lr_mult > 1:
             raise ValueError(f"lr_mult={lr_mult!r}: give a factor above 1")
-        if not end_lr > 0:
+        if not isinstance(end_lr, int | float) or not end_lr > 0:
             raise ValueError(f"end_lr={end_lr!r}: give the highest learning rate to try")
         self.lr_mult = lr_mult
         self.end_lr = end_lr
@@ -152,8 +152,8 @@ class LRFinderCB(Callback):
             raise ValueError(f"method={method!r}: choose {', '.join(map(repr, _METHODS))}")
         if len(self.losses) < 3:
             raise ValueError(
-                f"{len(self.losses)} losses are too few for a suggestion: start with a smaller"
-                " start_lr, or a smaller lr_mult"
+                f"{len(self.losses)} losses are too few for a suggestion: raise max_epochs, or"
+                " start with a smaller start_lr"
             )
         curve = LossCurve(self.losses)
         last = curve.last_low()

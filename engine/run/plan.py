@@ -28,6 +28,7 @@ class FitPlan:
     Raises:
         ValueError: an argument is not valid, whatever the others are; or `lr` is given with
             `resume`.
+        TypeError: `train` or `valid` is neither True nor False.
     """
 
     n_epochs: int = 1
@@ -44,6 +45,12 @@ class FitPlan:
     def __post_init__(self) -> None:
         if not is_int(self.n_epochs, 0):
             raise ValueError(f"n_epochs={self.n_epochs!r}: give an integer, 0 or more")
+        for name, value in (("train", self.train), ("valid", self.valid)):
+            if not isinstance(value, bool | int) and type(value).__name__ not in ("bool", "bool_"):
+                raise TypeError(
+                    f"{name} is a {type(value).__name__}: give True or False. Loaders are given to"
+                    " the learner, and callbacks by name: cbs=..."
+                )
         run_id = self.run_id
         if run_id is not None and not (isinstance(run_id, str) and run_id):
             raise ValueError(f"run_id={run_id!r}: give a non-empty string, or None")
@@ -62,7 +69,12 @@ class FitPlan:
 
 
 def check_lr(lr: Any) -> None:
-    """Raise a ValueError for a learning rate that is negative or NaN."""
+    """Raise an error for a learning rate that is negative or NaN, or text or a class.
+
+    Anything else is for `opt_func`, which may want a learning rate per group.
+    """
+    if isinstance(lr, str | type):
+        raise TypeError(f"lr={lr!r}: give a number")
     is_number = isinstance(lr, int | float) or (isinstance(lr, torch.Tensor) and lr.numel() == 1)
     if is_number and not lr >= 0:
         raise ValueError(f"lr={lr!r}: give a learning rate of 0 or more")

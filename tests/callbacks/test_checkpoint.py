@@ -446,6 +446,7 @@ async def test_two_fits_at_once_do_not_write_into_one_folder(
     first, second = (TrainLearner(make_model(), dls) for _ in range(2))
     cb = CheckpointCB(tmp_path, every_batches=1, keep_last=None)
     other = cb if shared else CheckpointCB(tmp_path / ".")
+    told = "run first is using it" if shared else "run first writes its checkpoints into"
     begun, go_on = anyio.Event(), anyio.Event()
 
     async def wait(event: BeforeBatch) -> None:
@@ -457,7 +458,7 @@ async def test_two_fits_at_once_do_not_write_into_one_folder(
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(partial(first.fit, 1, cbs=cb, run_id="first"))
             await begun.wait()
-            with pytest.raises(RuntimeError, match="run first writes its checkpoints into"):
+            with pytest.raises(RuntimeError, match=told):
                 await second.fit(1, cbs=other)
             go_on.set()
     assert saved(tmp_path) == [(0, True, 1), (0, True, 2), (0, True, 3), (1, True, 0)]

@@ -397,9 +397,7 @@ def test_drawing_does_without_pyplot_and_its_global_figures(
 
 
 def test_without_matplotlib_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "eventrain.engine.run.notebook_figure", raising=False)
-    monkeypatch.delattr("eventrain.engine.run.notebook_figure", raising=False)
-    monkeypatch.setitem(sys.modules, "matplotlib.axes", None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match=re.escape("pip install 'eventrain[plot]'")):
         LossCurveCB()
 

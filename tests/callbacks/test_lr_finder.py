@@ -255,6 +255,16 @@ async def test_groups_that_share_a_tensor_are_multiplied_once(
     assert start == 1e-4
 
 
+async def test_it_agrees_with_the_rate_that_the_events_of_the_batch_tell(
+    make_batches: MakeBatches, make_model: MakeModel
+) -> None:
+    learner = TrainLearner(make_model(), DataLoaders(make_batches(3)))
+    with record_events(learner) as events:
+        finder = await learner.lr_find(lr_mult=2.0, start_lr=1e-4, max_epochs=1)
+    assert [e.lr for e in events if isinstance(e, AfterStep)] == finder.lrs
+    assert [e.lr for e in events if isinstance(e, AfterBatch)] == finder.lrs
+
+
 async def test_the_rate_of_a_loss_is_the_one_its_step_used(
     make_batches: MakeBatches, make_model: MakeModel
 ) -> None:
@@ -281,9 +291,15 @@ async def test_with_an_optimizer_of_the_hosts_own_it_begins_where_it_was_told_to
     assert learner.opt.param_groups[0]["lr"] == 0.3
 
 
-@pytest.mark.parametrize("lr_mult", [1, 1.0, 0.5, 0, -2, math.nan])
+@pytest.mark.parametrize("end_lr", [0, -1.0, math.nan, "10"])
+def test_a_highest_learning_rate_that_is_not_one_is_refused(end_lr: Any) -> None:
+    with pytest.raises(ValueError, match=r"end_lr=.*: give the highest learning rate to try"):
+        LRFinderCB(end_lr=end_lr)
+
+
+@pytest.mark.parametrize("lr_mult", [1, 1.0, 0.5, 0, -2, math.nan, "2"])
 async def test_a_factor_that_does_not_raise_is_refused(
-    lr_mult: float, dls: DataLoaders, make_model: MakeModel
+    lr_mult: Any, dls: DataLoaders, make_model: MakeModel
 ) -> None:
     with pytest.raises(ValueError, match="give a factor above 1"):
         LRFinderCB(lr_mult)

@@ -188,7 +188,7 @@ def test_every_scope_is_a_span_in_its_parent_with_the_times_of_its_events(
     for event in events:
         match event:
             case BeforeFit():
-                opened[CleanupFit] = [nanoseconds(event), {"n_epochs": 2}]
+                opened[CleanupFit] = [nanoseconds(event), {"n_epochs": 2, "purpose": "fit"}]
             case BeforeEpoch():
                 where = {"phase": "train" if event.training else "valid", "epoch": event.epoch}
                 size = {"n_iter": 3 if event.training else 2}
@@ -563,6 +563,7 @@ def test_a_fit_that_was_stopped_before_it_began_has_a_span_of_no_length(
     assert {key.removeprefix(E): value for key, value in fit.attributes.items()} == {
         "run_id": learn.run_id,
         "n_epochs": 3,
+        "purpose": "fit",
         "status": "cancelled",
         "who": "Learner.stop",
         "reason": "not today",
@@ -958,16 +959,19 @@ def test_any_text_can_be_exported(text: str, host: Telemetry) -> None:
     learn = learner(1)
 
     @learn.on(AfterEpoch)
-    def leave(event: AfterEpoch) -> None:
+    def record(event: AfterEpoch) -> None:
         learn.record[text] = 0.5
         learn.record[f"{text}nan"] = math.nan
+
+    @learn.on(AfterFit)
+    def leave(event: AfterFit) -> None:
         raise CancelFitException(text)
 
     result = learn.run(1, valid=False, cbs=host.callback())
     assert dict(result.dropped) == {}
     assert host.tree == [["fit", ["train epoch"]]]
+    assert [span.attributes[f"{E}status"] for span in host.spans] == ["cancelled", "completed"]
     for span in host.spans:
-        assert span.attributes[f"{E}status"] == "cancelled"
         for key, value in span.attributes.items():
             assert f"{key}={value}".encode()
     ((name, phase),) = host.numbers("eventrain.metric")

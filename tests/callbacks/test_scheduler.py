@@ -528,6 +528,27 @@ def test_what_is_made_must_be_a_scheduler(
         run_with(SchedulerCB(lambda opt: made), dls, make_model)
 
 
+class LikeTimm(Told):
+    """Has the methods of timm's schedulers, which are told the epoch."""
+
+    def step(self, epoch: int, metric: float | None = None) -> None:
+        self.steps.append((epoch,))
+
+
+@pytest.mark.parametrize(
+    ("options", "call"),
+    [({}, r"step\(\)"), ({"every": "epoch", "monitor": "loss"}, r"step\(number\)")],
+    ids=["without a number", "with a number"],
+)
+def test_a_scheduler_whose_step_takes_other_arguments_is_refused(
+    options: dict[str, Any], call: str, dls: DataLoaders, make_model: MakeModel
+) -> None:
+    """With a number, it would take the loss for the epoch."""
+    told = rf"LikeTimm\.step\(epoch.*\) does not fit: SchedulerCB calls {call}\. Wrap it in a class"
+    with pytest.raises(TypeError, match=told):
+        run_with(SchedulerCB(LikeTimm, **options), dls, make_model)
+
+
 def test_a_scheduler_of_another_optimizer_is_refused(
     dls: DataLoaders, make_model: MakeModel
 ) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import sys
 import threading
+import weakref
 from typing import Any
 
 import anyio
@@ -215,3 +218,77 @@ def test_closing_the_subscriptions_of_one_learner_leaves_the_other_ones(
     small.run()
     large.run()
     assert heard == [small, large, large]
+
+
+class Keeps(Callback):
+    """Holds its learner, as the closures and callbacks of users do."""
+
+    def before_fit(self, event: BeforeFit) -> None:
+        self.learner = event.learner
+
+    observes = (AfterFit,)
+
+    def observe(self, event: Event) -> None:
+        self.event = event
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_bus_does_not_keep_its_learners_alive(
+    bus: Bus, shared: bool, make_batches: Any, make_model: Any
+) -> None:
+    """G13: a server has one bus for all learners, and makes one for every request."""
+    of_all: list[Any] = []
+    bus.subscribe(CleanupFit, lambda event: of_all.append(event.run_id))
+    dls, refs, blocks = DataLoaders(make_batches(1)), [], []
+
+    def fit() -> None:
+        learner = TrainLearner(make_model(), dls, cbs=Keeps(), bus=bus if shared else None)
+        learner.on(AfterBatch)(lambda event: learner.model and None)
+        learner.observe(lambda event: learner.model and None, AfterBatch)
+        learner.run(valid=False)
+        refs.append(weakref.ref(learner))
+        refs.append(weakref.ref(learner.model))
+
+    for _ in range(300):
+        fit()
+        if len(refs) % 100 == 0:
+            gc.collect()
+            assert {ref() for ref in refs} == {None}
+            of_all.clear()
+            blocks.append(sys.getallocatedblocks())
+    assert len(bus.subscriptions()) == 1
+    assert [len(signal.ordered) for signal in bus.signals.values() if signal.receivers] == [1]
+    assert max(blocks[2:]) - blocks[1] < 5_000
+
+
+def test_a_bus_forgets_only_the_learners_that_have_ended(
+    bus: Bus, small: TrainLearner, make_batches: Any, make_model: Any
+) -> None:
+    heard: list[str] = []
+    other = TrainLearner(make_model(), small.dls, bus=bus)
+    other.on(AfterFit)(lambda event: heard.append("of the other"))
+    small.on(AfterFit)(lambda event: heard.append("of small"))
+    bus.on(AfterFit, order=-1)(lambda event: heard.append("of all"))
+    other.run()
+    gone = weakref.ref(other)
+    del other
+    gc.collect()
+    assert gone() is None
+    small.run()
+    after_fit = AfterFit(learner=small, run_id="r1", time=0.0, purpose="fit", n_epochs=1)
+    bus.send(after_fit)
+    bus.signal(AfterFit).send(after_fit)
+    assert heard == ["of all", "of the other", *["of all", "of small"] * 3]
+
+
+def test_the_signals_of_a_bus_reach_the_receivers_of_every_learner(
+    bus: Bus, small: TrainLearner, large: TrainLearner
+) -> None:
+    first = small.subscribe(AfterFit, lambda event: None)
+    second = bus.subscribe(FitEvent, lambda event: None, learner=large, order=-1)
+    third = bus.subscribe(AfterFit, lambda event: None)
+    assert bus.signal(AfterFit).ordered == (second, first, third)
+    assert bus.subscriptions() == (first, second, third)
+    first.close()
+    assert bus.signal(AfterFit).ordered == (second, third)
+    assert bus.subscriptions() == (second, third)

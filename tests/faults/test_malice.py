@@ -492,7 +492,26 @@ def part_of_another_kind(state: dict[str, Any]) -> None:
     state["callbacks"] = 5
 
 
+def attributes_of_another_kind(state: dict[str, Any]) -> None:
+    state["attributes"] = {"learner": 5}
+
+
+def attribute_of_nothing(state: dict[str, Any]) -> None:
+    state["attributes"] = {"learner": {"__class__": {"state": {}}}}
+
+
+def huge_parameter_of_the_optimizer(state: dict[str, Any]) -> None:
+    parameter = {"value": torch.zeros(1000, 1000), "gradient": None}
+    state["optimizer_parameters"] = {0: parameter}
+
+
+def settings_of_another_kind(state: dict[str, Any]) -> None:
+    state["settings"] = 5
+
+
 @pytest.mark.parametrize("change", [
+    attributes_of_another_kind, attribute_of_nothing, huge_parameter_of_the_optimizer,
+    settings_of_another_kind,
     huge, other_type, no_tensor, huge_momentum, momentum_of_no_parameter, huge_gradient,
     gradient_of_nothing, gradient_that_is_none, part_missing, part_of_another_kind,
 ])  # fmt: skip

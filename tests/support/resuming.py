@@ -369,8 +369,9 @@ def differences(a: Any, b: Any, where: str = "") -> Iterator[str]:
         for i, (x, y) in enumerate(zip(a, b, strict=True)):
             yield from differences(x, y, f"{where}[{i}]")
     elif isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
-        same = a.dtype == b.dtype and a.shape == b.shape and bool(((a == b) | (a != a)).all())
-        if not same:
+        same = (a.dtype, a.shape, a.layout) == (b.dtype, b.shape, b.layout)
+        a, b = (a.to_dense(), b.to_dense()) if a.is_sparse and b.is_sparse else (a, b)
+        if not (same and bool(((a == b) | (a != a)).all())):
             yield f"{where}: {a} is not {b}"
     elif a != b and not (a != a and b != b):
         yield f"{where}: {a!r} is not {b!r}"

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from eventrain.callbacks import MetricsCB
 from eventrain.engine import DataLoaders, TrainLearner
+from eventrain.engine.checkpoint.preserve import preserved
 from eventrain.events import AfterBatch, AfterStep, BeforeFit, Callback, CleanupFit
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
@@ -162,6 +162,25 @@ async def test_a_part_that_cannot_be_put_back_does_not_keep_the_others_from_it(
     assert torch.equal(torch.get_rng_state(), random)
 
 
+class Scheduled(Callback):
+    """Has a state only when its first fit has begun."""
+
+    def before_fit(self, event: BeforeFit) -> None:
+        self.schedule = torch.optim.lr_scheduler.StepLR(event.learner.opt, 1)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.schedule.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.schedule.load_state_dict(state)
+
+
+async def test_a_callback_without_a_state_before_its_first_fit_is_as_it_was() -> None:
+    learner = TrainLearner(nn.Linear(1, 1), DataLoaders(list(SEQUENCES)), cbs=Scheduled())
+    await learner.lr_find(max_epochs=1)
+    assert vars(learner.cbs[0]) == {}
+
+
 class LateEma(Callback):
     """Makes its average with the first step."""
 
@@ -201,26 +220,26 @@ async def test_hidden_states_and_late_averages_do_not_stay() -> None:
     assert scale.tolist() == [1.0, 1.0]
 
 
-class OtherDevice(Callback):
-    """Moves the model, and leaves it there."""
-
-    def before_fit(self, event: BeforeFit) -> None:
-        event.learner.model.to("meta")
-        event.learner.stop()
-
-
-@pytest.fixture
-def _moving_keeps_parameters() -> Iterator[None]:
-    """Let a model keep its parameters when it is moved to "meta", as when it is moved to a GPU."""
-    torch.__future__.set_swap_module_params_on_conversion(True)
-    yield
-    torch.__future__.set_swap_module_params_on_conversion(False)
-
-
-@pytest.mark.usefixtures("_moving_keeps_parameters")
-async def test_a_model_that_was_moved_stays_there() -> None:
+def test_a_model_that_was_moved_stays_there() -> None:
     model = nn.Sequential(nn.Linear(1, 1), nn.BatchNorm1d(1))
-    learner = TrainLearner(model, DataLoaders(list(SEQUENCES)), cbs=OtherDevice())
-    await learner.lr_find()
+    with preserved(TrainLearner(model, DataLoaders(list(SEQUENCES)))):
+        model.to("meta")
+        model[1].register_buffer("another", torch.ones(1))
     devices = {t.device.type for t in (*model.parameters(), *model.buffers())}
     assert devices == {"meta"}
+
+
+async def test_tensors_that_cannot_be_written_to_as_usual_do_not_stop_it() -> None:
+    model = nn.Linear(1, 1)
+    model.register_buffer("expanded", torch.ones(1).expand(5))
+    model.register_buffer("changed", torch.ones(1).expand(5), persistent=False)
+    with torch.inference_mode():
+        model.register_buffer("inference", torch.ones(3))
+
+    class Changing(Callback):
+        def after_step(self, event: AfterStep) -> None:
+            model.changed[:1] = 3.0
+
+    learner = TrainLearner(model, DataLoaders(list(SEQUENCES)), cbs=Changing())
+    await learner.lr_find(max_epochs=1)
+    assert model.changed.tolist() == model.expanded.tolist() == [1.0] * 5

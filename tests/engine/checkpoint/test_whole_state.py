@@ -15,7 +15,7 @@ import torch
 from eventrain.callbacks import CheckpointCB, GradientAccumulationCB, MetricsCB
 from eventrain.engine import Checkpoint, DataLoaders, MomentumLearner, TrainLearner
 from eventrain.engine.checkpoint.parts import parts_of
-from eventrain.events import AfterStep, BeforeFit, Callback
+from eventrain.events import AfterBatch, AfterStep, BeforeBatch, BeforeFit, Callback
 from structlog.testing import capture_logs
 from torch import nn
 from torch.nn import functional as F
@@ -116,6 +116,23 @@ def with_ema(cbs: Any = None) -> TrainLearner:
     return learner
 
 
+class AveragingMetrics(MetricsCB):
+    """Adds an average to a callback that has a state of its own."""
+
+    def before_fit(self, event: BeforeFit) -> None:
+        super().before_fit(event)
+        self.averages = [AveragedModel(event.learner.model)]
+
+    def after_step(self, event: AfterStep) -> None:
+        self.averages[0].update_parameters(event.learner.model)
+
+
+def with_subclass(cbs: Any = None) -> TrainLearner:
+    learner = TrainLearner(nn.Linear(3, 1), dls(), lr=0.1, cbs=AveragingMetrics())
+    learner.add_cbs(cbs)
+    return learner
+
+
 class Holder:
     """An object of the user's."""
 
@@ -137,13 +154,42 @@ class Held(TrainLearner):
         agent.opt.step()
 
 
+class Together:
+    """Several optimizers in one, without a state of its own."""
+
+    def __init__(self, *optimizers: torch.optim.Optimizer) -> None:
+        self.optimizers = optimizers
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return [group for opt in self.optimizers for group in opt.param_groups]
+
+    def step(self) -> None:
+        for opt in self.optimizers:
+            opt.step()
+
+    def zero_grad(self) -> None:
+        for opt in self.optimizers:
+            opt.zero_grad()
+
+
+def with_two_optimizers(cbs: Any = None) -> TrainLearner:
+    def make(parameters: Any, lr: float) -> Together:
+        weight, *others = parameters
+        return Together(torch.optim.Adam([weight], lr), torch.optim.SGD(others, lr, momentum=0.9))
+
+    return TrainLearner(nn.Linear(3, 1), dls(), lr=0.1, cbs=cbs, opt_func=make)
+
+
 MAKERS: dict[str, Callable[..., TrainLearner]] = {
     "loss": with_loss,
     "method of a loss": with_method,
     "GAN": Gan,
     "parameters of the optimizer alone": Shared,
     "average and generators of a callback": with_ema,
+    "average added to a callback of eventrain": with_subclass,
     "object of the user": Held,
+    "two optimizers in one": with_two_optimizers,
 }
 
 
@@ -340,3 +386,20 @@ def test_an_optimizer_that_cannot_be_saved_is_an_error_before_any_work(tmp_path:
     with pytest.raises(TypeError, match=r"the optimizer is .*Bare.* give its class state_dict\(\)"):
         learner.run(1, valid=False, cbs=CheckpointCB(tmp_path))
     assert learner.result.batches == 0
+
+
+def test_whether_gradients_are_pending_is_restored(tmp_path: Path) -> None:
+    """In the middle of a group, they are of a step that is still to come."""
+
+    def make() -> TrainLearner:
+        cbs = [GradientAccumulationCB(4), CheckpointCB(tmp_path, every_batches=2)]
+        return TrainLearner(nn.Linear(3, 1), dls(), lr=0.1, cbs=cbs)
+
+    first = make()
+    first.subscribe(AfterBatch, lambda event: event.learner.stop(graceful=True), once=True)
+    first.run(1, valid=False)
+    assert Checkpoint.load(tmp_path).state["gradients_pending"] is True
+    second, pending = make(), []
+    second.subscribe(BeforeBatch, lambda event: pending.append(event.learner.gradients_pending))
+    second.run(1, valid=False, resume="last")
+    assert pending == [True, True, True, False]

@@ -116,6 +116,8 @@ CERTAIN: dict[str, tuple[Any, int]] = {
     "images and what is in them": ((tuple([image()] * 4), tuple(map(boxes, range(4)))), 4),
     "as many boxes as images": (([image()] * 2, [boxes(2), boxes(2)]), 2),
     "images of different sizes and boxes": (([image(n) for n in (4, 7)], [boxes(2)] * 2), 2),
+    "two images with unequal boxes": (((image(4, 5), image(4, 7)), (boxes(2), boxes(0))), 2),
+    "two samples in mappings": ([{"image": image(), **boxes(n)} for n in (2, 0)], 2),
     "one image": (((image(),), (boxes(1),)), 1),
     "images and labels": (([image()] * 4, zeros(4)), 4),
     "images and masks": ((tuple([image()] * 4), tuple([image(channels=1)] * 4)), 4),

@@ -23,6 +23,9 @@ POSTS = v1.Compose([v1.ToTensor(), v1.Normalize((0.5,), (0.5,))])
 """The transforms of the post."""
 
 
+ZEROS = torch.zeros(4)
+
+
 def batches(loader: Any) -> list[Any]:
     torch.manual_seed(5)
     return [batch for _ in range(2) for batch in loader]
@@ -259,6 +262,81 @@ def test_workers_are_for_samples_only(digits: tuple[torch.Tensor, torch.Tensor])
     fast = DataLoaders.from_dataset(data, num_workers=1, persistent_workers=True).train
     assert (fast.num_workers, fast.persistent_workers) == (0, False)
     assert DataLoaders.from_dataset(Squares(), num_workers=1).train.num_workers == 1
+
+
+@pytest.mark.parametrize("wrap", [lambda d: d, lambda d: Subset(Subset(d, [3, 1, 0]), [2, -2])])
+def test_labels_that_are_changed_in_place_are_seen(wrap: Callable[[Any], Any]) -> None:
+    """As in a DataLoader: relabelling on the way, noise that changes from epoch to epoch."""
+    data = TensorDataset(torch.arange(4.0)[:, None], torch.zeros(4))
+    dataset = wrap(data)
+    dls = DataLoaders.from_dataset(dataset, dataset, 2, shuffle=False)
+    assert isinstance(dls.train, TensorLoader)
+    data.tensors[1].copy_(torch.tensor([5.0, 6.0, 7.0, 8.0]))
+    for loader in (dls.train, dls.valid):
+        for ours, theirs in zip(loader, DataLoader(dataset, 2), strict=True):
+            assert [t.tolist() for t in ours] == [t.tolist() for t in theirs]
+
+
+def test_labels_of_images_too(fashion_mnist: Path) -> None:
+    data = FashionMNIST(fashion_mnist, train=False, transform=POSTS)
+    half = Subset(data, range(20))
+    dls = DataLoaders.from_dataset(half, batch_size=20, shuffle=False)
+    assert isinstance(dls.train, TensorLoader)
+    data.targets[:20] = 3
+    data.data[0] = 255
+    (ours,), (theirs,) = list(dls.train), list(DataLoader(half, 20))
+    assert all(map(torch.equal, ours, theirs))
+
+
+def test_a_part_of_a_dataset_is_not_copied() -> None:
+    data = TensorDataset(torch.zeros(4, 1), torch.zeros(4))
+    loader = DataLoaders.from_dataset(Subset(data, [1, 2])).train
+    assert loader.dataset.tensors[0].data_ptr() == data.tensors[0].data_ptr()
+    assert len(loader.dataset) == 2
+
+
+class Fewer(TensorDataset):
+    """A shorter epoch."""
+
+    def __len__(self) -> int:
+        return 5
+
+
+class Redirected(Subset[Any]):
+    """One that makes several samples in a way of its own."""
+
+    def __getitems__(self, indices: list[int]) -> list[Any]:
+        return [self.dataset[0] for _ in indices]
+
+
+@pytest.mark.parametrize(
+    ("make", "path", "reason"),
+    [
+        (lambda data: Fewer(*data.tensors), "samples", "another length than its tensors"),
+        (lambda data: Redirected(data, [1, 2, 3]), "samples", "a __getitems__ of its own"),
+        (lambda data: Subset(data, np.array([5, 1, 7], np.uint8)), "tensors", "in memory"),
+        (lambda data: Subset(data, [-1, 0, -20]), "tensors", "in memory"),
+    ],
+    ids=["length", "getitems", "uint8", "negative"],
+)
+def test_what_a_dataloader_would_yield_is_what_counts(make: Any, path: str, reason: str) -> None:
+    dataset = make(TensorDataset(torch.arange(20.0)[:, None], torch.arange(20)))
+    assert_as_a_dataloader(dataset, path, reason)
+
+
+@pytest.mark.parametrize("dataset", [Squares(), InLists(), TensorDataset(torch.arange(4.0), ZEROS)])
+def test_samples_that_are_not_batched(dataset: Any) -> None:
+    ours = batches(DataLoaders.from_dataset(dataset, batch_size=None).train)
+    theirs = batches(DataLoader(dataset, None, shuffle=True))
+    assert [repr(a) for a in ours] == [repr(b) for b in theirs]
+
+
+@pytest.mark.parametrize("name", ["transform", "indices", "colate_fn"])
+def test_an_argument_that_a_dataloader_does_not_have_is_named(name: str) -> None:
+    data = TensorDataset(torch.zeros(4, 1), torch.zeros(4))
+    for dataset in (data, Squares()):
+        with pytest.raises(TypeError, match=f"a DataLoader has no argument '{name}'"):
+            DataLoaders.from_dataset(dataset, **{name: None})
 
 
 @pytest.mark.parametrize("name", ["sampler", "batch_sampler"])

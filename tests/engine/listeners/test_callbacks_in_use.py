@@ -166,6 +166,25 @@ async def test_a_callback_is_free_again_however_its_fit_ended(end: str) -> None:
     assert in_use._users == {}
 
 
+async def test_a_search_that_is_refused_does_not_touch_what_another_fit_is_counting(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It would save and restore the state of the callback that the other fit uses."""
+    metrics = MetricsCB()
+    a, b = learner(metrics, 1.0), learner(metrics, 100.0)
+    touched: list[Any] = []
+    monkeypatch.setattr(metrics, "load_state_dict", touched.append)
+
+    async def second() -> None:
+        with pytest.raises(RuntimeError, match="cannot use this MetricsCB"):
+            await b.lr_find()
+
+    await while_fitting(a, second)
+    assert touched == []
+    await b.lr_find()
+    assert len(touched) == 1
+
+
 class Counts(Callback):
     """A callback of the user's own, that counts what it has seen."""
 

@@ -14,8 +14,9 @@ from typing import Any
 import anyio
 import anyio.lowlevel
 import pytest
+import structlog
 import torch
-from eventrain.engine import DataLoaders, TrainLearner
+from eventrain.engine import DataLoaders, TrainLearner, log
 from eventrain.engine.run import forks
 from eventrain.events import AfterBatch, BeforeBatch, BeforeEpoch, BeforeFit, Bus
 from torch.utils.data import DataLoader, Dataset
@@ -126,6 +127,25 @@ def test_a_bus_is_not_locked_in_a_forked_process_though_another_thread_had_locke
     forked.set()
     thread.join()
     assert code == 0
+
+
+def test_a_fork_waits_for_a_log_line_of_the_engine(learner: TrainLearner, backend: Any) -> None:
+    """Another thread writes it, as that of a checkpoint does."""
+    lock, writes = threading.Lock(), threading.Event()
+
+    def processor(logger: Any, method: str, record: Any) -> Any:
+        with lock:
+            writes.set()
+            time.sleep(0.1)
+        raise structlog.DropEvent
+
+    learner.run(**backend)
+    structlog.configure(processors=[processor])
+    thread = threading.Thread(target=log.warning, args=("checkpoint_damaged",))
+    thread.start()
+    assert writes.wait(GUARD)
+    assert exit_code_of_fork(lambda: lock.acquire(timeout=GUARD) or 1 / 0) == 0
+    thread.join()
 
 
 class Locking(Dataset[Any]):

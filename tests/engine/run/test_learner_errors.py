@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -12,11 +13,13 @@ import anyio
 import pytest
 import torch
 from eventrain.callbacks import MetricsCB, TrainCB
-from eventrain.engine import DataLoaders, Learner, TrainLearner
+from eventrain.engine import DataLoaders, Learner, MomentumLearner, TrainLearner
 from eventrain.events import (
     AfterBatch,
+    AfterLoss,
     BeforeBatch,
     Callback,
+    GetLoss,
     record_events,
 )
 from torch import nn
@@ -696,3 +699,126 @@ async def test_a_receiver_that_fits_its_own_learner_is_refused(learner: TrainLea
 async def test_run_inside_an_event_loop_says_what_to_call_there(learner: TrainLearner) -> None:
     with refused(learner, RuntimeError, "run() starts an event loop", "await learner.fit(...)"):
         learner.run(1)
+
+
+# ------------------------------------------------------------------------------ first mistakes
+
+
+@pytest.mark.parametrize("cls", [Learner, TrainLearner, MomentumLearner])
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        (
+            {"opt": torch.optim.SGD([nn.Parameter(torch.ones(1))])},
+            "opt_func=lambda params, lr: opt",
+        ),
+        ({"optimizer": torch.optim.Adam}, "opt_func=torch.optim.AdamW"),
+        ({"callbacks": [MetricsCB()]}, "cbs=..."),
+        ({"loss": F.mse_loss}, "loss_func=..."),
+        ({"criterion": F.mse_loss}, "loss_func=..."),
+        ({"metrics": []}, "cbs=MetricsCB(accuracy=...)"),
+        ({"device": "cpu"}, "cbs=DeviceCB(...)"),
+        ({"scheduler": None}, "cbs=SchedulerCB(lambda opt: ...)"),
+        ({"train": []}, "dls=DataLoaders(train, valid)"),
+        ({"epochs": 3}, "learner.fit(n_epochs)"),
+        ({"colour": 3}, None),
+    ],
+    ids=lambda wrong: next(iter(wrong)) if isinstance(wrong, dict) else "",
+)
+def test_an_argument_by_another_name_is_told_its_own(
+    wrong: dict[str, Any], says: str | None, cls: Any, make_model: MakeModel, dls: DataLoaders
+) -> None:
+    with pytest.raises(TypeError) as raised:
+        cls(make_model(), dls, **wrong)
+    start = f"{cls.__name__}() got an unexpected keyword argument '{next(iter(wrong))}'"
+    assert str(raised.value).startswith(start)
+    assert (says or start) in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"model": nn.ReLU}, "is a class: pass an instance"),
+        ({"model": lambda x: x}, "is not a torch.nn.Module"),
+        ({"loss_func": nn.MSELoss}, "loss_func=MSELoss is a class: pass an instance, MSELoss()"),
+        ({"loss_func": "mse"}, "loss_func='mse' cannot be called"),
+    ],
+    ids=["model class", "function", "loss class", "loss name"],
+)
+def test_a_model_or_loss_that_cannot_be_used_is_refused_when_the_learner_is_made(
+    wrong: dict[str, Any], says: str, make_model: MakeModel, dls: DataLoaders
+) -> None:
+    with pytest.raises(TypeError) as raised:
+        TrainLearner(**{"model": make_model(), "dls": dls, **wrong})
+    assert says in str(raised.value)
+
+
+@pytest.mark.parametrize("lr", ["1e-3", torch.optim.SGD], ids=["text", "class"])
+def test_a_learning_rate_that_is_text_or_a_class_is_refused(lr: Any, learner: TrainLearner) -> None:
+    learner.lr = lr
+    with refused(learner, TypeError, f"lr={lr!r}: give a number"):
+        learner.run(1)
+
+
+def test_a_callback_or_a_loader_in_the_place_of_train_is_refused(learner: TrainLearner) -> None:
+    with refused(learner, TypeError, "train is a MetricsCB: give True or False", "cbs=..."):
+        learner.run(1, MetricsCB())  # type: ignore[arg-type]
+    with refused(learner, TypeError, "valid is a list: give True or False"):
+        learner.run(1, True, learner.dls.valid)
+
+
+def test_a_loader_in_the_place_of_dls_is_refused_with_the_way_out(learner: TrainLearner) -> None:
+    learner.dls = DataLoader(TensorDataset(torch.ones(3, 3), torch.ones(3, 1)))
+    with refused(learner, ValueError, "dls is a DataLoader. Give DataLoaders(train, valid)"):
+        learner.run(1)
+
+
+def test_on_without_its_event_is_refused(learner: TrainLearner) -> None:
+    """`@learner.on` would make a decorator of the function, which then is never called."""
+    with refused(learner, TypeError, "is not an event class"):
+        learner.on(lambda event: None)  # type: ignore[arg-type]
+
+
+def test_train_cb_with_several_inputs_says_what_to_write() -> None:
+    with pytest.raises(ValueError, match=r"n_inp=2: .* derive a class from TrainCB") as raised:
+        TrainCB(n_inp=2)
+    assert "learner.model(*learner.batch[:2])" in str(raised.value)
+
+
+class PerformsItself(TrainLearner):
+    def get_loss(self) -> None:
+        self.perform(GetLoss)
+
+
+class PerformsItselfCB(Callback):
+    def get_loss(self, event: GetLoss) -> None:
+        event.learner.perform(GetLoss)
+
+
+class EmitsItselfCB(Callback):
+    def after_loss(self, event: AfterLoss) -> None:
+        event.learner.emit(AfterLoss)
+
+
+@pytest.mark.parametrize(
+    ("cls", "cbs", "who", "says"),
+    [
+        (PerformsItself, None, "PerformsItself.get_loss", "super().get_loss()"),
+        (TrainLearner, PerformsItselfCB(), "PerformsItselfCB.get_loss", "event.proceed()"),
+        (TrainLearner, EmitsItselfCB(), "EmitsItselfCB.after_loss", "emit another event"),
+    ],
+    ids=["learner", "callback", "emits"],
+)
+def test_a_receiver_that_calls_itself_without_end_is_one_clear_error(
+    cls: Any, cbs: Any, who: str, says: str, make_model: MakeModel, dls: DataLoaders
+) -> None:
+    learner = cls(make_model(), dls)
+    with pytest.raises(RecursionError) as raised:
+        learner.run(1, cbs=cbs)
+    assert str(raised.value).startswith(f"{who} ")
+    assert "which calls it again, without end" in str(raised.value)
+    assert says in str(raised.value)
+    assert len(raised.value.__notes__) == 1
+    assert len("".join(traceback.format_exception(raised.value)).splitlines()) < 80
+    assert learner.result is not None
+    assert learner.result.who == who

@@ -129,12 +129,12 @@ def test_values_in_a_state_come_back_as_plain_data(
     [
         (object(), r"state\['callbacks'\]\['Holds'\]\['value'\] is <object"),
         ([1, {"a": {1, 2}}], r"\['value'\]\[1\]\['a'\] is \{1, 2\}"),
-        (torch.eye(2).to_sparse_csr(), r"\['value'\] is tensor\(crow_indices="),
+        (torch.ones(2, device="meta"), r"\['value'\] is tensor\(\.\.\., device='meta'"),
         (lambda: None, r"\['value'\] is <function"),
         (b"bytes", r"\['value'\] is b'bytes'"),
         ({object(): 1}, r"the key state\['callbacks'\]\['Holds'\]\['value'\]\[<.*>\] is <object"),
     ],
-    ids=["object", "set", "sparse", "function", "bytes", "key"],
+    ids=["object", "set", "meta", "function", "bytes", "key"],
 )
 def test_values_that_a_state_cannot_hold_are_named_before_any_work(
     value: Any, named: str, tmp_path: Path
