@@ -22,6 +22,7 @@ from eventrain.callbacks import (
     LossCurveCB,
     MetricsCB,
     MixedTrainingCB,
+    OpenTelemetryCB,
     ProgressCB,
     PrometheusCB,
     RecordCB,
@@ -242,6 +243,7 @@ def test_reporters_get_the_true_losses_and_the_training_does_not_wait(
             TensorBoardCB(folder, every=1),
             PrometheusCB(CollectorRegistry(), every_seconds=0),
             SummaryCB(),
+            OpenTelemetryCB(),
         ]
         learner = TrainLearner(make_cnn(), loaders(digits), F.cross_entropy, cbs=[*reporters, *cbs])
         learner.run(N_EPOCHS)
@@ -413,6 +415,26 @@ def test_lr_find_is_that_of_the_cpu_and_restores_everything(
     assert (finder.lrs, finder.losses) == (expected.lrs, expected.losses)
     assert torch.equal(weights(there.model), weights(make_cnn()))
     assert torch.equal(torch.standin.get_rng_state(), drawn)  # type: ignore[attr-defined]
+
+
+def test_validating_waits_once(digits: Digits, make_cnn: MakeModel) -> None:
+    expected = anyio.run(TrainLearner(make_cnn(), loaders(digits), F.cross_entropy).validate)
+    there = TrainLearner(make_cnn(), loaders(digits, to_standin), F.cross_entropy)
+    there.model.to(DEVICE)
+    with counted(waits) as found:
+        assert anyio.run(there.validate) == expected
+    assert found == {"MeanLoss.item": 1}
+
+
+def test_the_best_checkpoint_is_kept_by_a_number_that_is_there_already(
+    digits: Digits, make_cnn: MakeModel, tmp_path: Path
+) -> None:
+    checkpoints = CheckpointCB(tmp_path, keep_best=("loss", "min"))
+    cbs = [MetricsCB(), checkpoints, DeviceCB(DEVICE)]
+    with counted(waits) as found:
+        TrainLearner(make_cnn(), loaders(digits), F.cross_entropy, cbs=cbs).run(N_EPOCHS)
+    assert checkpoints.best is not None
+    assert found == {"MeanLoss.item": 2 * N_EPOCHS, "Snapshot.wait": N_EPOCHS}
 
 
 def test_predictions_are_those_of_the_cpu_with_one_wait_per_batch(
