@@ -142,7 +142,7 @@ class _FitFiles(RecordWatcher):
 
     def _first_step_of(self, event: AfterBatch) -> int:
         """The step of the first batch of an epoch; those before a checkpoint count as well."""
-        before = event.learner.progress[True].batches - 1 - event.iter
+        before = event.learner.progress[True].batches - event.iter
         return max(self._next_step, before, event.epoch * (event.n_iter or 0))
 
     async def observe(self, event: Event) -> None:

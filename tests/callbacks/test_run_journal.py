@@ -856,7 +856,7 @@ async def test_two_learners_cannot_write_one_journal_at_once(tmp_path: Path) -> 
 
     @learn.on(AfterBatch, once=True)
     async def meanwhile(event: AfterBatch) -> None:
-        with pytest.raises(RuntimeError, match="another learner's fit") as info:
+        with pytest.raises(RuntimeError, match="cannot use this JournalCB, because run") as info:
             await other.fit(1, valid=False)
         refused.append(info.value)
 

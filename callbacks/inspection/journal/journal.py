@@ -109,11 +109,6 @@ class JournalCB(Callback):
                 self._end()
 
     def _begin(self, learner: Any) -> None:
-        if self._learner is not None and self._learner is not learner and self._learner.fitting:
-            raise RuntimeError(
-                f"the journal {self.path} belongs to another learner's fit, which is running:"
-                " give each learner a JournalCB of its own"
-            )
         self._end()
         self._learner = learner
         # The file already has the events of a resumed fit up to the loading of its state.
