@@ -6,7 +6,8 @@ Source: the notes of PEP 678.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 from .base import ActionEvent, Event
 from .cancel import CancelException
@@ -61,6 +62,19 @@ def most_severe(errors: Iterable[BaseException]) -> BaseException:
     return max(
         errors, key=lambda exc: exc.width if isinstance(exc, CancelException) else float("inf")
     )
+
+
+def text_of(exc: BaseException, as_text: Callable[[Any], str] = repr) -> str:
+    """The text of an exception; the name of its class if the user's `__repr__` or `__str__` fails.
+
+    Example:
+        >>> text_of(ValueError("x")), text_of(ValueError("x"), str)
+        ("ValueError('x')", 'x')
+    """
+    try:
+        return as_text(exc)
+    except Exception:
+        return type(exc).__qualname__
 
 
 def unwrap(exc: BaseException) -> BaseException:

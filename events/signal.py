@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import blinker
 
 from .base import Event
-from .errors import annotate_error, most_severe
+from .errors import annotate_error, most_severe, text_of
 from .subscription import Subscription
 
 AsyncWrapper = Callable[[Callable[..., Coroutine[Any, Any, Any]]], Callable[..., Any]]
@@ -189,7 +189,7 @@ def _raised_of(errors: list[BaseException]) -> BaseException:
     first = most_severe(errors)
     for other in errors:
         if other is not first:
-            first.add_note(f"then also: {other!r} ({'; '.join(other.__notes__)})")
+            first.add_note(f"then also: {text_of(other)} ({'; '.join(other.__notes__)})")
     return first
 
 

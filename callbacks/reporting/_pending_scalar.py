@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import anyio
 import torch
 
 from ...engine.data.accelerator import copy_to_host
+
+DEVICE_POLL = 0.005
+"""Seconds between two questions to a device whether a number has arrived."""
 
 
 class PendingScalar:
@@ -29,3 +33,9 @@ class PendingScalar:
                 return None
             self._arrived.synchronize()
         return float(self._copy.item())
+
+    async def arrival(self) -> float:
+        """Wait for the number while the event loop goes on."""
+        while (number := self.get()) is None:  # noqa: ASYNC110 - a device sets no anyio.Event
+            await anyio.sleep(DEVICE_POLL)
+        return number

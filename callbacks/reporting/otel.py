@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Awaitable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -196,12 +197,28 @@ class _FitWatcher:
                     self.losses.append(((event.epoch, event.iter), loss))
         return chosen
 
-    def observe(self, event: Event) -> None:
+    def observe(self, event: Event) -> Awaitable[None] | None:
         """Begin or end a span, and record counts and numbers."""
+        loss = self._loss_of(event) if isinstance(event, CleanupBatch) else None
+        number: float | None = None
+        if loss is not None:
+            with suppress(RuntimeError):  # such as that of a device that failed
+                if (number := loss.get()) is None:
+                    return self._when_arrived(event, loss)
+        self._end_or_begin(event, number)
+        return None
+
+    async def _when_arrived(self, event: Event, loss: PendingScalar) -> None:
+        number: float | None = None
+        with suppress(RuntimeError):
+            number = await loss.arrival()
+        self._end_or_begin(event, number)
+
+    def _end_or_begin(self, event: Event, loss: float | None) -> None:
         if self._callback._fit is not self:
             return
         try:
-            self._record(event)
+            self._record(event, loss)
         except BaseException:
             self._callback.close()
             raise
@@ -210,7 +227,7 @@ class _FitWatcher:
         if self._callback._fit is self:
             self._callback._fit = None
 
-    def _record(self, event: Any) -> None:
+    def _record(self, event: Any, loss: float | None) -> None:
         spans = self._spans
         meters = self._meters if event.purpose == "fit" else None
         if not self._begun:  # also where its BeforeFit was not emitted, or dropped
@@ -227,7 +244,7 @@ class _FitWatcher:
                 place = {**_place(event), "eventrain.iter": event.iter}
                 spans.begin(_BATCH, f"{event.phase} batch", event, place)
             case CleanupBatch():
-                found = numbers_of("eventrain.", {"lr": event.lr, "loss": self._loss_of(event)})
+                found = numbers_of("eventrain.", {"lr": event.lr, "loss": loss})
                 found["eventrain.n_samples"] = event.n_samples
                 seconds = spans.end(_BATCH, event, event.end, found)
                 if meters is not None:
@@ -245,13 +262,12 @@ class _FitWatcher:
                     meters.end_fit(event)
                 self._callback.close()
 
-    def _loss_of(self, event: CleanupBatch) -> float | None:
+    def _loss_of(self, event: CleanupBatch) -> PendingScalar | None:
         place = event.epoch, event.iter
         while self.losses and self.losses[0][0] <= place:  # the events of earlier ones were dropped
             at, loss = self.losses.popleft()
             if at == place:
-                with suppress(RuntimeError):
-                    return loss.get(wait=True)
+                return loss
         return None
 
 

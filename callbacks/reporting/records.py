@@ -12,8 +12,6 @@ from collections.abc import Awaitable
 from datetime import UTC, datetime
 from typing import Any, TypeVar
 
-import anyio
-
 from ...events import (
     AfterBatch,
     BeforeEpoch,
@@ -31,9 +29,6 @@ from .jsonable import Conversion
 
 SCHEMA_VERSION = 1
 """Increased when a key is renamed, removed, or changes its meaning; not when one is added."""
-
-DEVICE_POLL = 0.005
-"""Seconds between two looks at whether a number has arrived from the device."""
 
 T = TypeVar("T")
 _Measured = tuple[Conversion, Any]
@@ -147,10 +142,8 @@ class RecordWatcher(ABC):
         return None
 
     async def _when_arrived(self, event: AfterBatch, loss: PendingScalar) -> None:
-        """Wait for the device while the event loop goes on."""
-        while (number := loss.get()) is None:  # noqa: ASYNC110 - a device sets no anyio.Event
-            await anyio.sleep(DEVICE_POLL)
-        written = self._record(event, "batch", self._batch_fields(event, number))
+        fields = self._batch_fields(event, await loss.arrival())
+        written = self._record(event, "batch", fields)
         if inspect.isawaitable(written):
             await written
 

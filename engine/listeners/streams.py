@@ -23,6 +23,7 @@ import anyio.lowlevel
 from ...events import CancelException, Event, Subscription
 from ...events.callback import Overflow
 from ...events.checks import is_int
+from ...events.errors import text_of
 from ...events.subscription import check_event_type
 from .. import log
 from ..loop.requests import Requests
@@ -144,15 +145,11 @@ class EventStream(Generic[E]):
     def fail(self, exc: BaseException) -> None:
         """Detach a reader that raised, or whose `where` raised, and log the error."""
         self.close()
-        try:
-            error = repr(exc)
-        except Exception:  # it is the user's class
-            error = type(exc).__qualname__
         log.error(
             "observer_failed",
             run_id=self._owner.run_id,
             observer=self.name,
-            error=error,
+            error=text_of(exc),
             exc_info=exc,
         )
 

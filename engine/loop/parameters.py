@@ -26,6 +26,11 @@ def optimizer_parameters(opt: Any) -> list[torch.Tensor]:
     return [p for group in opt.param_groups for p in group["params"]]
 
 
+def modules_of(loop: LoopState) -> list[nn.Module]:
+    """The model, and the other modules that are attributes of the learner, such as its loss."""
+    return [loop.model, *(value for value in vars(loop).values() if isinstance(value, nn.Module))]
+
+
 def current_lr(opt: Any) -> Any:
     """The learning rate of the first group; a copy if it is a tensor, which a scheduler changes."""
     lr = opt.param_groups[0].get("lr")
@@ -47,8 +52,12 @@ def drop_unused_gradients(loop: LoopState) -> None:
     These are all of them after a backward pass without a step; otherwise those of parameters that
     the optimizer does not have.
     """
-    kept = set() if loop.gradients_pending else {id(p) for p in optimizer_parameters(loop.opt)}
-    for p in (*loop.model.parameters(), *optimizer_parameters(loop.opt)):
-        if id(p) not in kept:
-            p.grad = None
+    stepped = optimizer_parameters(loop.opt)
+    if loop.gradients_pending:
+        dropped = [*stepped, *(p for module in modules_of(loop) for p in module.parameters())]
+    else:
+        kept = {id(p) for p in stepped}
+        dropped = [p for p in loop.model.parameters() if id(p) not in kept]
+    for p in dropped:
+        p.grad = None
     loop.gradients_pending = False

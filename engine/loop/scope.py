@@ -15,7 +15,7 @@ from ...events import (
     Event,
     ScopeEnd,
 )
-from ...events.errors import most_severe, who_raised
+from ...events.errors import most_severe, text_of, who_raised
 from .requests import InterruptedFit, OpenScope, scope_for
 from .state import COMPLETED, LoopState
 
@@ -144,7 +144,7 @@ def _outcome(exc: BaseException, late: BaseException) -> BaseException:
     first = most_severe([exc, late])
     other = late if first is exc else exc
     if not isinstance(other, CancelException):
-        first.add_note(f"then, in cleanup: {other!r}")
+        first.add_note(f"then, in cleanup: {text_of(other)}")
     return first
 
 
@@ -153,4 +153,4 @@ def _end_of(exc: BaseException | None) -> ScopeEnd:
         return COMPLETED
     if isinstance(exc, CancelException):
         return ScopeEnd("cancelled", exc.who, exc.reason)
-    return ScopeEnd("failed", who_raised(exc), f"{type(exc).__name__}: {exc}")
+    return ScopeEnd("failed", who_raised(exc), f"{type(exc).__name__}: {text_of(exc, str)}")

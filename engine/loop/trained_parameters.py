@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
-from torch import nn
 
-from .parameters import optimizer_parameters
+from .parameters import modules_of, optimizer_parameters
 from .state import LoopState
 
 NamedParameters = Sequence[tuple[str, torch.Tensor]]
@@ -43,7 +42,8 @@ def check_trained_parameters(loop: LoopState) -> None:
     if not before:
         return
     stepped = _stepped(loop)
-    here = {id(p) for module in _modules(loop) for p in module.parameters()}
+    # The model may have passed a parameter to another module of the learner.
+    here = {id(p) for module in modules_of(loop) for p in module.parameters()}
     lost = [(name, p) for name, p in before if id(p) not in here and id(p) in stepped]
     if lost:
         raise RuntimeError(
@@ -57,14 +57,6 @@ _HINT = (
     "Some devices get new parameters from model.to(device): move the model, or replace it, before"
     " the optimizer is made; or make the optimizer again in BeforeFit, and set learner.opt"
 )
-
-
-def _modules(loop: LoopState) -> Iterator[nn.Module]:
-    """The model, and other modules of the learner, to which it may have passed a parameter."""
-    yield loop.model
-    for value in vars(loop).values():
-        if isinstance(value, nn.Module):
-            yield value
 
 
 def _stepped(loop: LoopState) -> dict[int, torch.Tensor]:

@@ -98,6 +98,25 @@ def test_an_error_inside_is_raised_through_the_receivers_around_it(
     assert "Fails.step on Step" in raised.value.__notes__[0]
 
 
+def test_an_error_whose_text_cannot_be_made_is_raised_all_the_same(
+    make_model: MakeModel, dls: DataLoaders
+) -> None:
+    class Silent(Exception):
+        def __str__(self) -> str:
+            raise ZeroDivisionError
+
+    class Fails(TrainLearner):
+        def step(self) -> None:
+            raise Silent
+
+    learner = Fails(make_model(), dls)
+    with pytest.raises(Silent):
+        learner.run(1)
+    assert learner.result is not None
+    assert learner.result.reason is not None
+    assert learner.result.reason.startswith("Silent: ")
+
+
 def test_taking_over_a_method_of_the_users_is_refused_with_both_named(
     make_model: MakeModel, dls: DataLoaders
 ) -> None:

@@ -137,3 +137,20 @@ def test_gradients_of_parameters_that_are_not_optimized_are_dropped(dls: DataLoa
     head: dict[str, Any] = {"opt_func": lambda _, lr: torch.optim.SGD(model[1].parameters(), lr)}
     TrainLearner(model, dls, **head).run(1, valid=False)
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_nor_do_gradients_of_another_network_of_the_learner(
+    make_model: MakeModel, dls: DataLoaders
+) -> None:
+    class Two(TrainLearner):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            self.critic = nn.Linear(1, 1)
+
+        def get_loss(self) -> None:
+            self.loss = self.critic(self.preds).mean()
+
+    learner = Two(make_model(), dls)
+    learner.subscribe(AfterBackward, lambda event: learner.stop())
+    learner.run(1, valid=False)
+    assert learner.critic.weight.grad is None
