@@ -86,12 +86,7 @@ class ProgressCB(Callback):
 
     def __init__(self, console: Console | None = None) -> None:
         with optional_import("ProgressCB", "rich", "progress"):
-            # All of them now: later it would be on the host's event loop.
-            from rich import get_console, live, progress_bar, table, text  # noqa: F401
-
-            from . import _redirect  # noqa: F401
-
-            text.Text.from_markup(":check_mark:")  # imports the names of all emoji
+            from rich import get_console
         self.console = console or get_console()
         self._fit: _FitWatcher | None = None  # the one whose display was made last
 
@@ -106,6 +101,8 @@ class ProgressCB(Callback):
         # Imported here, in the training thread: later imports would hold up the event loop.
         from rich import box, live, progress_bar, table, text  # noqa: F401
         from rich.emoji import Emoji
+
+        from . import _redirect  # noqa: F401
 
         Emoji.replace("")  # which imports its table
         return _FitWatcher(self, event)
