@@ -62,6 +62,7 @@ class LearnerLike(Protocol):
     iter: int
     n_iter: int | None
     n_samples: int
+    all_read: bool
     training: bool
     trains: bool
     validates: bool

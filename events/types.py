@@ -83,18 +83,23 @@ class CleanupEpoch(EpochEvent):
         metrics: the values that callbacks put into `learner.record` during the epoch; if it was cut
             short, those measured until then.
         n_samples: samples seen in the epoch.
+        all_read: whether all of its batches were read, so that the metrics are those of the whole
+            epoch, even if a receiver of AfterEpoch has cancelled it.
     """
 
     deliver_to_all: ClassVar[bool] = True
     end: ScopeEnd
     metrics: Mapping[str, Any]
     n_samples: int
+    all_read: bool
 
     @classmethod
     def of(cls, learner: Any, *extra: Any) -> Self:
         metrics = MappingProxyType(_Metrics(numbers_of(learner.record)))
         # Not a bare super(): that refers to this class, which `slots=True` replaces by another.
-        return super(CleanupEpoch, cls).of(learner, *extra, metrics, learner.n_samples)
+        return super(CleanupEpoch, cls).of(
+            learner, *extra, metrics, learner.n_samples, learner.all_read
+        )
 
 
 # ----------------------------------------------------------------------------------- batch

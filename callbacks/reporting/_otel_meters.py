@@ -70,7 +70,7 @@ class Meters:
         self, event: CleanupEpoch, seconds: float | None, numbers: dict[str, Any]
     ) -> None:
         self._count(event)
-        if event.end.status == "completed":
+        if event.all_read:
             self._set_gauges(event, numbers)
         self.n_samples = 0
         if seconds is not None:

@@ -160,7 +160,7 @@ class _FitCurve:
 
     def _end_epoch(self, event: CleanupEpoch) -> None:
         loss = self._validation.mean()
-        if loss is not None and event.end.status == "completed":
+        if loss is not None and event.all_read:
             self.valid.add(self._batch, loss)
         self._validation = MeanLoss()
 

@@ -161,7 +161,7 @@ class PrometheusCB(RecordCB):
         elif record["event"] == "epoch":
             which = {"phase": record["phase"]}
             self._of("epochs", **which, status=record["status"]).inc()
-            if record["status"] != "completed":
+            if not record["all_read"]:
                 return  # what was measured in a part of an epoch cannot be told from the others
             seconds = max(0, record["seconds"])  # the clock may have been set back
             self._of("duration", **which).observe(seconds)

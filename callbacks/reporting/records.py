@@ -214,6 +214,7 @@ def _epoch_fields(event: CleanupEpoch, metrics: object, seconds: float) -> dict[
         "metrics": metrics,
         "seconds": seconds,
         "samples": event.n_samples,
+        "all_read": event.all_read,
         "samples_per_second": _rate(event.n_samples, seconds),
     }
 

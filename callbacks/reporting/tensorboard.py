@@ -189,7 +189,7 @@ class _FitFiles(RecordWatcher):
             step, found = self._step, numbers(record)
             keys = ("loss", "lr", "samples_per_second")
             scalars = {f"batch/{key}": found[key] for key in keys if key in found}
-        elif record["event"] == "epoch" and record["status"] == "completed":
+        elif record["event"] == "epoch" and record["all_read"]:
             step, phase = record["epoch"], record["phase"]
             found = numbers(record, "metrics")
             scalars = {f"{name}/{phase}": value for name, value in found.items()}

@@ -205,7 +205,9 @@ def _progress(learner: MomentumLearner) -> dict[str, Any]:
 
 
 def _history(learner: MomentumLearner) -> list[dict[str, Any]]:
-    return [to_jsonable(row) for row in list(learner.history) if len(row) > 2]
+    """The rows of the epochs that were not cut short, with the numbers measured in them."""
+    rows = [row for row in list(learner.history) if len(row) > 2 and "status" not in row]
+    return [to_jsonable(row) for row in rows]
 
 
 class Runs:

@@ -93,6 +93,8 @@ def test_events_that_the_host_takes_are_all_counted(backend: dict[str, Any]) -> 
     learner.observe(watch.take, buffer=3)
     assert host.delivery_rate(learner, 3, backend) > 0
     assert watch.delivered == 3
+    learner = TrainLearner(linear(1).model)
+    learner.observe(watch.take, buffer=3)
     with pytest.raises(AssertionError):
         host.delivery_rate(learner, 4, backend)
 

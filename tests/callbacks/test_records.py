@@ -146,6 +146,7 @@ def test_every_record_says_what_the_events_said(backend: dict[str, Any]) -> None
                     "metrics": {"loss": event.metrics["loss"]},
                     "seconds": event.time - began,
                     "samples": samples,
+                    "all_read": True,
                     "samples_per_second": samples / (event.time - began),
                 }
             case "CleanupFit", _:

@@ -37,6 +37,7 @@ def make_event() -> MakeEvent:
         "loss": None,
         "end": ScopeEnd("completed"),
         "metrics": {},
+        "all_read": True,
     }
 
     def make(event_type: type[Event], **given: Any) -> Event:

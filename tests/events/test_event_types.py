@@ -67,7 +67,7 @@ FIELDS: dict[type[Event], list[str]] = {
     EpochEvent: EPOCH,
     BeforeEpoch: EPOCH,
     AfterEpoch: EPOCH,
-    CleanupEpoch: [*EPOCH, "end", "metrics", "n_samples"],
+    CleanupEpoch: [*EPOCH, "end", "metrics", "n_samples", "all_read"],
     BatchEvent: BATCH,
     BeforeBatch: BATCH,
     AfterPredict: BATCH,

@@ -263,3 +263,17 @@ def test_a_cancelled_batch_keeps_the_counts_of_the_others(
 
     result = learner.run(2, valid=False)
     assert (result.steps, result.batches, result.epochs) == (4, 4, 2)
+
+
+def test_an_epoch_that_is_cancelled_after_its_last_batch_has_all_its_numbers(
+    make_model: MakeModel, dls: DataLoaders
+) -> None:
+    """As SingleEpochCB does: reporters show them."""
+    learner = TrainLearner(make_model(), dls, cbs=MetricsCB())
+    learner.on(AfterEpoch, order=-1)(cut_by("cancel"))
+    with record_events(learner) as events:
+        result = learner.run(1, valid=False)
+    (end,) = [event for event in events if isinstance(event, CleanupEpoch)]
+    assert (end.end.status, end.all_read) == ("cancelled", True)
+    (row,) = result.history
+    assert row == {"epoch": 0, "train": "train", "loss": end.metrics["loss"]}
