@@ -228,14 +228,13 @@ class LoopState:
         """
         if type(batch) in _SEQUENCES and len(batch) == 2:
             x, y = batch
-            if (
-                type(x) is torch.Tensor
-                and type(y) is torch.Tensor
-                and not (x.is_nested or y.is_nested)
-            ):
-                shape, other = x.shape, y.shape  # the usual case takes a third of the time here
-                if shape and other and shape[0] == other[0]:
-                    return shape[0]
+            if type(x) is torch.Tensor and type(y) is torch.Tensor:
+                # The usual case takes a third of the time here. A scalar and a nested tensor raise.
+                try:
+                    if (n := x.shape[0]) == y.shape[0]:
+                        return n
+                except (IndexError, RuntimeError):
+                    pass
         size, guess = size_of(batch)
         if guess is not None:
             self.batch_reader.note_guess(self, size, guess)
