@@ -100,6 +100,7 @@ def _write(level: str, event: str, fields: dict[str, Any]) -> None:
     try:
         line.start()
     except RuntimeError:  # the system has no more threads, or the interpreter is about to end
+        line.previous = None  # which may be blocked
         line.run()
     else:
         line.join(0 if previous is not None and previous.left else PATIENCE)

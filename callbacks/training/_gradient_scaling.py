@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from ...engine.loop.loss import check_loss
-from ...engine.loop.parameters import optimizer_parameters
+from ...engine.loop.parameters import all_optimizer_parameters, optimizer_parameters
 from ...events import LearnerLike
 
 
@@ -21,16 +21,16 @@ class GradientScaling:
 
     Args:
         scaler: the scaler of the fit.
-        opt: the optimizer, whose gradients are scaled.
+        learner: the learner, whose optimizers' gradients are scaled.
 
     Attributes:
         unscaled: set it when the gradients have been unscaled for a step.
         updated: set it when the scaler has been updated in that step.
     """
 
-    def __init__(self, scaler: torch.amp.GradScaler, opt: Any) -> None:
+    def __init__(self, scaler: torch.amp.GradScaler, learner: LearnerLike) -> None:
         self.scaler = scaler
-        self._scale(opt)
+        self._scale(learner)
         self._scaled = True
 
     @contextmanager
@@ -44,24 +44,45 @@ class GradientScaling:
             if learner.loss is scaled:
                 learner.loss = loss
 
-    def end_step(self, opt: Any) -> None:
+    def unscale_others(self, learner: LearnerLike) -> None:
+        """Unscale the gradients of the learner's optimizers other than `learner.opt`."""
+        own = {id(p) for p in optimizer_parameters(learner.opt)}
+        others = [p for p in all_optimizer_parameters(learner) if id(p) not in own]
+        if any(p.grad is not None for p in others):
+            view: Any = AsOptimizer(others)  # Any, because it is not an Optimizer
+            self.scaler.unscale_(view)
+
+    def end_step(self, learner: LearnerLike) -> None:
         """Scale again the gradients that the step has left."""
         if not self.unscaled:
             return
         if not self.updated:  # another receiver cancelled the step
             self.scaler.update()
-        self._scale(opt)
+        self._scale(learner)
 
-    def end_fit(self, opt: Any) -> None:
+    def end_fit(self, learner: LearnerLike) -> None:
         """Undo the scaling of the gradients that are kept, once."""
         if self._scaled:
-            for p in optimizer_parameters(opt):
+            for p in all_optimizer_parameters(learner):
                 if p.grad is not None:
                     p.grad /= self.scaler.get_scale()
         self._scaled = False
 
-    def _scale(self, opt: Any) -> None:
-        for p in optimizer_parameters(opt):
+    def _scale(self, learner: LearnerLike) -> None:
+        for p in all_optimizer_parameters(learner):
             if p.grad is not None:
                 p.grad = self.scaler.scale(p.grad)
         self.unscaled = self.updated = False
+
+
+class AsOptimizer:
+    """Parameters as `GradScaler` takes them: those of an optimizer.
+
+    Attributes:
+        step: what `GradScaler.step` calls, unless a gradient has overflowed.
+    """
+
+    step: Callable[[], None]
+
+    def __init__(self, parameters: list[torch.Tensor]) -> None:
+        self.param_groups = [{"params": parameters}]

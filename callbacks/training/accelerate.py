@@ -89,7 +89,7 @@ class AccelerateCB(TrainCB):
             *(self._prepare(getattr(learner.dls, name, None)) for name in ("train", "valid"))
         )
         if self.accelerator.scaler is not None and learner.trains:
-            self._scaling = GradientScaling(self.accelerator.scaler, learner.opt)
+            self._scaling = GradientScaling(self.accelerator.scaler, learner)
 
     def _prepare(self, x: Any) -> Any:
         return None if x is None else self.accelerator.prepare(x)
@@ -108,6 +108,7 @@ class AccelerateCB(TrainCB):
     def before_step(self, event: BeforeStep) -> None:
         if self._scaling is not None:
             self.accelerator.unscale_gradients(event.learner.opt)
+            self._scaling.unscale_others(event.learner)
             self._scaling.unscaled = True
 
     def step(self, event: Step) -> None:
@@ -120,14 +121,14 @@ class AccelerateCB(TrainCB):
 
     def cleanup_step(self, event: CleanupStep) -> None:
         if self._scaling is not None:
-            self._scaling.end_step(event.learner.opt)
+            self._scaling.end_step(event.learner)
 
     def cleanup_fit(self, event: CleanupFit) -> None:
         if self._own is None:
             return
         learner = event.learner
         if self._scaling is not None:
-            self._scaling.end_fit(learner.opt)
+            self._scaling.end_fit(learner)
             self._scaling = None
         self.accelerator.unwrap_model(learner.model, keep_fp32_wrapper=False)
         self.accelerator.free_memory()  # it keeps references to all that it has prepared

@@ -7,7 +7,7 @@ from typing import Any
 
 from ...engine.data.dataloaders import has_exact_length
 from ...engine.loop.loss import check_loss
-from ...engine.loop.parameters import optimizer_parameters
+from ...engine.loop.parameters import all_optimizer_parameters
 from ...events import (
     AfterBackward,
     AfterEpoch,
@@ -76,7 +76,7 @@ class GradientAccumulationCB(Callback):
         if self._waiting < self._due and not self._flushing:
             raise CancelStepException(f"accumulating, {self._waiting} of {self._due}")
         if not math.isclose(self._weight, 1):
-            for p in optimizer_parameters(event.learner.opt):
+            for p in all_optimizer_parameters(event.learner):
                 if p.grad is not None:
                     p.grad /= self._weight
         self._forget()
@@ -88,7 +88,8 @@ class GradientAccumulationCB(Callback):
 
     def cleanup_epoch(self, event: CleanupEpoch) -> None:
         if self._waiting:  # the epoch was cancelled within a group
-            event.learner.opt.zero_grad()
+            for p in all_optimizer_parameters(event.learner):
+                p.grad = None
         self._forget()
 
     def state_dict(self) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ...engine.loop.parameters import all_optimizer_parameters
 from ...events import (
     AfterLoss,
     Backward,
@@ -21,7 +22,7 @@ from ...events import (
     Event,
     Step,
 )
-from ._gradient_scaling import GradientScaling
+from ._gradient_scaling import AsOptimizer, GradientScaling
 from .device import def_device
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -87,7 +88,7 @@ class MixedTrainingCB(Callback):
         if self.dtype == torch.float16:
             self.scaler = torch.amp.GradScaler(self._device, init_scale=self.init_scale)
             if event.learner.trains:
-                self._scaling = GradientScaling(self.scaler, event.learner.opt)
+                self._scaling = GradientScaling(self.scaler, event.learner)
 
     def before_batch(self, event: BeforeBatch) -> None:
         self._autocast = torch.autocast(self._device, dtype=self.dtype)
@@ -115,7 +116,7 @@ class MixedTrainingCB(Callback):
 
     def before_step(self, event: BeforeStep) -> None:
         if self._scaling is not None:
-            self._stepper = _Stepper(event.learner.opt)
+            self._stepper = AsOptimizer(all_optimizer_parameters(event.learner))
             self._scaling.scaler.unscale_(self._stepper)
             self._scaling.unscaled = True
 
@@ -131,18 +132,19 @@ class MixedTrainingCB(Callback):
         after = self.scaler.get_scale()
         if after < before or after == 0:  # at a scale of 0, everything is NaN
             self.skipped_steps += 1
-            event.learner.opt.zero_grad()  # not ZeroGrad, which may keep gradients that overflowed
+            for p in all_optimizer_parameters(event.learner):
+                p.grad = None  # not by ZeroGrad, which may keep gradients that overflowed
             raise CancelStepException(
                 f"gradients overflowed: step skipped, scale {before:g} -> {after:g}"
             )
 
     def cleanup_step(self, event: CleanupStep) -> None:
         if self._scaling is not None:
-            self._scaling.end_step(event.learner.opt)
+            self._scaling.end_step(event.learner)
 
     def cleanup_fit(self, event: CleanupFit) -> None:
         if self._scaling is not None:
-            self._scaling.end_fit(event.learner.opt)
+            self._scaling.end_fit(event.learner)
             self._scaling = None
 
     def state_dict(self) -> dict[str, Any]:
@@ -155,12 +157,3 @@ class MixedTrainingCB(Callback):
         self.skipped_steps = state.get("skipped_steps", 0)
         if self.scaler is not None and "scaler" in state:
             self.scaler.load_state_dict(state["scaler"])
-
-
-class _Stepper:
-    """The optimizer as `GradScaler` sees it, whose `step` performs the Step of the learner."""
-
-    step: Callable[[], None]
-
-    def __init__(self, opt: Any) -> None:
-        self.param_groups = opt.param_groups

@@ -6,6 +6,7 @@ the learner's own method. The first receiver that does not call it takes the act
 
 from __future__ import annotations
 
+import dis
 import inspect
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -94,13 +95,14 @@ def check_performers(loop: LoopState, actions: Iterable[type[ActionEvent]]) -> N
         if action not in getattr(_owner(first), "takes_over", ()):
             raise ValueError(
                 f"{first.name} would take {action.__name__} over from {name_of(method)}, which"
-                " would never be called: call event.proceed() to have it called, or, to replace"
-                f" it, make it a method of a Callback with takes_over = ({action.__name__},)"
+                " would never be called: call event.proceed() in it to have that called, or, to"
+                " replace it, make it a method of a Callback with"
+                f" takes_over = ({action.__name__},)"
             )
 
 
 def wraps(subscription: Subscription) -> bool:
-    """Whether the code of a receiver calls `event.proceed()`."""
+    """Whether the code of a receiver uses `event.proceed`, in itself or in a function inside it."""
     receiver: Any = subscription.receiver
     while isinstance(receiver, partial):
         receiver = receiver.func
@@ -111,8 +113,12 @@ def wraps(subscription: Subscription) -> bool:
 
 
 def _names_proceed(code: CodeType) -> bool:
+    if "proceed" in code.co_names:
+        loads = pairwise(dis.get_instructions(code))
+        if any(name.argval == "proceed" and owner.argval != "self" for owner, name in loads):
+            return True
     nested = (constant for constant in code.co_consts if isinstance(constant, CodeType))
-    return "proceed" in code.co_names or any(_names_proceed(inner) for inner in nested)
+    return any(_names_proceed(inner) for inner in nested)
 
 
 def _owner(subscription: Subscription) -> object:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from .state import LoopState
+
+T = TypeVar("T")
 
 
 def optimizer_parameters(opt: Any) -> list[torch.Tensor]:
@@ -26,9 +28,30 @@ def optimizer_parameters(opt: Any) -> list[torch.Tensor]:
     return [p for group in opt.param_groups for p in group["params"]]
 
 
-def modules_of(loop: LoopState) -> list[nn.Module]:
-    """The model, and the other modules that are attributes of the learner, such as its loss."""
-    return [loop.model, *(value for value in vars(loop).values() if isinstance(value, nn.Module))]
+def modules_of(loop: Any) -> list[nn.Module]:
+    """The model and the other modules of a learner, such as its loss, also in lists and dicts."""
+    return [loop.model, *_held_by(loop, nn.Module)]
+
+
+def all_optimizer_parameters(loop: Any) -> list[torch.Tensor]:
+    """The parameters of `learner.opt` and of the learner's other optimizers, each once.
+
+    A learner with a step of its own may step with several.
+    """
+    groups = list(getattr(loop.opt, "param_groups", ()))
+    for opt in _held_by(loop, torch.optim.Optimizer):
+        groups += opt.param_groups
+    return list({id(p): p for group in groups for p in group["params"]}.values())
+
+
+def _held_by(loop: Any, kind: type[T]) -> list[T]:
+    """The objects of a kind among the attributes of a learner, also in lists and dicts."""
+    found = []
+    for value in vars(loop).values():
+        inside = value.values() if isinstance(value, dict) else value
+        held = inside if isinstance(value, list | tuple | dict) else (value,)
+        found += [item for item in held if isinstance(item, kind)]
+    return found
 
 
 def current_lr(opt: Any) -> Any:
@@ -50,14 +73,11 @@ def drop_unused_gradients(loop: LoopState) -> None:
     """At the end of a fit, drop the gradients that no step has used and no `ZeroGrad` has kept.
 
     These are all of them after a backward pass without a step; otherwise those of parameters that
-    the optimizer does not have.
+    no optimizer of the learner has.
     """
-    stepped = optimizer_parameters(loop.opt)
-    if loop.gradients_pending:
-        dropped = [*stepped, *(p for module in modules_of(loop) for p in module.parameters())]
-    else:
-        kept = {id(p) for p in stepped}
-        dropped = [p for p in loop.model.parameters() if id(p) not in kept]
-    for p in dropped:
-        p.grad = None
+    stepped = all_optimizer_parameters(loop)
+    kept = set() if loop.gradients_pending else {id(p) for p in stepped}
+    for p in (*stepped, *(p for module in modules_of(loop) for p in module.parameters())):
+        if id(p) not in kept:
+            p.grad = None
     loop.gradients_pending = False

@@ -70,7 +70,7 @@ class MeanLoss:
         if loss is None or loss.ndim:
             loss = check_scalar(event.learner.loss).detach().reshape(())
         learner = event.learner
-        n = learner.batch_size(learner.batch)
+        n = int(learner.batch_size(learner.batch))
         if not n:  # the mean of no samples is NaN
             return
         if not self._placed:

@@ -126,8 +126,8 @@ def test_taking_over_a_method_of_the_users_is_refused_with_both_named(
         learner.run(1)
     assert str(raised.value) == (
         "Takes.step would take Step over from Mine.step, which would never be called: call"
-        " event.proceed() to have it called, or, to replace it, make it a method of a Callback with"
-        " takes_over = (Step,)"
+        " event.proceed() in it to have that called, or, to replace it, make it a method of a"
+        " Callback with takes_over = (Step,)"
     )
     assert recorded == []
 
@@ -137,6 +137,18 @@ def test_taking_over_a_method_of_the_users_is_refused_with_both_named(
     learner = Mine(make_model(), dls, cbs=MeansTo())
     assert learner.run(1).steps == 3
     assert not hasattr(learner, "stepped")
+
+
+def test_an_attribute_of_that_name_is_not_the_call(make_model: MakeModel, dls: DataLoaders) -> None:
+    class Named(Callback):
+        proceed = False
+
+        def step(self, event: Step) -> None:
+            if not self.proceed:
+                event.learner.opt.step()
+
+    with pytest.raises(ValueError, match=r"would take Step over from Mine\.step"):
+        Mine(make_model(), dls, cbs=Named()).run(1)
 
 
 def test_a_method_of_the_engines_own_may_be_taken_over(
@@ -247,3 +259,53 @@ def test_the_generator_of_a_gan_trains_under_mixed_precision_and_accelerate(
     tolerance = 1e-2 if isinstance(wrapped.cbs[0], MixedTrainingCB) else 0
     for a, b in (plain.model, wrapped.model), (plain.generator, wrapped.generator):
         assert torch.allclose(weights(a), weights(b), rtol=tolerance, atol=tolerance)
+
+
+class TwoOptimizers(TrainLearner):
+    """A head with an optimizer of its own, which steps on the gradients of the same loss."""
+
+    def __init__(self, head: nn.Module, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.heads = {"one": head}
+        self.others = [torch.optim.SGD(head.parameters(), 0.1)]
+
+    def predict(self) -> None:
+        self.preds = self.heads["one"](self.model(self.batch[0]))
+
+    def step(self) -> None:
+        super().step()
+        for opt in self.others:
+            opt.step()
+
+    def zero_grad(self) -> None:
+        super().zero_grad()
+        for opt in self.others:
+            opt.zero_grad()
+
+
+def two_optimizers(dls: DataLoaders, make_model: MakeModel, *cbs: Callback) -> TwoOptimizers:
+    torch.manual_seed(7)
+    return TwoOptimizers(nn.Linear(1, 1), make_model(), dls, cbs=cbs)
+
+
+def test_every_optimizer_of_the_learner_steps_on_unscaled_gradients(
+    dls: DataLoaders, make_model: MakeModel
+) -> None:
+    plain = two_optimizers(dls, make_model)
+    mixed = two_optimizers(dls, make_model, MixedTrainingCB("fp16", init_scale=1024.0))
+    plain.run(2)
+    assert mixed.run(2).steps == 6
+    for a, b in (plain.model, mixed.model), (plain.heads["one"], mixed.heads["one"]):
+        assert torch.allclose(weights(a), weights(b), rtol=1e-2, atol=1e-2)
+
+
+def test_a_step_in_which_another_optimizer_would_overflow_is_skipped(
+    dls: DataLoaders, make_model: MakeModel
+) -> None:
+    learner = two_optimizers(dls, make_model, MixedTrainingCB("fp16", init_scale=1024.0))
+    head = learner.heads["one"]
+    before = weights(head)
+    head.weight.register_hook(lambda gradient: gradient * float("inf"))
+    assert learner.run(1, valid=False).steps == 0
+    assert torch.equal(weights(head), before)
+    assert head.weight.grad is None

@@ -145,12 +145,28 @@ def test_nor_do_gradients_of_another_network_of_the_learner(
     class Two(TrainLearner):
         def __init__(self, *args: Any) -> None:
             super().__init__(*args)
-            self.critic = nn.Linear(1, 1)
+            self.critics = {"one": nn.Linear(1, 1)}
 
         def get_loss(self) -> None:
-            self.loss = self.critic(self.preds).mean()
+            self.loss = self.critics["one"](self.preds).mean()
 
     learner = Two(make_model(), dls)
+    learner.run(1, valid=False)
+    assert learner.critics["one"].weight.grad is None
     learner.subscribe(AfterBackward, lambda event: learner.stop())
     learner.run(1, valid=False)
-    assert learner.critic.weight.grad is None
+    assert learner.critics["one"].weight.grad is None
+
+
+def test_an_error_stays_the_first_where_the_optimizer_is_gone(
+    make_model: MakeModel, dls: DataLoaders
+) -> None:
+    learner = TrainLearner(make_model(), dls)
+
+    @learner.on(AfterBackward)
+    def lose(event: AfterBackward) -> None:
+        learner.opt = None
+        raise ZeroDivisionError("first")
+
+    with pytest.raises(ZeroDivisionError, match="first"):
+        learner.run(1)
