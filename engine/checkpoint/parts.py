@@ -216,7 +216,7 @@ class _Search:
     def _search(self, owner_name: str, owner: Any) -> None:
         for name, value in attributes_of(owner).items():
             held = self._visit(owner_name, name, value)
-            if is_users(type(owner)):
+            if is_users(type(owner)) or isinstance(owner, LoopState):
                 self.tensors += [OutsideTensor(owner, name, tensor) for tensor in held]
 
     def _visit(self, owner: str, name: str, value: Any) -> list[torch.Tensor]:

@@ -84,7 +84,7 @@ def size_of_usual(batch: Any) -> int | None:
         if not shape or n not in (None, shape[0]):
             return None
         n = shape[0]
-    return None if len(parts) == 3 and _are_images(list(parts)) else n
+    return n
 
 
 def sizes_of(x: Any, dims: int = 1) -> Sizes:
@@ -240,7 +240,7 @@ def _is_scalar(x: Any) -> bool:
 
 def _are_images(tensors: Sequence[Any]) -> bool:
     """Whether tensors of the same number of dimensions look like images of different sizes."""
-    if tensors[0].dim() != 3 or tensors[0].size(0) not in (1, 3, 4):
+    if any(t.dim() != 3 or t.size(0) not in (1, 3, 4) for t in tensors):
         return False
     heights, widths = ({t.size(d) for t in tensors} for d in (1, 2))
     return len(heights) > 1 and len(widths) > 1

@@ -423,3 +423,11 @@ def test_metrics_of_several_outputs_say_what_to_do() -> None:
     )
     with pytest.raises(TypeError, match=r"learner\.preds is a tuple: .*learner\.record"):
         learner.run(1, train=False)
+
+
+@pytest.mark.parametrize("n", range(1, 6))
+def test_three_columns_of_one_length_are_no_images(n: int) -> None:
+    learner = TrainLearner(nn.Linear(3, 1))
+    sequences, lengths, targets = torch.zeros(n, 5, 2), torch.zeros(n), torch.zeros(n)
+    assert learner.batch_size([sequences, lengths, targets]) == n
+    assert learner.batch_size((sequences, torch.zeros(n, 7, 3), torch.zeros(n, 7, 3))) == n
