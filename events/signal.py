@@ -162,10 +162,6 @@ class EventSignal(blinker.Signal):
             " receivers in their place"
         )
 
-    def performer(self, learner: object) -> Subscription | None:
-        """For the signal of an action: the receiver that performs it for `learner`, if any."""
-        return next((s for s in self.ordered if not s.closed and s.matches(learner)), None)
-
     def send_to(
         self, subscription: Subscription, event: Event, wrapper: AsyncWrapper | None
     ) -> None:

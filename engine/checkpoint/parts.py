@@ -111,24 +111,7 @@ def parts_of(learner: SavedLearner) -> list[Part]:
     An object that is reached by two names is listed once, under the first in this order: the model,
     the optimizer, the attributes of the learner by name, those of the callbacks.
     """
-    found = _Search(learner).parts
-    return sorted(found, key=lambda part: (not is_module(part.value), not is_optimizer(part.value)))
-
-
-def holders(learner: SavedLearner) -> list[tuple[Any, str]]:
-    """The attributes that hold a part, or a tensor outside of the parts: each owner and name."""
-    search = _Search(learner)
-    owners = {"learner": learner, **dict(owners_of(learner))}
-    of_parts = [(owners[part.owner], _ATTRIBUTE.split(part.name)[0]) for part in search.parts]
-    return [*of_parts, *((outside.owner, outside.attribute) for outside in search.tensors)]
-
-
-_ATTRIBUTE = re.compile(r"[.\[]")
-
-
-def tensors_outside(learner: SavedLearner) -> list[OutsideTensor]:
-    """The tensors that the learner and its callbacks hold, and that no part has."""
-    return _Search(learner).tensors
+    return Search(learner).parts
 
 
 def is_module(value: Any) -> bool:
@@ -180,15 +163,16 @@ def speaks_for_itself(owner: Any) -> bool:
     return is_users(cls) or not is_users(type(owner))
 
 
-class _Search:
+class Search:
     """A search through the attributes of a learner and its callbacks.
 
     Attributes:
-        parts: what it has found.
-        tensors: the tensors outside of the parts.
+        parts: what it has found, in the order of `parts_of`.
+        tensors: the tensors that the learner and its callbacks hold, and that no part has.
     """
 
     def __init__(self, learner: SavedLearner) -> None:
+        self._learner = learner
         self.parts: list[Part] = []
         self.tensors: list[OutsideTensor] = []
         self._seen: dict[int, Any] = {}  # the objects, so that none of these ids is used again
@@ -209,6 +193,13 @@ class _Search:
         for name, owner in owners_of(learner):
             if owner is learner or not speaks_for_itself(owner):
                 self._search(name if owner is not learner else "learner", owner)
+        self.parts.sort(key=lambda part: (not is_module(part.value), not is_optimizer(part.value)))
+
+    def holders(self) -> list[tuple[Any, str]]:
+        """The attributes that hold a part, or a tensor outside of the parts: owner and name."""
+        owners = {"learner": self._learner, **dict(owners_of(self._learner))}
+        of_parts = [(owners[part.owner], _ATTRIBUTE.split(part.name)[0]) for part in self.parts]
+        return [*of_parts, *((outside.owner, outside.attribute) for outside in self.tensors)]
 
     def _know(self, value: Any) -> None:
         self._seen[id(value)] = value
@@ -247,6 +238,9 @@ class _Search:
         for _, submodule in inner:
             self._know(submodule)
         self.parts.append(Part(owner, name, module, elsewhere))
+
+
+_ATTRIBUTE = re.compile(r"[.\[]")
 
 
 def _contents(value: Any) -> Iterator[tuple[str, Any]]:

@@ -20,12 +20,10 @@ from .kept import KeptAttributes, KeptModule, KeptTensors, keep_contents
 from .parts import (
     Part,
     SavedLearner,
-    holders,
+    Search,
     is_module,
     is_optimizer,
     own_states,
-    parts_of,
-    tensors_outside,
 )
 from .random_state import (
     generator_state,
@@ -58,7 +56,7 @@ def preserved(learner: SavedLearner) -> Iterator[None]:
 
 
 class KeptLearner:
-    """All that `parts_of` and `own_states` list, and the position and random states of a learner.
+    """All that a `Search` and `own_states` list, and the position and random states of a learner.
 
     The random states are those of Python, numpy, torch, its devices, and the generators of the
     learner's loaders. A model that was moved to another device stays there.
@@ -74,20 +72,20 @@ class KeptLearner:
             for owner in (learner, *learner.cbs)
             if hasattr(owner, "__dict__")
         }
-        parts = parts_of(learner)
-        for part in parts:
+        search = Search(learner)
+        for part in search.parts:
             self._keep_part(part)
         for name in ("model", "opt"):
             self._add(name, partial(setattr, learner, name, getattr(learner, name)))
-        for outside in tensors_outside(learner):
+        for outside in search.tensors:
             self._tensors.keep(outside.tensor)
             self._add(str(outside), partial(self._tensors.put_back, outside.tensor))
-        self._held = holders(learner)
+        self._held = search.holders()
         self._add("the attributes", self._put_back_attributes)
         self._add("the gradients", self._tensors.put_back_gradients)
         for name, owner in own_states(learner).items():
             self._add(name, self._keep_own_state(owner))
-        for part in parts:
+        for part in search.parts:
             if is_generator(part.value):  # after the callbacks, which may draw while they load
                 state = generator_state(part.value)
                 self._add(str(part), partial(set_generator_state, part.value, state))
@@ -150,7 +148,7 @@ class KeptLearner:
 
     def _put_back_attributes(self) -> None:
         """Those that hold a part or a tensor, before or now: a new one is not to stay."""
-        held = [*self._held, *holders(self._learner)]
+        held = [*self._held, *Search(self._learner).holders()]
         for owner, name in dict.fromkeys((id(owner), name) for owner, name in held):
             self._attributes[owner].put_back(name)
 

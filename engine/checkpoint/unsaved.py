@@ -12,12 +12,11 @@ from torch.nn.parameter import is_lazy
 from ..loop.parameters import optimizer_parameters
 from .parts import (
     SavedLearner,
+    Search,
     is_module,
     is_optimizer,
     is_users,
-    parts_of,
     speaks_for_itself,
-    tensors_outside,
 )
 
 
@@ -27,17 +26,17 @@ def unsaved_tensors(learner: SavedLearner) -> list[str]:
     They are those of the learner, of callbacks without a `state_dict`, and of modules that are
     trained and that hold tensors which are not buffers.
     """
-    parts = parts_of(learner)
-    modules = [part.value for part in parts if is_module(part.value)]
+    search = Search(learner)
+    modules = [part.value for part in search.parts if is_module(part.value)]
     saved: list[torch.Tensor] = []
     for module in modules:
         saved += [*module.parameters(), *module.buffers()]
-    for part in parts:
+    for part in search.parts:
         saved += optimizer_parameters(part.value) if is_optimizer(part.value) else []
-    memories = {_memory(tensor) for tensor in saved} - {None}
+    memories = {_memory(tensor) for tensor in saved}
     found = [
         (str(outside), outside.tensor)
-        for outside in tensors_outside(learner)
+        for outside in search.tensors
         if not speaks_for_itself(outside.owner)
     ]
     for module in modules:
