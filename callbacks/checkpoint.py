@@ -18,6 +18,7 @@ from ..engine.checkpoint.resume import ResumableBatchReader
 from ..engine.checkpoint.snapshot import Snapshot
 from ..engine.checkpoint.state import state_of
 from ..engine.checkpoint.unsaved import unsaved_tensors
+from ..engine.loop.clock import is_last_epoch
 from ..engine.loop.state import Position
 from ..events import BeforeFit, Callback, CleanupBatch, CleanupEpoch, CleanupFit, Event
 from ._checks import check_float, check_int
@@ -46,6 +47,7 @@ class CheckpointCB(Callback):
         every_epochs: save after every n-th epoch, including its validation. By default 1, if no
             other `every_` is given.
         every_batches: save after every n-th training batch.
+        every_steps: save after every n-th optimizer step, at the end of its batch.
         every_seconds: save after the first batch that ends this many seconds after the last save.
         keep_last: the number of checkpoints of this run to keep, the newest ones; None for all.
         keep_best: (name, "min" or "max"): also keep the checkpoint with the best number of that
@@ -89,12 +91,15 @@ class CheckpointCB(Callback):
         keep_last: int | None = 3,
         keep_best: tuple[str, Literal["min", "max"]] | None = None,
         background: bool = True,
+        *,
+        every_steps: int | None = None,
     ) -> None:
-        if every_epochs is every_batches is every_seconds is None:
+        if every_epochs is every_batches is every_seconds is every_steps is None:
             every_epochs = 1
         counts = {
             "every_epochs": every_epochs,
             "every_batches": every_batches,
+            "every_steps": every_steps,
             "keep_last": keep_last,
         }
         for name, n in counts.items():
@@ -114,6 +119,7 @@ class CheckpointCB(Callback):
         self.folder = Path(folder)
         self.every_epochs = every_epochs
         self.every_batches = every_batches
+        self.every_steps = every_steps
         self.every_seconds = every_seconds
         self.keep_last = keep_last
         self.keep_best = keep_best
@@ -150,6 +156,7 @@ class CheckpointCB(Callback):
         self.last, self.best = self._checkpoints.last, self._checkpoints.best
         self._writer = BackgroundWriter(self.background)
         self._begin_interval()
+        self._steps: int | None = None
 
     def _saves(self, event: Event) -> bool:
         """Whether this fit is saved: it trains, and is not that of another learner."""
@@ -170,8 +177,18 @@ class CheckpointCB(Callback):
     def _is_due(self, event: CleanupBatch) -> bool:
         if self.every_seconds is not None and monotonic() >= self._due:
             return True
-        n = self.every_batches
-        return event.training and n is not None and event.learner.done.batches % n == 0
+        if not event.training:
+            return False
+        batches, n = event.learner.done.batches, self.every_batches
+        return (n is not None and batches % n == 0) or self._step_is_due(event.steps)
+
+    def _step_is_due(self, steps: int) -> bool:
+        """Whether a multiple of `every_steps` was reached since this was asked last."""
+        if self.every_steps is None:
+            return False
+        before = max(0, steps - 1) if self._steps is None else self._steps
+        self._steps = steps
+        return steps // self.every_steps > before // self.every_steps
 
     def cleanup_epoch(self, event: CleanupEpoch) -> None:
         learner = _learner_of(event)
@@ -180,7 +197,7 @@ class CheckpointCB(Callback):
         done = event.epoch + 1
         is_over = not event.training or not learner.validates
         due = self.every_epochs is not None and done % self.every_epochs == 0
-        due = is_over and learner.outer_continues and (due or done == event.n_epochs)
+        due = is_over and learner.outer_continues and (due or is_last_epoch(learner))
         if learner.graceful_stop_due or due:
             after = Position(done, learner.trains) if is_over else Position(event.epoch, False)
             measured = is_over and event.end.status == "completed"  # over all batches
@@ -208,8 +225,7 @@ class CheckpointCB(Callback):
         if self._copy is None:  # the first save: a hidden state has come with the first batch
             self._tell_unsaved(learner)
         state = state_of(learner)
-        if position.batches:
-            state |= _reader_of(learner).position_state(learner)
+        state |= _reader_of(learner).position_state(learner, position)
         self._writer.wait()
         self._copy = copy = Snapshot(state, over=self._copy)
         self._writer.write(partial(self._put, self._checkpoints, position, metrics or {}, copy))
@@ -230,7 +246,8 @@ class CheckpointCB(Callback):
 
     def _log_caveats(self, learner: Learner) -> None:
         """Log now what could not be resumed exactly later."""
-        if self.every_batches is not None or self.every_seconds is not None:
+        within_epochs = (self.every_batches, self.every_steps, self.every_seconds)
+        if learner.epoch_length is not None or any(n is not None for n in within_epochs):
             for loader in (learner.dls.train, *([learner.dls.valid] if learner.validates else [])):
                 if caveat := resume_strategy(loader).caveat:
                     log.warning("resume_may_not_be_exact", run_id=learner.run_id, reason=caveat)

@@ -61,6 +61,8 @@ class Learner(ScriptForms):
         trains, validates: whether the fit has training epochs, and validation epochs.
         purpose: the purpose of the running fit, or of the last one: "fit", "validate", "predict"
             or "lr_find".
+        n_steps: the number of optimizer steps that the fit will take if none is skipped; None if
+            that is not known, because the training loader has no length.
         done: the progress in the current phase of the fit: `done.epochs`, `done.batches`,
             `done.steps`.
         record: the values recorded in the current epoch, to which receivers may add.
@@ -95,28 +97,39 @@ class Learner(ScriptForms):
     @has_script_form("run")
     async def fit(
         self,
-        n_epochs: int = 1,
+        n_epochs: int | None = None,
         train: bool = True,
         valid: bool = True,
         cbs: Callback | Iterable[Callback] | None = None,
         lr: float | None = None,
         *,
+        max_steps: int | None = None,
+        epoch_length: int | None = None,
+        valid_length: int | None = None,
         run_id: str | None = None,
         resume: str | os.PathLike[str] | None = None,
         graceful: bool | float = False,
     ) -> FitResult:
-        """Train and validate for `n_epochs`, in a separate thread.
+        """Train and validate, for `n_epochs` or `max_steps`, in a separate thread.
 
         Returns, or raises, only when that thread has ended, however often the caller's task is
         cancelled meanwhile; a cancellation takes effect at the next event.
 
         Args:
-            n_epochs: the number of epochs; each trains and then validates.
+            n_epochs: the number of epochs; each trains and then validates. By default 1 or, with
+                `max_steps`, as many as that takes.
             train: whether to train.
             valid: whether to validate.
             cbs: callbacks for this fit only.
             lr: the learning rate for this fit only. An optimizer that is kept over fits
                 (`opt_func=None`) gets it in its first group, and in the others in proportion.
+            max_steps: end the fit after this many optimizer steps: the epoch in which the last one
+                is taken is completed there, and validates. Steps that are skipped or accumulated
+                do not count; those before a checkpoint do.
+            epoch_length: the number of batches in a training epoch. Each continues where the last
+                one has left the loader, which is begun again when it is exhausted. By default, an
+                epoch is one pass over the loader.
+            valid_length: validate on no more than the first `valid_length` batches of the loader.
             run_id: identifies the fit in its events, logs and result; by default a new random one,
                 or the one of the run that is resumed.
             resume: a checkpoint to resume from as if the run had not been interrupted: its path,
@@ -140,6 +153,9 @@ class Learner(ScriptForms):
         return await self._fit(
             FitPlan(
                 n_epochs=n_epochs,
+                max_steps=max_steps,
+                epoch_length=epoch_length,
+                valid_length=valid_length,
                 train=train,
                 valid=valid,
                 cbs=cbs,

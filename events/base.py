@@ -109,19 +109,23 @@ class FitEvent(Event):
     """Concerns the whole fit.
 
     Attributes:
-        n_epochs: the number of epochs that were requested.
+        n_epochs: the number of epochs that were requested; None if `max_steps` alone ends the fit.
+        n_steps: the number of optimizer steps that the fit will take if none is skipped; None if
+            that is not known.
     """
 
-    n_epochs: int
+    n_epochs: int | None
+    n_steps: int | None
 
     @staticmethod
     def _position(learner: Any) -> tuple[Any, ...]:
-        return learner, learner.run_id, time(), learner.purpose, learner.n_epochs
+        purpose, n_epochs = learner.purpose, learner.n_epochs
+        return learner, learner.run_id, time(), purpose, n_epochs, learner.n_steps
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _InEpoch(Event):
-    n_epochs: int
+    n_epochs: int | None
     epoch: int
     training: bool
     n_iter: int | None
@@ -150,10 +154,11 @@ class EpochEvent(_InEpoch):
     """Concerns one epoch, in training or validation.
 
     Attributes:
-        n_epochs: the number of epochs that were requested.
+        n_epochs: the number of epochs that were requested; None if `max_steps` alone ends the fit.
         epoch: the index of the epoch, from 0.
         training: True in a training epoch, False in a validation epoch.
-        n_iter: the number of batches in the epoch, None if the loader has no length.
+        n_iter: the number of batches in the epoch; None if it is not known, because the loader has
+            no length.
     """
 
 
@@ -161,6 +166,7 @@ class EpochEvent(_InEpoch):
 class _InBatch(_InEpoch):
     iter: int
     n_samples: int
+    steps: int
     lr: float | torch.Tensor | None
     loss: torch.Tensor | None
 
@@ -181,6 +187,7 @@ class _InBatch(_InEpoch):
             learner.n_iter,
             learner.iter,
             learner.n_samples,
+            learner.progress[True].steps,
             lr.clone() if isinstance(lr, torch.Tensor) else lr,  # schedulers change it in place
             loss.detach() if isinstance(loss, torch.Tensor) else None,
         )
@@ -193,6 +200,7 @@ class BatchEvent(_InBatch):
     Attributes:
         iter: the index of the batch in the epoch, from 0.
         n_samples: samples seen in this epoch so far, including this batch.
+        steps: optimizer steps taken in the fit so far, also before its checkpoint.
         lr: the learning rate of the first parameter group, None without an optimizer. After the
             optimizer has stepped in this batch, it is the rate that the step used, even if a
             scheduler has set the next one.

@@ -35,7 +35,7 @@ class Bus:
         ... def second(event):
         ...     print("second:", event.run_id)
         >>> subscription = bus.subscribe(BeforeFit, lambda event: print("first"))
-        >>> _ = bus.send(BeforeFit(None, "r1", time=0.0, purpose="fit", n_epochs=1))
+        >>> _ = bus.send(BeforeFit(None, "r1", time=0.0, purpose="fit", n_epochs=1, n_steps=4))
         first
         second: r1
         >>> subscription.close(), subscription.close()

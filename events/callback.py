@@ -135,6 +135,14 @@ class Callback:
         """
         return {}
 
+    def steps_in(self, n_batches: int) -> int:
+        """The number of optimizer steps that an epoch of `n_batches` batches will take.
+
+        It is called before a fit, for `learner.n_steps`, by which schedulers are sized. A callback
+        that leaves out steps by a rule, as accumulation does, returns a smaller number.
+        """
+        return n_batches
+
     def wants(self, event: Event) -> bool:
         """Whether to pass an event of `observes` to `observe`. Called in the training thread, so
         it must be quick."""

@@ -31,6 +31,9 @@ class LearnerLike(Protocol):
         opt: the optimizer of the last fit that trained, None before the first.
         dl: the loader of the current epoch.
         batch, preds, loss: those of the current batch; receivers may replace them.
+        n_steps: the number of optimizer steps that the fit will take if none is skipped; None if
+            that is not known.
+        max_steps, epoch_length: as given to `fit`.
         epoch, n_epochs, iter, n_iter, n_samples, training: the current position; see `BatchEvent`.
         trains, validates: whether the fit has training epochs, and validation epochs.
         purpose: "fit"; or "validate", "predict" or "lr_find" in a run of `validate`, `get_preds`
@@ -58,7 +61,10 @@ class LearnerLike(Protocol):
     preds: Any
     loss: Any
     epoch: int
-    n_epochs: int
+    n_epochs: int | None
+    max_steps: int | None
+    epoch_length: int | None
+    n_steps: int | None
     iter: int
     n_iter: int | None
     n_samples: int
@@ -80,9 +86,6 @@ class LearnerLike(Protocol):
 
     @property
     def progress(self) -> Mapping[bool, ProgressLike]: ...
-
-    @property
-    def epochs(self) -> range: ...
 
     @property
     def result(self) -> Any: ...

@@ -31,7 +31,7 @@ class record_events(list[Event], Closing):  # noqa: N801 - it is used like a fun
         >>> from eventrain.events import BeforeFit, Bus, record_events
         >>> bus = Bus()
         >>> with record_events(bus) as events:
-        ...     bus.send(BeforeFit(None, "r1", time=0.0, purpose="fit", n_epochs=1))
+        ...     bus.send(BeforeFit(None, "r1", time=0.0, purpose="fit", n_epochs=1, n_steps=4))
         >>> events.names
         ['BeforeFit']
     """

@@ -57,7 +57,7 @@ class BeforeEpoch(EpochEvent):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AfterEpoch(EpochEvent):
-    """The loader is exhausted; not emitted if the epoch was cancelled or failed."""
+    """All batches of the epoch are done; not emitted if the epoch was cancelled or failed."""
 
 
 def numbers_of(row: Mapping[str, Any]) -> dict[str, Any]:

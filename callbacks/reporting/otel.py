@@ -44,7 +44,7 @@ class OpenTelemetryCB(Callback):
 
     | span | attributes, each beginning with `eventrain.` |
     |---|---|
-    | fit, or validate, predict, lr_find | run_id, n_epochs, purpose |
+    | fit, or validate, predict, lr_find | run_id, purpose; n_epochs, n_steps |
     | train epoch, valid epoch | run_id, epoch, phase, n_iter; n_samples, metric.NAME |
     | train batch | run_id, epoch, phase, iter; n_samples, lr, loss |
     | all | status; who and reason unless completed |
@@ -234,7 +234,9 @@ class _FitWatcher:
             self._begun = True
             spans.close()  # those of a fit whose end was not observed
             self._meters.n_samples = 0
-            about = {"eventrain.n_epochs": event.n_epochs, "eventrain.purpose": event.purpose}
+            about = {"eventrain.purpose": event.purpose}
+            sizes = {"n_epochs": event.n_epochs, "n_steps": event.learner.n_steps}
+            about |= {f"eventrain.{k}": n for k, n in sizes.items() if n is not None}
             spans.begin(_FIT, event.purpose, event, about)
         match event:
             case BeforeEpoch():

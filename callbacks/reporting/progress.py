@@ -201,7 +201,9 @@ class _Display:
         from ._redirect import Redirection
 
         self._console = console
-        self._n_epochs = event.n_epochs
+        self._n_epochs, self._n_steps = event.n_epochs, event.n_steps
+        self._steps = 0
+        self._first_step: tuple[int, float] | None = None  # of those that count towards the pace
         self._first: tuple[int, float] | None = None  # an epoch and when it began
         self._epoch = -1
         self._phase = ""
@@ -241,7 +243,7 @@ class _Display:
 
     def begin_epoch(self, event: BeforeEpoch) -> None:
         epoch, began = self._first = self._first or (event.epoch, event.time)
-        if event.epoch != self._epoch and event.epoch > epoch:
+        if self._n_epochs is not None and event.epoch != self._epoch and event.epoch > epoch:
             pace = (event.time - began) / (event.epoch - epoch)
             self._ends = event.time + pace * (self._n_epochs - event.epoch)
         self._epoch = event.epoch
@@ -258,11 +260,21 @@ class _Display:
         self._now = event.time
         self._done = event.iter + 1
         self._n_iter = event.n_iter  # None, once there are more batches than the loader told
+        self._count_steps(event)
         self._loss = self._loss if loss is None else loss
         seconds = event.time - self._began
         if event.n_samples and seconds > 0:
             self._speed = f"{event.n_samples / seconds:,.0f} samples/s"
         self._draw()
+
+    def _count_steps(self, event: AfterBatch) -> None:
+        """Where steps are the clock, tell by their pace when the fit ends."""
+        self._steps = event.steps
+        if self._n_epochs is None and self._n_steps is not None:
+            steps, began = self._first_step = self._first_step or (event.steps, event.time)
+            if event.steps > steps:
+                pace = (event.time - began) / (event.steps - steps)
+                self._ends = event.time + pace * (self._n_steps - event.steps)
 
     def end_epoch(self, event: CleanupEpoch) -> None:
         if not event.all_read:
@@ -306,9 +318,14 @@ class _Display:
         for _ in range(3):
             grid.add_column(no_wrap=True)
         if self._first is not None:
+            done, total = self._epoch, self._n_epochs
+            title = f"epoch {self._epoch + 1}/{total}"
+            if total is None:
+                done, total = self._steps, self._n_steps
+                title = f"epoch {self._epoch + 1}, step {done}/{total}"
             grid.add_row(
-                Text(f"epoch {self._epoch + 1}/{self._n_epochs}"),
-                ProgressBar(total=self._n_epochs, completed=self._epoch, width=20),
+                Text(title),
+                ProgressBar(total=total, completed=done, width=20),
                 Text("" if self._ends is None else f"{_clock(self._ends - self._now)} left"),
             )
             grid.add_row(
@@ -354,9 +371,12 @@ def _clock(seconds: float) -> str:
 
 
 def _ending(event: CleanupFit) -> str:
-    end, n = event.end, event.n_epochs
+    end = event.end
     if end.status == "completed":
-        return f"completed {n} epoch{'s' if n != 1 else ''}"
+        n, unit = event.n_epochs, "epoch"
+        if n is None:
+            n, unit = event.n_steps, "step"
+        return f"completed {n} {unit}{'s' if n != 1 else ''}"
     who = f" by {end.who}" if end.who else ""
     why = f": {end.reason}" if end.reason else ""
     return escape_control(f"{end.status}{who}{why}")

@@ -119,7 +119,7 @@ class RecordWatcher(ABC):
         match event:
             case BeforeFit():
                 self._fit_began = event.time
-                return self._record(event, "fit_started", {"n_epochs": event.n_epochs})
+                return self._record(event, "fit_started", _size_of(event))
             case BeforeEpoch():
                 self._epoch_began = self._last_time = event.time
                 self._last_n_samples = 0
@@ -156,6 +156,7 @@ class RecordWatcher(ABC):
             "epoch": event.epoch,
             "iter": event.iter,
             "n_iter": event.n_iter,
+            "steps": event.steps,
             "loss": loss,
             "lr": None if event.lr is None else float(event.lr),
             "samples_per_second": _rate(n_samples, seconds),
@@ -204,6 +205,10 @@ def _take(waiting: deque[tuple[Any, T]], key: object) -> T:
         first, value = waiting.popleft()
         if first == key:
             return value
+
+
+def _size_of(event: BeforeFit) -> dict[str, Any]:
+    return {"n_epochs": event.n_epochs, "n_steps": event.n_steps}
 
 
 def _epoch_fields(event: CleanupEpoch, metrics: object, seconds: float) -> dict[str, Any]:

@@ -62,7 +62,8 @@ class GradientAccumulationCB(Callback):
             return
         if self._waiting == 0 and event.n_iter is not None:
             self._group = max(1, min(self.n, event.n_iter - event.iter))
-            self._due = self._group if has_exact_length(event.learner.dl) else self.n
+            is_exact = event.learner.epoch_length or has_exact_length(event.learner.dl)
+            self._due = self._group if is_exact else self.n
         if (group := self._group) > 1:
             # The gradient is scaled, not the loss: neither the performer of Backward nor readers of
             # the loss are affected.
@@ -91,6 +92,10 @@ class GradientAccumulationCB(Callback):
             for p in all_optimizer_parameters(event.learner):
                 p.grad = None
         self._forget()
+
+    def steps_in(self, n_batches: int) -> int:
+        """One step for every group of `n` batches, and for those that remain."""
+        return math.ceil(n_batches / self.n)
 
     def state_dict(self) -> dict[str, Any]:
         """The progress of the current group."""

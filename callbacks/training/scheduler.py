@@ -22,8 +22,10 @@ class SchedulerCB(Callback):
     `validate()` and the learning-rate finder do not use it.
 
     Args:
-        make: called as `make(opt)`, returns a scheduler of `torch.optim.lr_scheduler`, or
-            anything with `step`, `state_dict` and `load_state_dict`.
+        make: called as `make(opt)`, or as `make(opt, n_steps=...)` if it has a parameter of that
+            name, which is the number of optimizer steps of the whole fit (`learner.n_steps`). It
+            returns a scheduler of `torch.optim.lr_scheduler`, or anything with `step`,
+            `state_dict` and `load_state_dict`.
         every: "step" or "epoch".
         monitor: for `ReduceLROnPlateau`: the name of the number that it is stepped with, from
             every validating epoch, or from every training epoch if the fit does not validate.
@@ -34,7 +36,7 @@ class SchedulerCB(Callback):
     Raises:
         TypeError: `make` is not a function; in the fit, it does not return a scheduler.
         ValueError: `every` is neither of the two, or `monitor` is missing or not applicable; in
-            the fit, there is no number of that name.
+            the fit, there is no number of that name, or `n_steps` is not known.
 
     Example:
         >>> import torch
@@ -92,13 +94,23 @@ class SchedulerCB(Callback):
             self._kept = [_options(group) for group in learner.opt.param_groups]
             for group in learner.opt.param_groups:  # schedulers change tensors in place
                 group.update(copy.deepcopy(_options(group)))
-        self.scheduler = self._make(learner.opt)
+        self.scheduler = self._make(learner.opt, learner.n_steps)
 
-    def _make(self, opt: Any) -> Any:
+    def _make(self, opt: Any, n_steps: int | None) -> Any:
+        size = {}
+        if _takes_n_steps(self.make):
+            if n_steps is None:
+                raise ValueError(
+                    f"make={self.make!r} wants n_steps, which is not known, because dls.train has"
+                    " no length: give fit(max_steps=...), or fit(n_epochs, epoch_length=...)"
+                )
+            size["n_steps"] = n_steps
         try:
-            scheduler = self.make(opt)
+            scheduler = self.make(opt, **size)
         except Exception as exc:
-            exc.add_note(f"raised by make={self.make!r}, called as make(opt)")
+            exc.add_note(
+                f"raised by make={self.make!r}, called as make({', '.join(['opt', *size])})"
+            )
             raise
         for method in ("step", "state_dict", "load_state_dict"):
             if not callable(getattr(scheduler, method, None)):
@@ -195,6 +207,15 @@ class SchedulerCB(Callback):
             # Torch warns if the scheduler is stepped first, and does not know of earlier steps.
             opt: Any = self.scheduler.optimizer
             opt._opt_called = True
+
+
+def _takes_n_steps(make: Callable[..., Any]) -> bool:
+    """Whether a function has a parameter `n_steps` without a value, such as one of a partial."""
+    try:
+        parameter = inspect.signature(make).parameters.get("n_steps")
+    except (TypeError, ValueError):  # it is not written in Python
+        return False
+    return parameter is not None and parameter.default is parameter.empty
 
 
 def _options(group: dict[str, Any]) -> dict[str, Any]:

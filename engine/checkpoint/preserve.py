@@ -164,6 +164,7 @@ def _set_attributes(owner: Any, values: dict[str, Any]) -> None:
 
 
 _POSITION = (
-    *("batch", "preds", "loss", "epoch", "iter", "n_epochs", "epochs", "n_iter", "training"),
+    *("batch", "preds", "loss", "epoch", "iter", "n_epochs", "n_iter", "training"),
+    *("max_steps", "epoch_length", "valid_length", "n_steps"),
     *("history", "record", "n_samples", "progress", "done", "gradients_pending"),
 )

@@ -26,7 +26,7 @@ from ..loop.state import Position
 from .sparse import decode_sparse
 from .validate import disallowed_names, incomplete_shapes
 
-FORMAT = 3
+FORMAT = 4
 """Increased when the checkpoints of earlier versions can no longer be read."""
 
 STATE, MANIFEST = "state.pt", "manifest.json"

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol, cast, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 
 from ...events import Callback
 from .. import log
+from ..data.dataloaders import DataLoaders
 from ..data.prefetch import Prefetcher
-from ..loop.reading import BatchReader, read_batches
-from ..loop.state import LoopState
+from ..loop.reading import BatchReader, Pass
+from ..loop.state import LoopState, Position
 from .compatibility import CheckpointMismatchError, check_state
 from .loader_position import resume_strategy, skip_to
 from .parts import SavedLearner
@@ -61,22 +62,34 @@ class ResumableBatchReader(BatchReader):
     loaded = True
 
     def __init__(self) -> None:
-        self._random_at_epoch: RandomState = {}
         self._n_iter: int | None = None  # at the beginning of the epoch: it may turn out wrong
+        self._random_at_epoch: RandomState = {}
+        self._random_at_pass: RandomState = {}
 
     def read(self, loop: LoopState) -> Iterator[int]:
         self._n_iter = loop.n_iter
-        self._random_at_epoch = random_state(loop.dls)
+        if not (loop.training and loop.epoch_length):
+            self._random_at_epoch = random_state(loop.dls)
         return super().read(loop)
 
-    def position_state(self, loop: LoopState) -> State:
-        """The part of the state that is needed to resume the current epoch after this batch."""
-        by_state = resume_strategy(loop.dl).how == "state"
-        return {
-            "random_at_epoch": self._random_at_epoch,
-            "n_iter": self._n_iter,
-            "loader": loop.dl.state_dict() if by_state else None,
-        }
+    def _begin_pass(self, loop: LoopState) -> Pass:
+        self._random_at_pass = random_state(loop.dls)
+        return super()._begin_pass(loop)
+
+    def position_state(self, loop: LoopState, position: Position) -> State:
+        """The part of the state that is needed to resume the loaders at a position.
+
+        It has the pass over the loader of the epoch that the position is in, and the pass over the
+        training loader that the next epoch continues; None for one that is not begun.
+        """
+        open_pass = None
+        if self._pass is not None:
+            open_pass = _pass_state(self._pass.loader, self._random_at_pass, self._pass.done)
+        of_epoch = None
+        if position.batches and not (position.training and loop.epoch_length):
+            of_epoch = _pass_state(loop.dl, self._random_at_epoch, position.batches)
+        n_iter = self._n_iter if position.batches else None
+        return {"n_iter": n_iter, "pass_of_epoch": of_epoch, "open_pass": open_pass}
 
 
 class ResumedBatchReader(ResumableBatchReader):
@@ -94,8 +107,10 @@ class ResumedBatchReader(ResumableBatchReader):
         super().__init__()
         self.resumed_from = checkpoint.path
         self.position = checkpoint.position
+        self.first_epoch = checkpoint.position.epoch
         self.loaded = False
         self._checkpoint: Checkpoint | None = checkpoint
+        self._ahead: list[tuple[torch.Generator, torch.Tensor]] = []
 
     def begin(self, loop: LoopState) -> None:
         """Check that the checkpoint fits; load it, unless its epoch has to be begun first.
@@ -104,11 +119,18 @@ class ResumedBatchReader(ResumableBatchReader):
             CheckpointMismatchError: it does not fit; nothing has been changed.
         """
         super().begin(loop)
-        position = self.position
-        if (position.epoch, position.batches) > (loop.n_epochs, 0):
+        assert self._checkpoint is not None
+        position, state = self.position, self._checkpoint.state
+        if loop.n_epochs is not None and (position.epoch, position.batches) > (loop.n_epochs, 0):
             raise CheckpointMismatchError(
                 f"the checkpoint was saved in epoch {position.epoch} (from 0), but this fit has"
                 f" n_epochs={loop.n_epochs}, which includes the epochs before the checkpoint"
+            )
+        steps = state["progress"][True]["steps"]
+        if loop.max_steps is not None and steps > loop.max_steps:
+            raise CheckpointMismatchError(
+                f"the checkpoint was saved after {steps} steps, but this fit has"
+                f" max_steps={loop.max_steps}, which includes the steps before the checkpoint"
             )
         kind = "training" if position.training else "validation"
         for phase, asked_for in ("train", loop.trains), ("valid", loop.validates):
@@ -117,11 +139,21 @@ class ResumedBatchReader(ResumableBatchReader):
                     f"the checkpoint was saved in or before a {kind} epoch of a fit that trains,"
                     f" but this one has {phase}=False"
                 )
-        assert self._checkpoint is not None
-        check_state(cast(SavedLearner, loop), self._checkpoint.state)
+        had_length, has_length = state["open_pass"] is not None, loop.epoch_length is not None
+        within_epoch = position.training and position.batches > 0
+        if had_length != has_length and (had_length or within_epoch):
+            with_or_without = {True: "with", False: "without"}
+            raise CheckpointMismatchError(
+                f"the checkpoint was saved {with_or_without[had_length]} epoch_length, in the"
+                " middle of a pass over the training loader, so it cannot be resumed"
+                f" {with_or_without[has_length]} it"
+            )
+        check_state(cast(SavedLearner, loop), state)
         self._log_caveats(loop, self._checkpoint)
+        if state["open_pass"] is not None and not position.is_within(position.epoch, True):
+            self._continue_pass(loop, loop.dls.train, state["open_pass"])
         if position.batches == 0:
-            self._load(loop, self._checkpoint.state)
+            self._load(loop, state)
 
     def includes(self, epoch: int, training: bool) -> bool:
         if self.position.is_beyond(epoch, training):
@@ -141,16 +173,26 @@ class ResumedBatchReader(ResumableBatchReader):
                 " the same data"
             )
         self._n_iter = loop.n_iter
-        self._random_at_epoch = state["random_at_epoch"]
-        set_random_state(loop.dls, self._random_at_epoch)
-        batches = skip_to(loop.dl, position.batches, state["loader"])
-        # A Prefetcher has drawn ahead: its generators keep their states from after the skipping.
-        ahead = generators(loop.dls) if isinstance(loop.dl, Prefetcher) else []
-        states = [generator.get_state() for generator in ahead]
+        if (of_epoch := state["pass_of_epoch"]) is not None:
+            self._random_at_epoch = of_epoch["random"]
+            batches = self._skip(loop, loop.dl, of_epoch)
+        else:
+            self._continue_pass(loop, loop.dl, state["open_pass"])
+            batches = None
         self._load(loop, state)
-        for generator, state_there in zip(ahead, states, strict=True):
-            generator.set_state(state_there)
-        return read_batches(loop, batches, position.batches)
+        return self._read_from(loop, position.batches, batches)
+
+    def _continue_pass(self, loop: LoopState, loader: Any, state: State) -> None:
+        self._random_at_pass = state["random"]
+        self._pass = Pass(loader, self._skip(loop, loader, state), state["done"])
+
+    def _skip(self, loop: LoopState, loader: Any, state: State) -> Iterator[Any]:
+        """The rest of a pass. It draws random numbers: the state is to be loaded afterwards."""
+        set_random_state(loop.dls, state["random"])
+        batches = skip_to(loader, state["done"], state["loader"])
+        if isinstance(loader, Prefetcher):  # its generators are ahead of what was saved
+            self._ahead += [(g, g.get_state()) for g in generators(DataLoaders(loader))]
+        return batches
 
     def drop_checkpoint(self) -> None:
         """Release the checkpoint; it holds as much memory as the model and the optimizer."""
@@ -171,6 +213,8 @@ class ResumedBatchReader(ResumableBatchReader):
         except BaseException:
             before.put_back()  # its own errors are not raised: the first one is
             raise
+        for generator, state_ahead in self._ahead:
+            generator.set_state(state_ahead)
         self.loaded = True
         self.drop_checkpoint()
 
@@ -182,3 +226,13 @@ class ResumedBatchReader(ResumableBatchReader):
             caveats.append(f"torch is {now}, but was {before} when the checkpoint was saved")
         for caveat in dict.fromkeys(filter(None, caveats)):
             log.warning("resume_may_not_be_exact", reason=caveat, path=str(checkpoint.path))
+
+
+def _pass_state(loader: Any, random: RandomState, done: int) -> State:
+    """What is needed to continue a pass over a loader after `done` batches."""
+    by_state = resume_strategy(loader).how == "state"
+    return {
+        "random": random,
+        "done": done,
+        "loader": loader.state_dict() if by_state else None,
+    }

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from itertools import cycle, repeat
+from operator import length_hint
 from typing import Any, Self
 
 import torch
@@ -132,6 +134,37 @@ def loader_of(dls: Any, training: bool) -> tuple[Any, int | None]:
     return loader, length
 
 
+def check_can_be_read(loader: Any, training: bool, passes: int | None, bound: bool) -> None:
+    """Raise a ValueError for a loader that would not end, or would be exhausted too early.
+
+    Args:
+        loader: the loader of a phase.
+        training: whether that is training.
+        passes: how often it is to be read from its start; None if that is not known.
+        bound: whether the number of batches that are read is given by the caller.
+    """
+    phase = "train" if training else "valid"
+    length = "epoch_length" if training else "valid_length"
+    if not bound and _is_endless(loader):
+        steps = ", or max_steps=..." if training else ""
+        raise ValueError(
+            f"dls.{phase} is endless: it is a {type(loader).__name__}. Give {length}=..., a number"
+            f" of batches{steps}"
+        )
+    if isinstance(loader, Iterator) and not bound and passes is not None and passes > 1:
+        raise ValueError(
+            f"dls.{phase} is an iterator, which can be read only once, and {passes} epochs would"
+            f" read it from the start: {loader!r}. Give something that can be read again, such as a"
+            f" DataLoader or a list, or {length}=..., with which each epoch continues the iterator"
+        )
+
+
+def _is_endless(loader: Any) -> bool:
+    return isinstance(loader, cycle) or (
+        isinstance(loader, repeat) and length_hint(loader, -1) == -1
+    )
+
+
 def length_of(loader: Any) -> int | None:
     """The number of batches as the loader tells it; None if it cannot tell.
 
@@ -168,7 +201,7 @@ def why_empty(loader: Any, phase: str) -> str:
     """The message of the error for a loader without batches."""
     why = "it has no batches"
     if isinstance(loader, Iterator):
-        why = "an iterator can be read only once, and an epoch reads it from the start"
+        why = "it is an iterator, which can be read only once, and it is exhausted"
     elif getattr(loader, "drop_last", False):
         why = "with drop_last=True, fewer samples than batch_size do not make a batch"
     return f"dls.{phase} is empty: {why} ({loader!r})"

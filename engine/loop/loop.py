@@ -45,6 +45,7 @@ from ...events import (
 from ...events.errors import annotate_error
 from ..data.dataloaders import length_of
 from .actions import nobody_performs, performers
+from .clock import epoch_length, epochs_of
 from .parameters import current_lr
 from .reading import BatchReader
 from .requests import CANCELS, Request, scope_for
@@ -59,7 +60,7 @@ class Loop(LoopState):
     def one_fit(self) -> None:
         self.emit(BeforeFit)
         self.batch_reader.begin(self)
-        for self.epoch in self.epochs:
+        for self.epoch in epochs_of(self):
             if self.trains and self._start_epoch(training=True):
                 self.one_epoch()
             if self.validates and self._start_epoch(training=False):
@@ -178,7 +179,7 @@ class Loop(LoopState):
         self.model.train(training)
         self.dl = self.dls.train if training else self.dls.valid
         loader, length = self.lengths.pop(training, (None, None))  # asked before the fit
-        self.n_iter = length if loader is self.dl else length_of(self.dl)
+        self.n_iter = epoch_length(self, length if loader is self.dl else length_of(self.dl))
         self.iter = self.n_samples = 0
         self.all_read = False
         self.loss = None

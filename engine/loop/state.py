@@ -63,6 +63,7 @@ class Progress:
 class AnyBatchReader(Protocol):
     """Reads the batches of one fit; see `reading.BatchReader`."""
 
+    first_epoch: int
     guess: str | None
 
     def begin(self, loop: LoopState) -> None: ...
@@ -70,6 +71,8 @@ class AnyBatchReader(Protocol):
     def includes(self, epoch: int, training: bool) -> bool: ...
 
     def read(self, loop: LoopState) -> Iterator[int]: ...
+
+    def end(self) -> None: ...
 
     def note_guess(self, loop: LoopState, size: int, why: str) -> None: ...
 
@@ -92,7 +95,7 @@ class LoopState:
         "dls",
         "done",
         "epoch",
-        "epochs",
+        "epoch_length",
         "fitting",
         "graceful_stop_due",
         "gradients_pending",
@@ -101,10 +104,12 @@ class LoopState:
         "iter",
         "lengths",
         "loss",
+        "max_steps",
         "model",
         "n_epochs",
         "n_iter",
         "n_samples",
+        "n_steps",
         "opt",
         "outer_continues",
         "pending_requests",
@@ -120,6 +125,7 @@ class LoopState:
         "training",
         "training_thread",
         "trains",
+        "valid_length",
         "validates",
         "without_receivers",
     )
@@ -134,9 +140,17 @@ class LoopState:
     preds: Any
     loss: Any
 
-    n_epochs: int
-    epochs: range
-    """The epochs of this fit that are still to come when it begins."""
+    n_epochs: int | None
+    """The number of epochs that were requested; None if `max_steps` alone ends the fit."""
+    max_steps: int | None
+    """The number of optimizer steps after which the fit ends; None for no limit."""
+    epoch_length: int | None
+    """The number of batches in a training epoch; None for one pass over the loader."""
+    valid_length: int | None
+    """The most batches in a validation epoch; None for all."""
+    n_steps: int | None
+    """The number of optimizer steps that the fit will take, if none is skipped; None if it is not
+    known."""
     trains: bool
     validates: bool
     purpose: Purpose
@@ -254,7 +268,10 @@ class LoopState:
         self,
         reader: AnyBatchReader,
         *,
-        n_epochs: int = 0,
+        n_epochs: int | None = 0,
+        max_steps: int | None = None,
+        epoch_length: int | None = None,
+        valid_length: int | None = None,
         trains: bool = True,
         validates: bool = True,
         purpose: Purpose = "fit",
@@ -263,8 +280,9 @@ class LoopState:
         self.batch_reader = reader
         self.trains, self.validates = trains, validates
         self.purpose = purpose
-        self.n_epochs = n_epochs
-        self.epochs = range(n_epochs)
+        self.n_epochs, self.max_steps = n_epochs, max_steps
+        self.epoch_length, self.valid_length = epoch_length, valid_length
+        self.n_steps = None
         self.epoch = self.iter = self.n_samples = 0
         self.history = []
         self.trained_parameters = []

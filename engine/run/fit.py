@@ -15,8 +15,9 @@ from ...events.types import numbers_of
 from .. import log
 from ..checkpoint.reader import Checkpoint
 from ..checkpoint.resume import ResumableBatchReader, ResumedBatchReader, last_checkpoint
-from ..data.dataloaders import loader_of
+from ..data.dataloaders import check_can_be_read, loader_of
 from ..loop.actions import check_performers
+from ..loop.clock import expected_steps
 from ..loop.parameters import drop_unused_gradients
 from ..loop.state import COMPLETED
 from ..loop.trained_parameters import trained_parameters
@@ -121,7 +122,9 @@ class Fit:
         learner, plan = self._learner, self._plan
         check_performers(learner, plan.actions)
         for training in [True] * plan.train + [False] * plan.valid:
-            learner.lengths[training] = loader_of(learner.dls, training)
+            learner.lengths[training] = loader, _ = loader_of(learner.dls, training)
+            bound = plan.epoch_length or plan.max_steps if training else plan.valid_length
+            check_can_be_read(loader, training, plan.n_epochs, bound=bound is not None)
         check_lr(plan.lr)
         learner.fit_lr = plan.lr
         if plan.train and learner.opt_func is not None:
@@ -135,10 +138,15 @@ class Fit:
         learner.begin_fit(
             ResumableBatchReader(),
             n_epochs=plan.n_epochs,
+            max_steps=plan.max_steps,
+            epoch_length=plan.epoch_length,
+            valid_length=plan.valid_length,
             trains=plan.train,
             validates=plan.valid,
             purpose=next((purpose for purpose in purposes if purpose != "fit"), "fit"),
         )
+        _, length = learner.lengths.get(True, (None, None))
+        learner.n_steps = expected_steps(learner, length, learner.cbs)
 
     def _train(self) -> None:
         """Run the loop, from the checkpoint if one is given, and make the result."""
@@ -161,6 +169,7 @@ class Fit:
         try:
             learner.one_fit()
         finally:
+            learner.batch_reader.end()
             if learner.trains:
                 drop_unused_gradients(learner)
         if resumed is not None and not resumed.loaded and learner.scope_end.status == "completed":
@@ -176,7 +185,6 @@ class Fit:
         if checkpoint is None:
             return
         learner.batch_reader = self._resumed = ResumedBatchReader(checkpoint)
-        learner.epochs = range(checkpoint.position.epoch, learner.n_epochs)
         learner.run_id = self._plan.run_id or checkpoint.manifest["run_id"]
 
     @contextmanager

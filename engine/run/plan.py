@@ -31,7 +31,10 @@ class FitPlan:
         TypeError: `train` or `valid` is neither True nor False.
     """
 
-    n_epochs: int = 1
+    n_epochs: int | None = None
+    max_steps: int | None = None
+    epoch_length: int | None = None
+    valid_length: int | None = None
     train: bool = True
     valid: bool = True
     cbs: Callback | Iterable[Callback] | None = None
@@ -43,8 +46,11 @@ class FitPlan:
     within: AbstractContextManager[object] = field(default_factory=nullcontext)
 
     def __post_init__(self) -> None:
-        if not is_int(self.n_epochs, 0):
+        if self.n_epochs is None and self.max_steps is None:
+            object.__setattr__(self, "n_epochs", 1)
+        if self.n_epochs is not None and not is_int(self.n_epochs, 0):
             raise ValueError(f"n_epochs={self.n_epochs!r}: give an integer, 0 or more")
+        self._check_lengths()
         for name, value in (("train", self.train), ("valid", self.valid)):
             if not isinstance(value, bool | int) and type(value).__name__ not in ("bool", "bool_"):
                 raise TypeError(
@@ -59,6 +65,21 @@ class FitPlan:
                 f"lr={self.lr!r}: a resumed fit keeps the learning rate of its checkpoint; leave"
                 " lr out"
             )
+
+    def _check_lengths(self) -> None:
+        steps, batches = "a number of optimizer steps", "a number of batches"
+        for name, unit, phase in (
+            ("max_steps", steps, "train"),
+            ("epoch_length", batches, "train"),
+            ("valid_length", batches, "valid"),
+        ):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if not is_int(value, 1):
+                raise ValueError(f"{name}={value!r}: give {unit}, 1 or more, or None")
+            if not getattr(self, phase):
+                raise ValueError(f"{name}={value!r} has no effect with {phase}=False: leave it out")
 
     @property
     def actions(self) -> tuple[type[ActionEvent], ...]:

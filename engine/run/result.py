@@ -16,7 +16,7 @@ class FitResult:
         status: "completed", "cancelled" (by a receiver, `stop` or the host), or "failed".
         who: the receiver that cancelled it or failed, if it is known.
         reason: the reason of the cancel, or the error; None if the fit was completed.
-        n_epochs: the number of epochs that were requested.
+        n_epochs: the number of epochs that were requested; None if `max_steps` alone ended the fit.
         epochs: training epochs completed; validation epochs for a fit that only validates.
         batches: training batches completed.
         valid_batches: validation batches completed.
@@ -35,7 +35,7 @@ class FitResult:
     status: Literal["completed", "cancelled", "failed"]
     who: str | None
     reason: str | None
-    n_epochs: int
+    n_epochs: int | None
     epochs: int
     batches: int
     valid_batches: int

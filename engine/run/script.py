@@ -68,12 +68,15 @@ class ScriptForms(Fittable):
 
     def run(
         self,
-        n_epochs: int = 1,
+        n_epochs: int | None = None,
         train: bool = True,
         valid: bool = True,
         cbs: Callback | Iterable[Callback] | None = None,
         lr: float | None = None,
         *,
+        max_steps: int | None = None,
+        epoch_length: int | None = None,
+        valid_length: int | None = None,
         run_id: str | None = None,
         resume: str | os.PathLike[str] | None = None,
         graceful: bool | float = False,
@@ -83,7 +86,8 @@ class ScriptForms(Fittable):
         """`fit` for scripts: starts an event loop, fits, and ends the event loop.
 
         Args:
-            n_epochs, train, valid, cbs, lr, run_id, resume, graceful: as in `fit`.
+            n_epochs, train, valid, cbs, lr, max_steps, epoch_length, valid_length, run_id, resume,
+                graceful: as in `fit`.
             backend: "asyncio" or "trio".
             backend_options: for `anyio.run`, such as {"use_uvloop": True}.
 
@@ -92,6 +96,8 @@ class ScriptForms(Fittable):
             KeyboardInterrupt: on Ctrl-C, after the training has stopped and cleaned up.
         """
         fit = partial(self.fit, n_epochs, train, valid, cbs, lr)
+        fit = partial(fit, max_steps=max_steps, epoch_length=epoch_length)
+        fit = partial(fit, valid_length=valid_length)
         fit = partial(fit, run_id=run_id, resume=resume, graceful=graceful)
         return _run("run", "fit", fit, backend, backend_options)
 

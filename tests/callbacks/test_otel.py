@@ -188,7 +188,10 @@ def test_every_scope_is_a_span_in_its_parent_with_the_times_of_its_events(
     for event in events:
         match event:
             case BeforeFit():
-                opened[CleanupFit] = [nanoseconds(event), {"n_epochs": 2, "purpose": "fit"}]
+                opened[CleanupFit] = [
+                    nanoseconds(event),
+                    {"n_epochs": 2, "n_steps": 6, "purpose": "fit"},
+                ]
             case BeforeEpoch():
                 where = {"phase": "train" if event.training else "valid", "epoch": event.epoch}
                 size = {"n_iter": 3 if event.training else 2}
@@ -563,6 +566,7 @@ def test_a_fit_that_was_stopped_before_it_began_has_a_span_of_no_length(
     assert {key.removeprefix(E): value for key, value in fit.attributes.items()} == {
         "run_id": learn.run_id,
         "n_epochs": 3,
+        "n_steps": 9,
         "purpose": "fit",
         "status": "cancelled",
         "who": "Learner.stop",

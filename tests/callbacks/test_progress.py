@@ -315,11 +315,18 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 class Story:
     """Events by hand, at times of our choosing, given to a callback as the engine would."""
 
-    def __init__(self, cb: ProgressCB, n_iter: int | None, n_epochs: int = 3) -> None:
+    def __init__(
+        self,
+        cb: ProgressCB,
+        n_iter: int | None,
+        n_epochs: int | None = 3,
+        n_steps: int | None = None,
+    ) -> None:
         self.cb = cb
         self.watcher: Any = None
         self.base = {"learner": None, "run_id": "r1", "purpose": "fit", "n_epochs": n_epochs}
         self.n_iter = n_iter
+        self.n_steps = n_steps
 
     def tell(self, event: Any) -> bool:
         wanted: bool = self.watcher.wants(event)
@@ -328,7 +335,7 @@ class Story:
         return wanted
 
     def begin(self, time: float) -> None:
-        event = BeforeFit(**self.base, time=time)
+        event = BeforeFit(**self.base, n_steps=self.n_steps, time=time)
         self.watcher = self.cb.watcher(event)
         assert self.tell(event)
 
@@ -346,6 +353,7 @@ class Story:
                 n_iter=self.n_iter,
                 iter=i,
                 n_samples=size * (i + 1),
+                steps=i + 1,
                 lr=0.1,
                 loss=loss,
                 time=time,
@@ -354,7 +362,7 @@ class Story:
 
     def end(self, time: float) -> None:
         end = ScopeEnd("completed")
-        assert self.tell(CleanupFit(**self.base, end=end, time=time))
+        assert self.tell(CleanupFit(**self.base, n_steps=self.n_steps, end=end, time=time))
 
 
 def test_the_live_lines_tell_progress_loss_speed_and_remaining_time(clock: Clock) -> None:
@@ -403,6 +411,21 @@ def test_without_a_length_there_is_no_remaining_time(clock: Clock) -> None:
     assert story.batch(7, 108.0, torch.ones(2))  # no one number: the last one stays
     assert screen(console).words[1] == "train 8/? loss 2 8 samples/s"
     story.end(109.0)
+
+
+def test_where_steps_are_the_clock_they_are_shown(clock: Clock) -> None:
+    console = terminal()
+    story = Story(ProgressCB(console), n_iter=None, n_epochs=None, n_steps=200)
+    story.begin(100.0)
+    story.epoch(0, True, 100.0)
+    assert screen(console).words == ["epoch 1, step 0/200", "train 0/?"]
+    assert story.batch(9, 110.0, None)
+    clock.now += 1
+    assert story.batch(49, 150.0, None)  # a second per step
+    assert screen(console).words[0] == "epoch 1, step 50/200 2:30 left"
+    assert screen(console).bars[0] == 5
+    story.end(300.0)
+    assert screen(console).lines == ["completed 200 steps"]
 
 
 def test_batches_are_handed_over_ten_times_a_second_and_the_rest_always(clock: Clock) -> None:

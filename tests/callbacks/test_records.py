@@ -121,7 +121,7 @@ def test_every_record_says_what_the_events_said(backend: dict[str, Any]) -> None
         match type(event).__name__, event:
             case "BeforeFit", _:
                 fit_began = event.time
-                name, fields = "fit_started", {"n_epochs": 2}
+                name, fields = "fit_started", {"n_epochs": 2, "n_steps": 10}
             case "BeforeEpoch", _:
                 began, last = event.time, (event.time, 0)
             case "AfterBatch", AfterBatch(training=True) if (event.epoch * 5 + event.iter) % 2:
@@ -131,6 +131,7 @@ def test_every_record_says_what_the_events_said(backend: dict[str, Any]) -> None
                     "epoch": event.epoch,
                     "iter": event.iter,
                     "n_iter": 5,
+                    "steps": event.epoch * 5 + event.iter + 1,
                     "loss": event.loss.item(),
                     "lr": 0.1,
                     "samples_per_second": (event.n_samples - last[1]) / (event.time - last[0]),
@@ -810,7 +811,11 @@ anything = st.recursive(
     ),
     max_leaves=5,
 )
-keys = st.text() | st.integers() | st.sampled_from(["event", "run_id", "seconds", "nonfinite"])
+keys = (
+    st.text(max_size=50)
+    | st.integers()
+    | st.sampled_from(["event", "run_id", "seconds", "nonfinite"])
+)
 
 
 @settings(max_examples=60)
@@ -867,6 +872,8 @@ WRONG = {
     "phase": "test",
     "status": "ended",
     "n_epochs": -1,
+    "n_steps": -1,
+    "steps": -1,
     "epoch": -1,
     "iter": 0.5,
     "samples": -1,

@@ -43,7 +43,7 @@ MakeEvent = Callable[..., Any]
 
 
 def fit_event(number: float = 0.0) -> BeforeFit:
-    return BeforeFit(None, "r1", time=number, purpose="fit", n_epochs=1)
+    return BeforeFit(None, "r1", time=number, purpose="fit", n_epochs=1, n_steps=4)
 
 
 # --------------------------------------------------------------------------------------- order

@@ -133,6 +133,7 @@ class World(ABC):
             "run_id": "r1",
             "time": self.n_sent,
             "n_epochs": 1,
+            "n_steps": 4,
             "epoch": 0,
             "training": True,
             "n_iter": None,

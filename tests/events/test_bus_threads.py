@@ -37,7 +37,7 @@ def _switch_often() -> Iterator[None]:
 
 
 def fit_event(number: float = 0.0) -> BeforeFit:
-    return BeforeFit(None, "r1", time=number, purpose="fit", n_epochs=1)
+    return BeforeFit(None, "r1", time=number, purpose="fit", n_epochs=1, n_steps=4)
 
 
 def in_threads(*works: Callable[[], None]) -> None:

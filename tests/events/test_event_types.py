@@ -53,9 +53,10 @@ from eventrain.events.base import HOOKS
 from torch import nn
 
 EVENT = ["learner", "run_id", "time", "purpose"]
-FIT = [*EVENT, "n_epochs"]
-EPOCH = [*FIT, "epoch", "training", "n_iter"]
-BATCH = [*EPOCH, "iter", "n_samples", "lr", "loss"]
+POSITION = [*EVENT, "n_epochs"]
+FIT = [*POSITION, "n_steps"]
+EPOCH = [*POSITION, "epoch", "training", "n_iter"]
+BATCH = [*EPOCH, "iter", "n_samples", "steps", "lr", "loss"]
 ACTION = [*EPOCH, "iter", "following"]
 
 FIELDS: dict[type[Event], list[str]] = {

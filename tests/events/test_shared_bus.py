@@ -275,7 +275,7 @@ def test_a_bus_forgets_only_the_learners_that_have_ended(
     gc.collect()
     assert gone() is None
     small.run()
-    after_fit = AfterFit(learner=small, run_id="r1", time=0.0, purpose="fit", n_epochs=1)
+    after_fit = AfterFit(learner=small, run_id="r1", time=0.0, purpose="fit", n_epochs=1, n_steps=4)
     bus.send(after_fit)
     bus.signal(AfterFit).send(after_fit)
     assert heard == ["of all", "of the other", *["of all", "of small"] * 3]
