@@ -979,7 +979,7 @@ def test_a_stream_is_a_queue_that_forgets_its_oldest(
         async with learner.events(buffer=buffer, overflow=policy) as stream:
             for action in actions:
                 if action == "emit":
-                    event = BeforeFit(learner, "by hand", 0.0, "fit", 1)
+                    event = BeforeFit(learner, "by hand", 0.0, "fit", 1, None)
                     learner.bus.send(event)
                     counts["emitted"] += 1
                     counts["dropped"] += len(model) == model.maxlen

@@ -39,7 +39,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 def learners_with_events(observed: list[TrainLearner]) -> None:
     for learner in observed:
         for _ in range(EVENTS):
-            learner.bus.send(BeforeFit(learner, "by hand", 0.0, "fit", 1))
+            learner.bus.send(BeforeFit(learner, "by hand", 0.0, "fit", 1, None))
 
 
 async def deliver_all(observed: list[TrainLearner]) -> None:

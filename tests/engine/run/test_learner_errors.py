@@ -146,18 +146,10 @@ async def test_a_loader_that_turns_out_empty_fails_the_epoch(
     assert recorded.names == CUT_IN_THE_FIRST_EPOCH
 
 
-def test_an_iterator_exhausted_in_the_second_epoch_is_reported_with_the_reason(
-    learner: TrainLearner,
-) -> None:
+def test_an_iterator_is_refused_for_two_epochs_before_any_work(learner: TrainLearner) -> None:
     learner.dls.train = iter(learner.dls.train)
-    with record_events(learner) as recorded:
-        with pytest.raises(ValueError, match="an iterator can be read only once") as raised:
-            learner.run(2, valid=False)
-    assert "dls.train is empty" in str(raised.value)
-    assert recorded.names.count("CleanupBatch") == 3
-    assert recorded.names[-3:] == ["BeforeEpoch", "CleanupEpoch", "CleanupFit"]
-    assert learner.result is not None
-    assert (learner.result.status, learner.result.epochs) == ("failed", 1)
+    with refused(learner, ValueError, "an iterator, which can be read only once", "epoch_length="):
+        learner.run(2, valid=False)
 
 
 @PHASES
@@ -425,7 +417,7 @@ def test_a_failed_fit_keeps_the_optimizer_of_the_last_one(learner: TrainLearner)
 # ------------------------------------------------------------------------------------ arguments
 
 
-@pytest.mark.parametrize("n_epochs", [-1, 1.0, 0.5, True, False, "3", None], ids=repr)
+@pytest.mark.parametrize("n_epochs", [-1, 1.0, 0.5, True, False, "3"], ids=repr)
 def test_an_invalid_number_of_epochs_is_refused(n_epochs: Any, learner: TrainLearner) -> None:
     with refused(learner, ValueError, f"n_epochs={n_epochs!r}", "0 or more"):
         learner.run(n_epochs)
