@@ -6,6 +6,7 @@ from .inspection.journal.compare import Difference, compare_runs
 from .inspection.journal.journal import JournalCB
 from .inspection.metrics import MetricsCB
 from .inspection.summary import LayerSummary, SummaryCB
+from .inspection.validate import ValidateCB
 from .reporting.curve import LossCurveCB
 from .reporting.jsonable import to_jsonable
 from .reporting.logs import StructlogCB
@@ -58,6 +59,7 @@ __all__ = [
     "TerminateOnNaNCB",
     "TimeLimitCB",
     "TrainCB",
+    "ValidateCB",
     "compare_runs",
     "def_device",
     "to_cpu",

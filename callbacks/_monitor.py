@@ -1,16 +1,13 @@
-"""The number that a callback monitors, and the fits in which it does so."""
+"""The number that a callback monitors."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from ..events import CleanupEpoch, LearnerLike
+from ..events import CleanupEpoch
 from ._checks import is_number
-
-
-def is_training(learner: LearnerLike) -> bool:
-    """Whether the purpose of this fit is to train: not to validate or to find a learning rate."""
-    return learner.trains and learner.purpose == "fit"
+from ._purpose import is_training
+from .inspection.validate import ValidateCB
 
 
 def check_monitor(monitor: str) -> str:
@@ -46,6 +43,9 @@ def monitored(event: CleanupEpoch, name: str) -> float | None:
     if event.end.status != "completed":
         return None
     if name not in event.metrics:
+        extra = [cb.name for cb in learner.cbs if isinstance(cb, ValidateCB)]
+        if name.partition(".")[0] in extra:
+            return None  # no such validation was due in this epoch
         raise ValueError(
             f"monitor={name!r}: this epoch has no such number, but"
             f" {', '.join(event.metrics) or 'none'}. Callbacks such as MetricsCB put numbers into"

@@ -22,7 +22,8 @@ from ..engine.loop.clock import is_last_epoch
 from ..engine.loop.state import Position
 from ..events import BeforeFit, Callback, CleanupBatch, CleanupEpoch, CleanupFit, Event
 from ._checks import check_float, check_int
-from ._monitor import is_training, number_of
+from ._monitor import number_of
+from ._purpose import is_training
 
 
 class CheckpointCB(Callback):
@@ -81,6 +82,7 @@ class CheckpointCB(Callback):
 
     order: float = math.inf  # it saves the state after all other callbacks
     run_after = ("JournalCB",)
+    in_extra_validation = False
 
     def __init__(
         self,

@@ -62,6 +62,9 @@ class Callback:
             shared.
         records_loss: whether it records the loss of each epoch, as MetricsCB does. If no callback
             does, `Learner.validate` records it itself.
+        in_extra_validation: whether it receives the events of the validations that a `ValidateCB`
+            runs within a fit, whose purpose is "validate". False for callbacks that keep something
+            of the fit's own epochs, such as metrics.
 
     Raises:
         TypeError: when a subclass is defined, if a method looks like a misspelt event name, or
@@ -96,6 +99,7 @@ class Callback:
     takes_over: ClassVar[tuple[type[ActionEvent], ...]] = ()
     shareable: ClassVar[bool] = False
     records_loss: ClassVar[bool] = False
+    in_extra_validation: ClassVar[bool] = True
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

@@ -102,6 +102,25 @@ class CleanupEpoch(EpochEvent):
         )
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class AfterValidation(EpochEvent):
+    """A `ValidateCB` has validated, in or after the epoch that the other fields are of.
+
+    Attributes:
+        name: its name, such as "clean".
+        metrics: what was measured; in `learner.record` its names begin with `name` and a dot.
+        n_samples: the number of samples.
+        steps: optimizer steps taken in the fit so far.
+        seconds: how long the training has waited for it.
+    """
+
+    name: str
+    metrics: Mapping[str, Any]
+    n_samples: int
+    steps: int
+    seconds: float
+
+
 # ----------------------------------------------------------------------------------- batch
 
 

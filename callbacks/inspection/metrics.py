@@ -70,6 +70,7 @@ class MetricsCB(Callback):
     """
 
     records_loss = True
+    in_extra_validation = False
 
     def __init__(
         self,
@@ -132,8 +133,7 @@ class MetricsCB(Callback):
         numbers = self.measured()
         event.learner.record.update(numbers)
         if numbers and event.purpose == "fit":
-            phase = "train" if event.training else "eval"
-            self.history.append({"epoch": event.epoch, "train": phase, **numbers})
+            self.history.append(event.learner.record)  # which others may add to
 
     def cleanup_epoch(self, event: CleanupEpoch) -> None:
         self._measured = False  # an epoch that is cut short before it begins measures nothing

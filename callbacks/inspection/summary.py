@@ -81,6 +81,7 @@ class SummaryCB(Callback):
     """
 
     order: float = 90  # after callbacks that change the model or the batch
+    in_extra_validation = False
 
     def __init__(self, file: TextIO | None = None) -> None:
         self.file = file

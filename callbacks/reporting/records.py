@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from ...events import (
     AfterBatch,
+    AfterValidation,
     BeforeEpoch,
     BeforeFit,
     Callback,
@@ -40,7 +41,8 @@ class RecordCB(Callback, ABC):
 
     It observes: `write` is called on the host's event loop and never holds up the training. A
     record is a plain dict that JSON can hold, described by `docs/record.schema.json`: "event" is
-    "fit_started", "batch", "epoch" or "fit_ended". One instance may report several fits at once.
+    "fit_started", "batch", "validation", "epoch" or "fit_ended". One instance may report several
+    fits at once.
 
     Args:
         every: make a record for every n-th training batch of the fit; 0 for none.
@@ -66,7 +68,7 @@ class RecordCB(Callback, ABC):
         fit_ended None None
     """
 
-    observes = (BeforeFit, BeforeEpoch, AfterBatch, CleanupEpoch, CleanupFit)
+    observes = (BeforeFit, BeforeEpoch, AfterBatch, AfterValidation, CleanupEpoch, CleanupFit)
     buffer = 100_000  # beginnings and ends must not be lost, however long the host is busy
 
     def __init__(self, every: int = 100, every_seconds: float = 0) -> None:
@@ -129,6 +131,10 @@ class RecordWatcher(ABC):
                 if loss is not None and number is None:
                     return self._when_arrived(event, loss)
                 return self._record(event, "batch", self._batch_fields(event, number))
+            case AfterValidation():
+                conversion = Conversion()
+                fields = _validation_fields(event, conversion)
+                return self._record(event, "validation", fields, conversion)
             case CleanupEpoch():
                 seconds = event.time - (self._epoch_began or event.time)
                 self._epoch_began = None
@@ -221,6 +227,18 @@ def _epoch_fields(event: CleanupEpoch, metrics: object, seconds: float) -> dict[
         "samples": event.n_samples,
         "all_read": event.all_read,
         "samples_per_second": _rate(event.n_samples, seconds),
+    }
+
+
+def _validation_fields(event: AfterValidation, conversion: Conversion) -> dict[str, Any]:
+    return {
+        "name": event.name,
+        "epoch": event.epoch,
+        "steps": event.steps,
+        "metrics": conversion.first_of(event.metrics, "metrics"),
+        "seconds": event.seconds,
+        "samples": event.n_samples,
+        "samples_per_second": _rate(event.n_samples, event.seconds),
     }
 
 

@@ -42,6 +42,7 @@ class TensorBoardCB(Callback):
     |---|---|
     | `batch/loss`, `batch/lr`, `batch/samples_per_second` | training batches of the fit, from 0 |
     | `loss/train`, `loss/valid`, `accuracy/valid`, ... | the epoch, from 0 |
+    | `clean/loss`, ... of a `ValidateCB(name="clean")` | optimizer steps taken |
 
     For an epoch that was completed, each number that callbacks such as `MetricsCB` recorded is
     written; lists, strings, graphs, histograms and images are not. NaN and infinities are kept, and
@@ -193,6 +194,9 @@ class _FitFiles(RecordWatcher):
             step, phase = record["epoch"], record["phase"]
             found = numbers(record, "metrics")
             scalars = {f"{name}/{phase}": value for name, value in found.items()}
+        elif record["event"] == "validation":
+            step, found = record["steps"], numbers(record, "metrics")
+            scalars = {f"{record['name']}/{name}": value for name, value in found.items()}
         else:
             return
         assert self._writer is not None

@@ -7,7 +7,8 @@ from typing import Any, Literal
 
 from ...events import BeforeEpoch, BeforeFit, Callback, CancelFitException, CleanupEpoch
 from .._checks import check_float, check_int
-from .._monitor import check_monitor, is_training, monitored
+from .._monitor import check_monitor, monitored
+from .._purpose import is_training
 
 
 class EarlyStoppingCB(Callback):
@@ -47,6 +48,7 @@ class EarlyStoppingCB(Callback):
     """
 
     order: float = 1  # after metrics
+    in_extra_validation = False
 
     def __init__(
         self,

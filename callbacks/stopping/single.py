@@ -13,6 +13,7 @@ class SingleBatchCB(Callback):
 
     order: float = 1  # after metrics
     shareable = True
+    in_extra_validation = False
 
     def after_batch(self, event: AfterBatch) -> None:
         raise CancelFitException("one batch was asked for")
@@ -26,6 +27,7 @@ class SingleEpochCB(Callback):
 
     order: float = 1  # after metrics
     shareable = True
+    in_extra_validation = False
 
     def after_epoch(self, event: AfterEpoch) -> None:
         if not event.training or not event.learner.validates:

@@ -50,6 +50,7 @@ class TerminateOnNaNCB(Callback):
     """
 
     order: float = 65  # after unscaling (60); clipping (70) would spread NaN to all gradients
+    in_extra_validation = False
 
     def __init__(self, every: int = 1) -> None:
         self.every = check_int("every", every, "a number of batches, 1 or more")

@@ -45,6 +45,7 @@ class GradientAccumulationCB(Callback):
     """
 
     order: float = 50  # after changes of the loss, before what uses or changes gradients
+    in_extra_validation = False
 
     def __init__(self, n: int) -> None:
         self.n = check_int("n", n, "the number of batches per step, 1 or more")

@@ -10,7 +10,8 @@ from typing import Any, Literal
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from ...events import AfterStep, BeforeEpoch, BeforeFit, Callback, CleanupEpoch, CleanupFit
-from .._monitor import check_monitor, is_training, monitored
+from .._monitor import check_monitor, monitored
+from .._purpose import is_training
 
 
 class SchedulerCB(Callback):
@@ -58,6 +59,7 @@ class SchedulerCB(Callback):
     """
 
     order: float = 10  # after metrics; before AccelerateCB (60) wraps the optimizer
+    in_extra_validation = False
 
     def __init__(
         self,

@@ -110,6 +110,7 @@ class LoopState:
         "n_iter",
         "n_samples",
         "n_steps",
+        "nested",
         "opt",
         "outer_continues",
         "pending_requests",
@@ -177,6 +178,8 @@ class LoopState:
     """The learning rate of the first group that the step of this batch uses; None before."""
     gradients_pending: bool
     """Whether there has been a backward pass since the last ZeroGrad."""
+    nested: bool
+    """Whether the current epoch is an extra validation, within an epoch of the fit."""
     record: dict[str, Any]
     """The values recorded in this epoch: a row of the history, to which receivers may add."""
     done: Progress
@@ -214,7 +217,7 @@ class LoopState:
         self.batch = self.preds = self.loss = None
         self.n_iter = self.step_lr = None
         self.lengths = {}
-        self.all_read = self.training = self.gradients_pending = False
+        self.all_read = self.training = self.gradients_pending = self.nested = False
         self.record = {}
         self.innermost_scope = None
         self.cleaning_up = False

@@ -58,6 +58,7 @@ class LRFinderCB(Callback):
 
     order: float = 10  # after metrics
     fit_purpose = "lr_find"
+    in_extra_validation = False
 
     def __init__(self, lr_mult: float = 1.3, end_lr: float = 10.0) -> None:
         if not isinstance(lr_mult, int | float) or not lr_mult > 1:

@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 import structlog
 import torch
-from eventrain.callbacks import LRFinderCB, MetricsCB, RecordCB, to_jsonable
+from eventrain.callbacks import LRFinderCB, MetricsCB, RecordCB, ValidateCB, to_jsonable
 from eventrain.callbacks.reporting import _sampling
 from eventrain.engine import DataLoaders, TrainLearner
 from eventrain.engine.run.thread import TrainingThread
@@ -850,12 +850,17 @@ def floats(value: Any) -> list[float]:
 def of_each_kind() -> dict[str, Record]:
     """A record of each kind, from a run that was cancelled and in which the loss was no number."""
     learn = learner(2, 1, MetricsCB(), loss_func=lambda p, y: p.mean() * math.nan)
+    learn.add_cbs(ValidateCB(learn.dls.valid, every_steps=2))
+
+    @learn.on(CleanupEpoch, where=lambda event: event.purpose == "validate")
+    def measure(event: CleanupEpoch) -> None:
+        learn.record["large"] = torch.zeros(2000)
 
     @learn.on(CleanupFit)
     def late(event: CleanupFit) -> None:
         raise CancelFitException("late")
 
-    @learn.on(AfterEpoch)
+    @learn.on(AfterEpoch, where=lambda event: event.purpose == "fit")
     def enough(event: AfterEpoch) -> None:
         learn.record["large"] = torch.zeros(2000)
         raise CancelFitException("enough")
@@ -874,6 +879,7 @@ WRONG = {
     "n_epochs": -1,
     "n_steps": -1,
     "steps": -1,
+    "name": "",
     "epoch": -1,
     "iter": 0.5,
     "samples": -1,
@@ -885,7 +891,7 @@ WRONG = {
 
 def test_the_schema_is_one() -> None:
     Draft202012Validator.check_schema(SCHEMA)
-    assert list(RECORDS) == KINDS == ["fit_started", "batch", "epoch", "fit_ended"]
+    assert list(RECORDS) == KINDS == ["fit_started", "batch", "validation", "epoch", "fit_ended"]
 
 
 @pytest.mark.parametrize(
@@ -934,10 +940,14 @@ def code(cell: str) -> set[str]:
 
 def test_the_examples_in_the_page_are_records_such_as_a_run_has() -> None:
     lines = [json.loads(line) for line in re.findall(r"^\{.*\}$", PAGE, re.MULTILINE)]
-    *four, nonfinite, large = [{k: v for k, v in line.items() if k != "level"} for line in lines]
-    assert names(four) == KINDS
-    completed = {r["event"]: r for r in recorded(learner(1, 1, MetricsCB()), every=1)}
-    for record in four:
+    *one_of_each, nonfinite, large = [
+        {k: v for k, v in line.items() if k != "level"} for line in lines
+    ]
+    assert names(one_of_each) == KINDS
+    learn = learner(1, 1, MetricsCB())
+    learn.add_cbs(ValidateCB(learn.dls.valid, every_steps=1))
+    completed = {r["event"]: r for r in recorded(learn, every=1)}
+    for record in one_of_each:
         assert list(as_json(record)) == list(completed[record["event"]])
     assert as_json(nonfinite)["nonfinite"] == {"metrics.loss": "nan"}
     assert as_json(large)["left_out"] == {"metrics.image": "Tensor of (1000, 1000)"}

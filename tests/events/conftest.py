@@ -40,6 +40,8 @@ def make_event() -> MakeEvent:
         "end": ScopeEnd("completed"),
         "metrics": {},
         "all_read": True,
+        "name": "clean",
+        "seconds": 0.5,
     }
 
     def make(event_type: type[Event], **given: Any) -> Event:

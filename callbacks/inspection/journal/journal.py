@@ -25,7 +25,7 @@ from ....events import (
     StepEvent,
 )
 from ..._checks import check_int
-from ..._monitor import is_training
+from ..._purpose import is_training
 from ._digest import digest
 
 # The keys of a line, which `compare_runs` also uses.
@@ -87,6 +87,7 @@ class JournalCB(Callback):
     """
 
     order: float = math.inf  # a line has what the other callbacks have changed
+    in_extra_validation = False
 
     def __init__(self, path: str | os.PathLike[str], every: int = 100) -> None:
         self.path = Path(path)
