@@ -1,0 +1,126 @@
+"""The trainings of examples/gallery are those of the loops by hand, also when they are resumed."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from eventrain.callbacks import CheckpointCB
+from eventrain.engine import TrainLearner
+from eventrain.events import BeforeBatch
+from torch import nn
+
+ROOT = Path(__file__).parents[2]
+NAMES = sorted(p.stem for p in (ROOT / "examples" / "gallery").glob("*.py") if p.stem[0] != "_")
+PAGE = ROOT / "docs" / "gallery.md"
+
+SMALL: dict[str, dict[str, Any]] = {}
+"""The arguments of a shorter fit, for those that have other arguments than `n_epochs`."""
+
+each_training = pytest.mark.parametrize("name", NAMES)
+
+
+def example(name: str) -> Any:
+    return importlib.import_module(f"examples.gallery.{name}")
+
+
+def by_hand(name: str) -> Any:
+    return importlib.import_module(f"tests.gallery.by_hand.{name}")
+
+
+def small(name: str) -> dict[str, Any]:
+    return SMALL.get(name, {"n_epochs": 2})
+
+
+def learner_of(name: str, seed: int = 0) -> TrainLearner:
+    torch.manual_seed(seed)
+    return example(name).make_learner()
+
+
+def state(model: nn.Module) -> list[torch.Tensor]:
+    return [value.clone() for value in model.state_dict().values()]
+
+
+def assert_equal(one: list[torch.Tensor], other: list[torch.Tensor]) -> None:
+    assert len(one) == len(other) > 0
+    assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+@each_training
+def test_it_is_the_training_by_hand_to_the_bit(name: str) -> None:
+    torch.manual_seed(0)
+    right = state(by_hand(name).train(**small(name)))
+    learner = learner_of(name)
+    before = state(learner.model)
+    assert learner.run(**small(name)).status == "completed"
+    assert_equal(state(learner.model), right)
+    assert any(not torch.equal(a, b) for a, b in zip(before, right, strict=True))
+
+
+@each_training
+def test_it_is_resumed_in_the_middle_to_the_bit(name: str, tmp_path: Path) -> None:
+    whole = learner_of(name)
+    result = whole.run(**small(name))
+    middle = (result.batches + result.valid_batches) // 3
+    first = learner_of(name)
+    batches = iter(range(middle))
+
+    @first.on(BeforeBatch)
+    def stop(event: BeforeBatch) -> None:
+        if next(batches, None) is None:
+            first.stop(graceful=True)
+
+    stopped = first.run(**small(name), cbs=CheckpointCB(tmp_path))
+    assert stopped.status == "cancelled"
+    second = learner_of(name, seed=1)
+    resumed = second.run(**small(name), cbs=CheckpointCB(tmp_path), resume="last")
+    assert resumed.status == "completed"
+    assert_equal(state(second.model), state(whole.model))
+    assert resumed.history == result.history
+
+
+@each_training
+def test_it_runs_as_a_program_and_prints_a_number(name: str) -> None:
+    command = [sys.executable, "-m", f"examples.gallery.{name}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"\d", done.stdout)
+
+
+# ---------------------------------------------------------------------------------- the page
+
+
+def lines(function: Any) -> int:
+    """The lines of a function that are neither empty nor its docstring."""
+    source = inspect.getsource(function).replace(f'"""{function.__doc__}"""', "")
+    return len([line for line in source.splitlines() if line.strip()])
+
+
+def rows() -> Iterator[list[str]]:
+    for line in PAGE.read_text().splitlines():
+        if line.startswith("| ["):
+            yield [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_the_page_has_a_row_for_each_training_with_its_lines() -> None:
+    """Lines here, of `make_learner`, and lines by hand, of `train`."""
+    counts = {
+        name: [str(lines(example(name).make_learner)), str(lines(by_hand(name).train))]
+        for name in NAMES
+    }
+    shown = {re.findall(r"\((?:.*/)?(\w+)\.py\)", first)[0]: cells for first, *cells in rows()}
+    assert {name: cells[:2] for name, cells in shown.items()} == counts
+
+
+@each_training
+def test_a_file_is_short(name: str) -> None:
+    source = Path(example(name).__file__).read_text()
+    assert len([line for line in source.splitlines() if line.strip()]) <= 60
