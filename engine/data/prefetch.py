@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextvars
-import sys
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from queue import SimpleQueue
 from typing import Any
@@ -12,7 +9,7 @@ from typing import Any
 import torch
 
 from ...events.checks import is_int
-from .thread_state import torch_state
+from .thread_state import ReadingThread
 from .transfer import transfer_to
 
 
@@ -84,12 +81,11 @@ class Prefetcher:
             reader.leave()
 
 
-class _Reader(threading.Thread):
+class _Reader(ReadingThread):
     """The thread that reads one iteration."""
 
     def __init__(self, loader: Iterable[Any], send: Callable[[Any], Any], depth: int) -> None:
-        name = threading.current_thread().name.removeprefix("eventrain-")
-        super().__init__(name=f"eventrain-prefetch-{name}", daemon=True)
+        super().__init__("prefetch")
         self.loader, self.send = loader, send
         # Each batch is in a list, so that neither thread keeps a reference; an empty list ends it.
         self.ready: SimpleQueue[list[Any]] = SimpleQueue()
@@ -99,20 +95,16 @@ class _Reader(threading.Thread):
             self.free.put(None)
         self.left = False
         self.error: BaseException | None = None
-        self.inherited = contextvars.copy_context(), torch_state(), torch.is_grad_enabled()
 
     def run(self) -> None:
-        context, enter_torch_state, grad = self.inherited
         try:
-            enter_torch_state()
-            torch.set_grad_enabled(grad)
-            context.run(self._read)
+            super().run()
         except BaseException as exc:  # a loader may raise a cancel
             self.error = exc
         finally:
             self.ready.put([])
 
-    def _read(self) -> None:
+    def read(self) -> None:
         for batch in self.loader:
             box = [self.send(batch)]
             del batch  # once it is handed out, only its user holds it
@@ -121,15 +113,12 @@ class _Reader(threading.Thread):
             if self.left:
                 break
 
-    def leave(self) -> None:
-        """End the thread, and wait until it has ended.
-
-        It does not wait when the garbage collector calls this in the thread itself, nor at the
-        interpreter's exit, when daemon threads no longer run.
-        """
+    def stop(self) -> None:
         self.left = True
         self.free.put(None)
-        in_own_thread = self is threading.current_thread()
-        if self.is_alive() and not in_own_thread and not sys.is_finalizing():
-            self.join()
+
+    def leave(self) -> None:
+        """End the thread, and wait until it has ended."""
+        self.stop()
+        self.wait()
         self.error = None  # avoids a reference cycle of the error, its traceback and this object

@@ -487,6 +487,30 @@ def test_an_iterator_left_open_does_not_keep_the_interpreter() -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "end\n", "")
 
 
+def test_a_program_may_end_while_a_batch_is_read() -> None:
+    """A daemon thread in torch's code at that moment would abort it."""
+    script = """
+        import torch
+        from eventrain.engine import Prefetcher
+        from torch.utils.data import DataLoader, TensorDataset
+
+        class Busy(TensorDataset):
+            def __getitem__(self, index):
+                return sum(torch.randn(300, 300).svd().S.sum() for _ in range(3))
+
+        opened = iter(Prefetcher(DataLoader(Busy(torch.zeros(999))), depth=99))
+        next(opened)
+        print("end")
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)],
+        capture_output=True,
+        text=True,
+        timeout=3 * GUARD,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "end\n", "")
+
+
 @pytest.mark.parametrize("event_type", [BeforeBatch, AfterLoss, AfterBatch])
 async def test_a_cancelled_epoch_has_no_thread_any_more_when_it_cleans_up(
     make_model: Callable[[], nn.Module], event_type: type[Event]
