@@ -4,7 +4,9 @@ from .checkpoint.compatibility import CheckpointMismatchError
 from .checkpoint.reader import Checkpoint, CheckpointDamagedError, CheckpointError
 from .data.dataloaders import DataLoaders
 from .data.prefetch import Prefetcher
+from .data.sample_random import sample_generator
 from .data.tensor_loader import TensorLoader
+from .data.thread_loader import ThreadLoader
 from .learner import Learner
 from .learners import MomentumLearner, TrainLearner
 from .listeners.observers import Observer
@@ -29,7 +31,9 @@ __all__ = [
     "Prefetcher",
     "Progress",
     "TensorLoader",
+    "ThreadLoader",
     "TrainLearner",
     "replaceable",
+    "sample_generator",
     "seed_everything",
 ]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, Literal, NamedTuple
 
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import IterableDataset
 
+from ..data.dataloaders import LOADERS
 from ..data.prefetch import Prefetcher
-from ..data.tensor_loader import TensorLoader
+from ..data.thread_loader import ThreadLoader
 
 
 class ResumeStrategy(NamedTuple):
@@ -42,7 +43,7 @@ def resume_strategy(loader: Any) -> ResumeStrategy:
         return ResumeStrategy("state")
     if isinstance(loader, Sequence):
         return ResumeStrategy("replay")
-    if type(loader) not in (DataLoader, TensorLoader):
+    if type(loader) not in LOADERS:
         return ResumeStrategy(
             "replay", f"{type(loader).__name__} may not yield the same batches again"
         )
@@ -64,6 +65,11 @@ def resume_strategy(loader: Any) -> ResumeStrategy:
             "replay", "its persistent workers keep their random states over epochs"
         )
     return ResumeStrategy("replay")
+
+
+def reads_ahead(loader: Any) -> bool:
+    """Whether a loader's sampler, and thus its generator, is ahead of the training."""
+    return isinstance(loader, Prefetcher | ThreadLoader)
 
 
 def _is_reproducible(sampler: Any) -> bool:
@@ -106,11 +112,15 @@ def _skip_to(loader: Iterable[Any], how: str, n: int, state: Any) -> Iterator[An
         name = "sampler" if attributes["batch_sampler"] is None else "batch_sampler"
         skipped: Iterator[Any] = _OneEpoch(attributes[name])
         attributes[name] = skipped
+        if isinstance(loader, ThreadLoader):
+            loader.first_batch = n
         batches = iter(loader)  # draws the seed now, and the sampler's order with the first index
     else:
         skipped = batches = iter(loader)
     if (done := sum(1 for _ in islice(skipped, n))) < n:
         raise ValueError(f"{n} batches of this epoch were done, but now it has only {done}")
+    if isinstance(loader, ThreadLoader) and isinstance(skipped, _OneEpoch):
+        skipped.draw_ahead(loader.read_ahead)  # as far as the generator was after n batches
     return batches
 
 
@@ -118,7 +128,12 @@ class _OneEpoch(Iterator[Any]):
     """The indices of a sampler for one epoch, which can be advanced before the loader uses them."""
 
     def __init__(self, sampler: Iterable[Any]) -> None:
-        self._indices = iter(sampler)
+        self._indices: Iterator[Any] = iter(sampler)
 
     def __next__(self) -> Any:
         return next(self._indices)
+
+    def draw_ahead(self, n: int) -> None:
+        """Draw the next n indices now, for later."""
+        drawn = list(islice(self._indices, n))
+        self._indices = chain(drawn, self._indices)

@@ -11,11 +11,10 @@ import torch
 from ...events import Callback
 from .. import log
 from ..data.dataloaders import DataLoaders
-from ..data.prefetch import Prefetcher
 from ..loop.reading import BatchReader, Pass
 from ..loop.state import LoopState, Position
 from .compatibility import CheckpointMismatchError, check_state
-from .loader_position import resume_strategy, skip_to
+from .loader_position import reads_ahead, resume_strategy, skip_to
 from .parts import SavedLearner
 from .preserve import KeptLearner
 from .random_state import RandomState, generators, random_state, set_random_state
@@ -190,7 +189,7 @@ class ResumedBatchReader(ResumableBatchReader):
         """The rest of a pass. It draws random numbers: the state is to be loaded afterwards."""
         set_random_state(loop.dls, state["random"])
         batches = skip_to(loader, state["done"], state["loader"])
-        if isinstance(loader, Prefetcher):  # its generators are ahead of what was saved
+        if reads_ahead(loader):  # its generators are ahead of what was saved
             self._ahead += [(g, g.get_state()) for g in generators(DataLoaders(loader))]
         return batches
 

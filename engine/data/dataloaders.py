@@ -10,9 +10,14 @@ from typing import Any, Self
 import torch
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset
 
+from ...events.checks import is_int
 from .fast import loader_for
 from .prefetch import Prefetcher
 from .tensor_loader import TensorLoader
+from .thread_loader import ThreadLoader
+
+LOADERS = (DataLoader, TensorLoader, ThreadLoader)
+"""The loaders that read in the order of their sampler; a class derived from one may not."""
 
 
 class DataLoaders:
@@ -49,6 +54,7 @@ class DataLoaders:
         shuffle: bool = True,
         drop_last: bool = False,
         device: str | torch.device | None = None,
+        num_threads: int = 0,
         **kwargs: Any,
     ) -> Self:
         """Make the fastest loaders with the same batches as `DataLoader(dataset, batch_size, ...)`.
@@ -58,8 +64,8 @@ class DataLoaders:
         to torchvision's MNIST, FashionMNIST, CIFAR10 and similar datasets whose transforms map
         each value on its own, as ToTensor and Normalize do; and to a Subset of those. A dataset
         with `__getitems__` is asked for whole batches: it returns a list of samples, or a batch,
-        as a tuple, mapping or tensor. All others are read sample by sample. The path that was
-        chosen, and why, is logged ("data_path").
+        as a tuple, mapping or tensor. All others are read sample by sample; with `num_threads`, by
+        threads. The path that was chosen, and why, is logged ("data_path").
 
         The tensors of a dataset are not copied, unless to a device: changes that are made in place,
         such as of labels, are seen in the next batch, as with a DataLoader. What is replaced by
@@ -75,12 +81,14 @@ class DataLoaders:
             device: the device of the batches. Data in memory is copied there once, if it takes no
                 more than half of the free memory; otherwise a `Prefetcher` copies each batch while
                 the previous one trains. By default, batches stay in the host's memory.
+            num_threads: how many threads of a `ThreadLoader` read each dataset whose samples are
+                not in memory; 0 reads without, as a DataLoader does.
             kwargs: other arguments of both DataLoaders, such as `generator`; `num_workers` and
                 the other arguments for workers are not used for samples that are in memory.
 
         Raises:
-            TypeError, ValueError: as by a DataLoader; also for an argument that it does not have,
-                and for `sampler` or `batch_sampler`, which belong to one dataset.
+            TypeError, ValueError: as by a DataLoader or `ThreadLoader`; also for an argument that
+                it does not have, and for `sampler` or `batch_sampler`, which belong to one dataset.
 
         Example:
             >>> import torch
@@ -97,7 +105,14 @@ class DataLoaders:
                     f"from_dataset({name}=...): it belongs to one dataset; make that loader"
                     " yourself, and pass it to DataLoaders(train, valid)"
                 )
-        kwargs["batch_size"] = batch_size
+        if not is_int(num_threads, 0):
+            raise ValueError(f"num_threads={num_threads!r}: give an integer, 0 or more")
+        if num_threads and kwargs.get("num_workers"):
+            raise ValueError(
+                f"num_threads={num_threads} and num_workers={kwargs['num_workers']!r}: a dataset is"
+                " read by threads or by worker processes; give one of them"
+            )
+        kwargs.update(batch_size=batch_size, num_threads=num_threads)
         return cls(
             loader_for(train, "train", device, shuffle=shuffle, drop_last=drop_last, **kwargs),
             None if valid is None else loader_for(valid, "valid", device, **kwargs),
@@ -184,7 +199,7 @@ def has_exact_length(loader: Any) -> bool:
     """
     if isinstance(loader, Prefetcher):
         return has_exact_length(loader.loader)
-    if type(loader) not in (DataLoader, TensorLoader):
+    if type(loader) not in LOADERS:
         return type(loader) in (list, tuple)
     if isinstance(loader.dataset, IterableDataset):
         return False

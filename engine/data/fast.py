@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from .accelerator import is_accelerator
 from .in_memory import NotInMemoryError, in_memory
 from .prefetch import Prefetcher
 from .tensor_loader import TensorLoader
+from .thread_loader import ThreadLoader
 
 _ARGUMENTS = frozenset(inspect.signature(DataLoader).parameters)
 _WORKER_ARGUMENTS = (
@@ -26,7 +29,11 @@ _WORKER_ARGUMENTS = (
 
 
 def loader_for(
-    dataset: Any, phase: str, device: str | torch.device | None = None, **kwargs: Any
+    dataset: Any,
+    phase: str,
+    device: str | torch.device | None = None,
+    num_threads: int = 0,
+    **kwargs: Any,
 ) -> Any:
     """Choose a loader, and log which one and why.
 
@@ -34,6 +41,7 @@ def loader_for(
         dataset: any dataset that a DataLoader accepts.
         phase: "train" or "valid", for the log.
         device: the device of the batches; by default they stay in the host's memory.
+        num_threads: how many threads read samples that are not in memory; 0 reads without.
         kwargs: the other arguments of a DataLoader.
 
     Raises:
@@ -43,25 +51,31 @@ def loader_for(
         if name not in _ARGUMENTS:
             raise TypeError(f"{name}={kwargs[name]!r}: a DataLoader has no argument {name!r}")
     off_host = device is not None and torch.device(device).type != "cpu"
-    loader, path, reason = _choose(dataset, device if off_host else None, kwargs)
+    make = partial(ThreadLoader, num_threads=num_threads) if num_threads else DataLoader
+    loader, path, reason = _choose(dataset, device if off_host else None, kwargs, make)
     if off_host and path != "resident":
         loader = Prefetcher(loader, device)
     log.info("data_path", phase=phase, path=path, reason=reason, loader=repr(loader))
     return loader
 
 
-def _choose(dataset: Any, device: Any, kwargs: dict[str, Any]) -> tuple[Any, str, str]:
-    """Return a loader, the name of its path, and the reason for it."""
+def _choose(
+    dataset: Any, device: Any, kwargs: dict[str, Any], make: Callable[..., DataLoader[Any]]
+) -> tuple[Any, str, str]:
+    """Return a loader, the name of its path, and the reason for it.
+
+    `make` is called for a dataset whose samples are not in memory.
+    """
     if kwargs["batch_size"] is None:
-        return DataLoader(dataset, **kwargs), "samples", "batch_size=None asks for single samples"
+        return make(dataset, **kwargs), "samples", "batch_size=None asks for single samples"
     if kwargs.get("collate_fn") is not None:
-        return DataLoader(dataset, **kwargs), "samples", "it has a collate_fn, which takes samples"
+        return make(dataset, **kwargs), "samples", "it has a collate_fn, which takes samples"
     try:
         found = in_memory(dataset)
     except NotInMemoryError as exc:
         if _returns_batches(dataset):
-            return DataLoader(dataset, **{**kwargs, "collate_fn": collate}), "batches", str(exc)
-        return DataLoader(dataset, **kwargs), "samples", str(exc)
+            return make(dataset, **{**kwargs, "collate_fn": collate}), "batches", str(exc)
+        return make(dataset, **kwargs), "samples", str(exc)
     kwargs = {key: value for key, value in kwargs.items() if key not in _WORKER_ARGUMENTS}
     path, reason = "tensors", "its samples are in memory"
     tensors, transform, indices = found

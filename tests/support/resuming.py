@@ -28,7 +28,9 @@ from eventrain.engine import (
     MomentumLearner,
     Prefetcher,
     TensorLoader,
+    ThreadLoader,
     TrainLearner,
+    sample_generator,
 )
 from eventrain.engine.checkpoint.random_state import random_state
 from eventrain.engine.checkpoint.reader import checkpoints_in
@@ -209,6 +211,16 @@ class Augmented(Dataset[Any]):
         return x * (1 + 0.01 * float(numpy.random.rand())), y
 
 
+class AugmentedPerSample(Augmented):
+    """The same by torch's functions and the generator of the sample, whichever thread reads it."""
+
+    def __getitem__(self, i: int) -> Any:
+        x, y = TRAINING[i]
+        seed = int(torch.randint(1 << 30, (), generator=sample_generator()))
+        noise = random.Random(seed).random() + numpy.random.default_rng(seed).random()
+        return x + 0.01 * torch.randn(64) + 0.01 * noise, y
+
+
 class Streamed(IterableDataset[Any]):
     def __iter__(self) -> Iterator[Any]:
         return (TRAINING[i] for i in torch.randperm(len(TRAINING)).tolist())
@@ -269,6 +281,32 @@ LOADERS: dict[str, Callable[[], Any]] = {
     "prefetched": lambda: Prefetcher(DataLoader(TRAINING, 16, shuffle=True), depth=2),
     "prefetched-own-generator": lambda: Prefetcher(
         DataLoader(TRAINING, 16, shuffle=True, generator=own_generator()), depth=2
+    ),
+    "threaded": lambda: ThreadLoader(TRAINING, 16, shuffle=True, num_threads=2),
+    "threaded-own-generator": lambda: ThreadLoader(
+        TRAINING, 16, shuffle=True, num_threads=3, read_ahead=1, generator=own_generator()
+    ),
+    "threaded-augmented": lambda: ThreadLoader(
+        AugmentedPerSample(), 16, shuffle=True, num_threads=3
+    ),
+    "threaded-augmented-own-generator": lambda: ThreadLoader(
+        AugmentedPerSample(), 16, shuffle=True, drop_last=True, generator=own_generator()
+    ),
+    "threaded-with-replacement-own-generator": lambda: ThreadLoader(
+        AugmentedPerSample(),
+        batch_sampler=BatchSampler(
+            RandomSampler(TRAINING, replacement=True, num_samples=72, generator=own_generator()),
+            16,
+            False,
+        ),
+    ),
+    "threaded-batches-by-the-dataset": lambda: ThreadLoader(
+        TRAINING,
+        batch_size=None,
+        sampler=BatchSampler(RandomSampler(TRAINING, generator=own_generator()), 16, False),
+    ),
+    "threaded-prefetched": lambda: Prefetcher(
+        ThreadLoader(AugmentedPerSample(), 16, shuffle=True), depth=2
     ),
     "list": list_of_batches,
     "streamed": lambda: DataLoader(Streamed(), 16),

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from eventrain.engine import DataLoaders, TensorLoader
+from eventrain.engine import DataLoaders, TensorLoader, ThreadLoader
 from structlog.testing import capture_logs
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
@@ -262,6 +262,36 @@ def test_workers_are_for_samples_only(digits: tuple[torch.Tensor, torch.Tensor])
     fast = DataLoaders.from_dataset(data, num_workers=1, persistent_workers=True).train
     assert (fast.num_workers, fast.persistent_workers) == (0, False)
     assert DataLoaders.from_dataset(Squares(), num_workers=1).train.num_workers == 1
+
+
+@pytest.mark.parametrize("dataset", [Squares(), InLists(), InBatches(), Subset(InLists(), [3, 1])])
+def test_threads_read_what_is_not_in_memory_and_give_the_same_batches(dataset: Any) -> None:
+    with capture_logs() as logs:
+        dls = DataLoaders.from_dataset(dataset, dataset, 7, num_threads=3)
+    plain = DataLoaders.from_dataset(dataset, dataset, 7)
+    for loader, expected in [(dls.train, plain.train), (dls.valid, plain.valid)]:
+        assert type(loader) is ThreadLoader
+        assert loader.num_threads == 3
+        for ours, theirs in zip(batches(loader), batches(expected), strict=True):
+            assert all(map(torch.equal, ours, theirs))
+    assert "num_threads=3" in logs[0]["loader"]
+
+
+def test_nor_do_samples_in_memory_need_threads(digits: tuple[torch.Tensor, torch.Tensor]) -> None:
+    assert type(DataLoaders.from_dataset(TensorDataset(*digits), num_threads=2).train) is (
+        TensorLoader
+    )
+
+
+@pytest.mark.parametrize("value", [-1, 1.0, True, "2", None])
+def test_an_invalid_number_of_threads_is_named(value: Any) -> None:
+    with pytest.raises(ValueError, match=rf"num_threads={value!r}: give an integer, 0 or more"):
+        DataLoaders.from_dataset(TensorDataset(ZEROS), num_threads=value)
+
+
+def test_threads_and_worker_processes_exclude_each_other() -> None:
+    with pytest.raises(ValueError, match=r"num_threads=2 and num_workers=1: .* give one of them"):
+        DataLoaders.from_dataset(Squares(), num_threads=2, num_workers=1)
 
 
 @pytest.mark.parametrize("wrap", [lambda d: d, lambda d: Subset(Subset(d, [3, 1, 0]), [2, -2])])

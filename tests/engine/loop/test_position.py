@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from eventrain.engine import DataLoaders, Position, Prefetcher, TensorLoader
+from eventrain.engine import DataLoaders, Position, Prefetcher, TensorLoader, ThreadLoader
 from eventrain.engine.checkpoint.loader_position import resume_strategy, skip_to
 from eventrain.engine.checkpoint.random_state import random_state, set_random_state
 from torch.utils.data import (
@@ -113,6 +113,7 @@ SKIPPED: dict[str, Callable[[Dataset[Any]], Any]] = {
 }
 PREFETCHED: dict[str, Callable[[], Any]] = {
     "skip": lambda: Prefetcher(DataLoader(Numbers(), 2, shuffle=True)),
+    "by threads": lambda: Prefetcher(ThreadLoader(Numbers(), 2, shuffle=True)),
     "replay": lambda: Prefetcher(DataLoader(Stream(), 2)),
     "state": lambda: Prefetcher(Kept()),
 }
@@ -286,6 +287,8 @@ class Half:
         (Half, "replay", "Half may not yield the same batches again"),
         (Workers, "state", "the random states of its workers are not in its state"),
         (lambda: TensorLoader(torch.ones(3)), "skip", None),
+        (lambda: ThreadLoader(Numbers()), "skip", None),
+        (lambda: Prefetcher(ThreadLoader(Numbers())), "skip", None),
         (lambda: Prefetcher([1, 2]), "replay", None),
         (lambda: Prefetcher(DataLoader(Numbers())), "skip", None),
         (

@@ -14,6 +14,7 @@ from eventrain.callbacks import (
     MetricsCB,
 )
 from eventrain.engine import (
+    ThreadLoader,
     TrainLearner,
 )
 from hypothesis import given, settings
@@ -22,8 +23,10 @@ from structlog.testing import capture_logs
 from torch import optim
 from torch.nn import functional as F
 from torch.utils.data import (
+    BatchSampler,
     DataLoader,
     IterableDataset,
+    RandomSampler,
     Sampler,
 )
 from torcheval.metrics import (
@@ -39,6 +42,7 @@ from tests.support.resuming import (
     TRAIN,
     TRAINING,
     Augmented,
+    AugmentedPerSample,
     Pieces,
     Streamed,
     assert_same,
@@ -48,6 +52,7 @@ from tests.support.resuming import (
     make_dls,
     make_learner,
     make_model,
+    own_generator,
     restless_model,
     scaled_by_accelerate,
     undisturbed,
@@ -116,6 +121,27 @@ def test_loading_in_worker_processes_goes_on_with_the_same_random_numbers(places
 
     resumed = in_pieces(make, places, 1, each={"every_batches": 2}, valid=False)
     assert_same(resumed, undisturbed(make, 1, valid=False))
+
+
+def test_a_resumed_fit_may_read_by_more_threads_and_further_ahead() -> None:
+    """Its sampler draws on, where it was, from a generator that was ahead by another number."""
+
+    def make(num_threads: int, read_ahead: int) -> TrainLearner:
+        sampler = RandomSampler(
+            TRAINING, replacement=True, num_samples=72, generator=own_generator()
+        )
+        batches = BatchSampler(sampler, 16, False)
+        loader = ThreadLoader(
+            AugmentedPerSample(),
+            batch_sampler=batches,
+            num_threads=num_threads,
+            read_ahead=read_ahead,
+        )
+        return make_learner(model=restless_model, dls=make_dls(loader))
+
+    sizes = iter([(1, 1), (3, 4), (2, 2), (1, 3)])
+    resumed = in_pieces(lambda: make(*next(sizes)), [(1, "graceful"), (2, "graceful"), (1, "stop")])
+    assert_same(resumed, undisturbed(lambda: make(2, 4)))
 
 
 class ByEpoch(Sampler[int]):
