@@ -7,6 +7,9 @@ in order, through the whole pass; trainings with them must end with its weights.
 before the clock starts. If there is a GPU, everything is measured again with the batches copied to
 it, or kept there.
 
+A dataset that is not in memory, JPEG files that the benchmark writes, is read by torch's DataLoader
+without and with worker processes, by the threads of a ThreadLoader, and by SPDL if it is installed.
+
 If other work keeps the cores busy, threads that share one operation wait for each other, for
 milliseconds in operations of microseconds. OMP_NUM_THREADS=1 in the environment avoids that.
 """
@@ -34,6 +37,7 @@ from torchvision.transforms import v2
 from examples.datasets import BATCH_SIZE, get_model
 
 from .by_hand import Task, by_hand
+from .jpegs import add_table
 from .report import Report, Table, interleaved, over
 
 SEED = 0
@@ -108,6 +112,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
     add_data_arguments(parser)
     parser.add_argument("--repeats", type=int, default=5, metavar="N")
+    parser.add_argument(
+        "--jpegs", type=int, default=1200, metavar="N", help="JPEG files to write and read, or 0"
+    )
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
@@ -162,6 +169,7 @@ def run(args: argparse.Namespace) -> Report:
                 ratio = over(measured, rates[POST])[2]
                 table.rows.append((name, max(measured), ratio, CONTENDERS[name][1]))
             report.tables.append(table)
+    add_table(report, args.jpegs, args.repeats, _rate)
     return report
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torchvision.datasets import FashionMNIST
 
-from benchmarks import data
+from benchmarks import data, jpegs
 from benchmarks.data import BITS, CONTENDERS, FROM_DATASET, POST, REORDERED, TRAINED
 from benchmarks.report import Report
 
@@ -26,7 +26,8 @@ def measure(fashion_mnist: Path, monkeypatch: pytest.MonkeyPatch) -> Measure:
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
 
     def measure() -> Report:
-        return data.run(parsed("--data", str(fashion_mnist), "--images", "70", "--repeats", "1"))
+        options = ("--images", "70", "--repeats", "1", "--jpegs", "0")
+        return data.run(parsed("--data", str(fashion_mnist), *options))
 
     return measure
 
@@ -125,3 +126,28 @@ def test_missing_data_is_reported_with_where_to_put_it(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=r"not in .*FashionMNIST/raw: .* point --data to"):
         data.run(parsed("--data", str(tmp_path)))
     assert not list(tmp_path.iterdir())
+
+
+def of_jpegs(n: int) -> Report:
+    report = Report("data")
+    jpegs.add_table(report, n, 1, lambda work, n: work() or float(n))
+    return report
+
+
+def test_loaders_of_jpegs_are_compared() -> None:
+    report = of_jpegs(70)
+    (table,) = report.tables
+    assert "70 JPEG files of 320x320, in batches of 64, 1 repeats in turn" in table.title
+    left_out = {jpegs.SPDL} if report.notes else set()
+    assert {row[0] for row in table.rows} == jpegs.CONTENDERS.keys() - left_out
+    assert all("Left out: SPDL, num_threads=2, as No module" in note for note in report.notes)
+    assert of_jpegs(0).tables == []
+
+
+def test_one_with_other_images_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def make(dataset: Any) -> list[torch.Tensor]:
+        return [batch + 1e-6 for batch in jpegs.DataLoader(dataset, 64)]
+
+    monkeypatch.setitem(jpegs.CONTENDERS, "ThreadLoader, num_threads=2", make)
+    with pytest.raises(AssertionError, match="num_threads=2: batch 0 is not that of DataLoader"):
+        of_jpegs(3)
