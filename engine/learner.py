@@ -46,7 +46,8 @@ class Learner(ScriptForms):
     Args:
         model: the module to train.
         dls: an object with `train` and `valid`, such as `DataLoaders`.
-        loss_func: called as `loss_func(preds, targets)`, returns a scalar tensor.
+        loss_func: called as `loss_func(preds, targets)`, returns a scalar tensor; None where the
+            model returns the loss.
         lr: the learning rate for `opt_func`.
         cbs: one callback, or several.
         opt_func: called as `opt_func(model.parameters(), lr)` for every fit that trains; None
@@ -77,7 +78,7 @@ class Learner(ScriptForms):
         self,
         model: nn.Module,
         dls: Any = None,
-        loss_func: Callable[..., Any] = F.mse_loss,
+        loss_func: Callable[..., Any] | None = F.mse_loss,
         lr: float = 0.1,
         cbs: Callback | Iterable[Callback] | None = None,
         opt_func: Callable[..., Any] | None = optim.SGD,
@@ -93,6 +94,9 @@ class Learner(ScriptForms):
         self.lr = lr
         self.opt_func = check_opt_func(opt_func)
         self.add_cbs(cbs)
+
+    n_inp: Any = None
+    """What of a batch the model takes: see `TrainLearner`."""
 
     @has_script_form("run")
     async def fit(

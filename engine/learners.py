@@ -9,15 +9,32 @@ from torch import nn, optim
 from torch.nn import functional as F
 
 from ..events import Bus, Callback
-from .data.batches import inputs_of, targets_of
+from .data.inputs import Inputs, call_model, check_n_inp, targets_in
 from .learner import Learner
 from .loop.actions import replaceable
-from .loop.loss import check_loss
+from .loop.loss import check_loss, loss_in
 from .loop.parameters import optimizer_parameters
 
 
 class TrainLearner(Learner):
-    """A Learner for batches of (inputs, targets), one model and one optimizer.
+    """A Learner for one model and one optimizer.
+
+    A batch is a tuple or list, of which the model takes the first part, and the loss function the
+    second; `n_inp` says otherwise. Or it is a mapping, or an object with the model's keyword names:
+    the model is called with the parts that its `forward` has parameters for, as keywords, and the
+    other parts are the targets, in order. What is none of these is passed to the model as it is.
+
+    Without a loss function, the loss is `preds.loss` or `preds["loss"]`, and a mapping is passed to
+    the model whole: `model(**batch)`.
+
+    Args:
+        n_inp: how many parts of a tuple or list the model takes, from the first:
+            `model(*batch[:n_inp])`, `loss_func(preds, *batch[n_inp:])`; or a tuple with the names of
+            the parts of a mapping or object that it takes.
+
+    Raises:
+        TypeError, ValueError: an argument is not valid; in the fit, a batch does not have the
+            parts that the model or the loss function takes, or the output has no loss.
 
     Example:
         >>> import torch
@@ -31,13 +48,32 @@ class TrainLearner(Learner):
     Source: the post's `TrainLearner`.
     """
 
+    def __init__(
+        self,
+        model: nn.Module,
+        dls: Any = None,
+        loss_func: Callable[..., Any] | None = F.mse_loss,
+        lr: float = 0.1,
+        cbs: Callback | Iterable[Callback] | None = None,
+        opt_func: Callable[..., Any] | None = optim.SGD,
+        *,
+        n_inp: Inputs = None,
+        bus: Bus | None = None,
+        **unknown: Never,
+    ) -> None:
+        super().__init__(model, dls, loss_func, lr, cbs, opt_func, bus=bus, **unknown)
+        self.n_inp = check_n_inp(n_inp)
+
     @replaceable
     def predict(self) -> None:
-        self.preds = self.model(inputs_of(self.batch))
+        self.preds = call_model(self)
 
     @replaceable
     def get_loss(self) -> None:
-        self.loss = self.loss_func(self.preds, targets_of(self.batch))
+        if self.loss_func is None:
+            self.loss = loss_in(self.preds)
+        else:
+            self.loss = self.loss_func(self.preds, *targets_in(self))
 
     @replaceable
     def backward(self) -> None:
@@ -64,6 +100,7 @@ class MomentumLearner(TrainLearner):
 
     Args:
         mom: the factor by which the gradients decay from one step to the next; 0 zeroes them.
+        n_inp: as of a TrainLearner.
 
     Source: the post's `MomentumLearner`; parameters without a gradient are skipped.
     """
@@ -72,16 +109,17 @@ class MomentumLearner(TrainLearner):
         self,
         model: nn.Module,
         dls: Any = None,
-        loss_func: Callable[..., Any] = F.mse_loss,
+        loss_func: Callable[..., Any] | None = F.mse_loss,
         lr: float = 0.1,
         cbs: Callback | Iterable[Callback] | None = None,
         opt_func: Callable[..., Any] | None = optim.SGD,
         mom: float = 0.85,
         *,
+        n_inp: Inputs = None,
         bus: Bus | None = None,
         **unknown: Never,
     ) -> None:
-        super().__init__(model, dls, loss_func, lr, cbs, opt_func, bus=bus, **unknown)
+        super().__init__(model, dls, loss_func, lr, cbs, opt_func, n_inp=n_inp, bus=bus, **unknown)
         self.mom = mom
 
     @replaceable

@@ -30,6 +30,7 @@ class LearnerLike(Protocol):
             for the length of a fit.
         opt: the optimizer of the last fit that trained, None before the first.
         dl: the loader of the current epoch.
+        n_inp: what of a batch the model takes; see `TrainLearner`.
         batch, preds, loss: those of the current batch; receivers may replace them.
         n_steps: the number of optimizer steps that the fit will take if none is skipped; None if
             that is not known.
@@ -54,6 +55,7 @@ class LearnerLike(Protocol):
     dls: Any
     dl: Any
     loss_func: Any
+    n_inp: Any
     lr: float
     opt_func: Any
     opt: Any

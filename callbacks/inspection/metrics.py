@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from ...engine.data.batches import targets_of
+from ...engine.data.inputs import targets_of
 from ...engine.run.mean_loss import MeanLoss, log_reduction
 from ...events import AfterBatch, AfterEpoch, BeforeEpoch, BeforeFit, Callback, CleanupEpoch
 from .._checks import optional_import
@@ -115,7 +115,7 @@ class MetricsCB(Callback):
         if not self.metrics:
             return
         learner = event.learner
-        preds, targets = learner.preds, targets_of(learner.batch)
+        preds, targets = learner.preds, targets_of(learner)
         if not isinstance(preds, torch.Tensor):
             raise TypeError(
                 "metrics are updated with a tensor of predictions, but learner.preds is a"

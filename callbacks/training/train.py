@@ -4,10 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from ...engine import TrainLearner
+from ...engine.data.inputs import Inputs, check_n_inp
 from ...engine.loop.actions import may_replace
-from ...events import Backward, Callback, Event, GetLoss, Predict, Step, ZeroGrad
+from ...events import (
+    Backward,
+    BeforeFit,
+    Callback,
+    CleanupFit,
+    Event,
+    GetLoss,
+    Predict,
+    Step,
+    ZeroGrad,
+)
 
 _METHODS: Any = TrainLearner  # Any, because they work on every learner
 
@@ -19,10 +31,11 @@ class TrainCB(Callback):
     in order: any other callback that performs an action takes precedence.
 
     Args:
-        n_inp: the number of inputs in a batch; only 1 is supported.
+        n_inp: which parts of a batch the model takes, as of a `TrainLearner`; by default, what the
+            learner's `n_inp` says. During the fit, it is the learner's.
 
     Raises:
-        ValueError: `n_inp` is not 1.
+        TypeError, ValueError: `n_inp` is not valid.
 
     Example:
         >>> import torch
@@ -39,20 +52,26 @@ class TrainCB(Callback):
     order: float = 1000
     shareable = True
 
-    def __init__(self, n_inp: int = 1) -> None:
-        if n_inp != 1:
-            raise ValueError(
-                f"n_inp={n_inp!r}: only batches of (inputs, targets) are supported. For several"
-                " inputs, derive a class from TrainCB with a method of your own: def predict(self,"
-                " event): learner = event.learner; learner.preds = learner.model(*learner.batch[:"
-                f"{n_inp}]), and likewise get_loss"
-            )
+    n_inp: Inputs = None
+
+    def __init__(self, n_inp: Inputs = None) -> None:
+        self.n_inp = check_n_inp(n_inp)
+        self._n_inp_before: WeakKeyDictionary[Any, Inputs] = WeakKeyDictionary()
 
     def receivers(self, learner: Any) -> Iterator[tuple[type[Event], Callable[[Any], Any]]]:
         """As for any callback, but without the actions for which the learner has its own method."""
         for event_type, method in super().receivers(learner):
             if may_replace(getattr(learner, event_type.hook, None)):
                 yield event_type, method
+
+    def before_fit(self, event: BeforeFit) -> None:
+        if self.n_inp is not None:  # for whatever else asks for the targets of a batch
+            self._n_inp_before[event.learner] = event.learner.n_inp
+            event.learner.n_inp = self.n_inp
+
+    def cleanup_fit(self, event: CleanupFit) -> None:
+        if event.learner in self._n_inp_before:
+            event.learner.n_inp = self._n_inp_before.pop(event.learner)
 
     def predict(self, event: Predict) -> None:
         _METHODS.predict(event.learner)

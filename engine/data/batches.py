@@ -1,31 +1,9 @@
-"""The inputs and the targets of a batch, and whether it is one."""
+"""Whether a value is a batch."""
 
 from __future__ import annotations
 
 import operator
 from typing import Any
-
-_SEQUENCES = (tuple, list)
-
-
-def inputs_of(batch: Any) -> Any:
-    """The input of the model: the first item of a tuple or list, or else the whole batch."""
-    return batch[0] if isinstance(batch, _SEQUENCES) else batch
-
-
-def targets_of(batch: Any) -> Any:
-    """The targets of a batch: the second item of a tuple or list.
-
-    Raises:
-        TypeError: the batch has no second item.
-    """
-    if isinstance(batch, _SEQUENCES) and len(batch) > 1:
-        return batch[1]
-    what = f"{len(batch)} part(s)" if isinstance(batch, _SEQUENCES) else type(batch).__qualname__
-    raise TypeError(
-        f"a batch of (inputs, targets) is needed here, but this one is {what}: perform Predict"
-        " and GetLoss yourself, in a Learner subclass or a callback"
-    )
 
 
 def check_batch(batch: Any, size: Any, phase: str, index: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -20,6 +21,24 @@ def check_scalar(loss: Any) -> Any:
         raise ValueError(
             f"the loss must be a scalar: its shape is {tuple(loss.shape)}; reduce it, with"
             " .mean() or the loss function's reduction='mean'"
+        )
+    return loss
+
+
+def loss_in(preds: Any) -> Any:
+    """The loss that a model has returned: the item "loss" of a mapping, or an attribute.
+
+    Raises:
+        TypeError: there is none.
+    """
+    loss = preds.get("loss") if isinstance(preds, Mapping) else getattr(preds, "loss", None)
+    if loss is None:
+        has = f" of {', '.join(map(repr, preds))}" if isinstance(preds, Mapping) else ""
+        raise TypeError(
+            "with loss_func=None the loss is taken from the model's output, as preds.loss or"
+            f" preds['loss'], but that is a {type(preds).__qualname__}{has} without one: give a"
+            " loss_func, or have the model return its loss; those of transformers do if the batch"
+            " has 'labels'"
         )
     return loss
 

@@ -11,6 +11,7 @@ _OPTIMIZER = "opt_func=torch.optim.AdamW, or opt_func=lambda params, lr: opt for
 
 _INSTEAD = {
     **dict.fromkeys(("opt", "optim", "optimizer"), _OPTIMIZER),
+    "n_inp": "TrainLearner(..., n_inp=...), or cbs=TrainCB(n_inp=...)",
     **dict.fromkeys(("callback", "callbacks"), "cbs=..."),
     **dict.fromkeys(("loss", "loss_fn", "criterion"), "loss_func=..."),
     **dict.fromkeys(("learning_rate",), "lr=..."),

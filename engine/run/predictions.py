@@ -11,8 +11,8 @@ import torch
 from ...events import AfterPredict, Callback, CancelBatchException, CleanupEpoch
 from .. import log
 from ..data.batch_size import parts_of
-from ..data.batches import targets_of
 from ..data.containers import map_tensors
+from ..data.inputs import targets_of
 from ..data.outputs import Layouts, in_common, is_ambiguous, join, layouts_of, why_not_collected
 from ..loop.state import LoopState
 from .result import FitResult
@@ -50,7 +50,7 @@ class CollectPredictions(Callback):
         guessed = learner.batch_reader.guess is not None
         for name, column in self._columns.items():
             is_preds = name == "preds"
-            output = _kept(learner.preds, self._keep) if is_preds else targets_of(learner.batch)
+            output = _kept(learner.preds, self._keep) if is_preds else targets_of(event.learner)
             column.add(output, n, guessed)
         raise CancelBatchException("only predictions were requested")
 
