@@ -29,7 +29,7 @@ class TrainLearner(Learner):
 
     Args:
         n_inp: how many parts of a tuple or list the model takes, from the first:
-            `model(*batch[:n_inp])`, `loss_func(preds, *batch[n_inp:])`; or a tuple with the names of
+            `model(*batch[:n_inp])`, `loss_func(preds, *batch[n_inp:])`; or a tuple of the names of
             the parts of a mapping or object that it takes.
 
     Raises:

@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from ...engine.data.inputs import targets_of
+from ...engine.loop.loss import Weight
+from ...engine.run.denominator import DenominatorCheck
 from ...engine.run.mean_loss import MeanLoss, log_reduction
 from ...events import AfterBatch, AfterEpoch, BeforeEpoch, BeforeFit, Callback, CleanupEpoch
 from .._checks import optional_import
+from ._metric_arguments import Arguments, metric_and_arguments, update
 
 with warnings.catch_warnings():
     # torcheval 0.0.7 compiles with torch.jit.script, which torch has deprecated. Whoever imports
@@ -33,11 +35,18 @@ class MetricsCB(Callback):
     `FitResult.history`.
 
     Args:
-        metrics: torcheval metrics, updated with (predictions, targets), named after their class.
+        metrics: torcheval metrics, updated with (predictions, targets), named after their class. A
+            pair of a metric and a function of the learner says what else to update it with: the
+            function returns the arguments, as a tuple.
         loss: what the loss of a batch is: "mean", the mean over its samples; "sum", their sum;
             "auto", what `loss_func.reduction` or that parameter of it says, else the mean. The
             loss of an epoch is the mean over its samples in any case, which
             `learner.batch_size(batch)` counts. None records no loss.
+        weight: a function of the learner that returns the weight of the current batch in that mean:
+            a number, or a scalar tensor, which causes no device sync. By default, it is the number
+            of samples. Where the loss of a batch is divided by something else, such as the number
+            of tokens that are not ignored, this is how to get the loss of all of them; without it,
+            "loss_is_a_guess" is logged where that can be seen.
         named: more metrics, under names of your own.
 
     Attributes:
@@ -74,17 +83,27 @@ class MetricsCB(Callback):
 
     def __init__(
         self,
-        *metrics: Metric[Any],
+        *metrics: Metric[Any] | tuple[Metric[Any], Arguments],
         loss: Literal["auto", "mean", "sum"] | None = "auto",
-        **named: Metric[Any],
+        weight: Weight | None = None,
+        **named: Metric[Any] | tuple[Metric[Any], Arguments],
     ) -> None:
-        if isinstance(loss, Metric):
+        if isinstance(weight, Metric | tuple):
+            named["weight"], weight = weight, None
+        if weight is not None and not callable(weight):
+            raise TypeError(f"weight={weight!r}: give a function of the learner")
+        self.weight = weight
+        if isinstance(loss, Metric | tuple):
             named["loss"] = loss
         elif loss not in ("auto", "mean", "sum", None):
             raise ValueError(f"loss={loss!r}: choose 'auto', 'mean', 'sum' or None")
         self.loss = loss
         self.metrics: dict[str, Metric[Any]] = {}
-        for name, metric in [*((type(m).__name__, m) for m in metrics), *named.items()]:
+        self._arguments: dict[str, Arguments | None] = {}
+        for given, entry in [*((None, m) for m in metrics), *named.items()]:
+            metric, arguments = metric_and_arguments(entry)
+            name = type(metric).__name__ if given is None else given
+            self._arguments[name] = arguments
             if not isinstance(metric, Metric):
                 raise TypeError(
                     f"{name}={metric!r} is not a torcheval metric: pass an instance of one"
@@ -93,7 +112,8 @@ class MetricsCB(Callback):
                 raise ValueError(f"the name {name!r} is taken: pass the metric as yourname=...")
             self.metrics[name] = metric
         self.history: list[dict[str, Any]] = []
-        self._loss = MeanLoss(loss or "mean")
+        self._loss = MeanLoss(loss or "mean", weight)
+        self._check: DenominatorCheck | None = None
         self._placed = False  # whether the metrics are on the device of the predictions
         self._measured = False  # whether a batch of this epoch has been completed
 
@@ -101,11 +121,12 @@ class MetricsCB(Callback):
         event.learner.metrics = self
         if self.loss == "auto":
             log_reduction(event.learner)
+            self._check = DenominatorCheck(event.learner)
 
     def before_epoch(self, event: BeforeEpoch) -> None:
         for metric in self.metrics.values():
             metric.reset()
-        self._loss = MeanLoss(self.loss or "mean")
+        self._loss = MeanLoss(self.loss or "mean", self.weight, self._check)
         self._placed = self._measured = False
 
     def after_batch(self, event: AfterBatch) -> None:
@@ -114,20 +135,9 @@ class MetricsCB(Callback):
         self._measured = True
         if not self.metrics:
             return
-        learner = event.learner
-        preds, targets = learner.preds, targets_of(learner)
-        if not isinstance(preds, torch.Tensor):
-            raise TypeError(
-                "metrics are updated with a tensor of predictions, but learner.preds is a"
-                f" {type(preds).__qualname__}: set it to the tensor in AfterLoss, or compute these"
-                " metrics in a receiver of your own and put their numbers into learner.record"
-            )
-        if not self._placed:
-            for metric in self.metrics.values():
-                metric.to(preds.device)
-            self._placed = True
-        for metric in self.metrics.values():
-            metric.update(preds.detach(), targets)
+        for name, metric in self.metrics.items():
+            update(name, metric, self._arguments[name], event.learner, place=not self._placed)
+        self._placed = True
 
     def after_epoch(self, event: AfterEpoch) -> None:
         numbers = self.measured()

@@ -148,6 +148,17 @@ def why_not_collected(output: Any, n: int | None, name: str) -> str | None:
     return f"{name} is a {type(output).__qualname__}"
 
 
+def described(output: Any) -> str:
+    """What an output is, for an error."""
+    kind = type(output).__qualname__
+    if isinstance(output, torch.Tensor):
+        return f"a {kind} of shape {tuple(output.shape)}"
+    if isinstance(output, list | tuple):
+        return f"a {kind} of {len(output)}"
+    parts = parts_of(output)
+    return f"a {kind} of {', '.join(map(repr, parts))}" if parts else f"a {kind}"
+
+
 def _has_rows(tensor: torch.Tensor, n: int | None) -> bool:
     return not tensor.is_nested and tensor.dim() > 0 and n in (None, tensor.size(0))
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from numbers import Real
 from typing import Any
 
 import torch
+
+Weight = Callable[[Any], Any]
+"""A function of the learner that returns the weight of the current batch."""
 
 
 def check_scalar(loss: Any) -> Any:
@@ -23,6 +27,26 @@ def check_scalar(loss: Any) -> Any:
             " .mean() or the loss function's reduction='mean'"
         )
     return loss
+
+
+def weight_of(weight: Weight, learner: Any) -> Any:
+    """The weight of the current batch: a number, or a scalar tensor without a gradient.
+
+    Raises:
+        TypeError, ValueError: it is neither, or negative.
+    """
+    value = weight(learner)
+    if isinstance(value, torch.Tensor) and value.numel() == 1:
+        return value.detach().reshape(())
+    if not isinstance(value, Real) or isinstance(value, bool):
+        shape = f" of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else ""
+        raise TypeError(
+            f"weight={weight!r} returned a {type(value).__qualname__}{shape}: return a number, or a"
+            " tensor with one, such as (learner.batch[1] != -100).sum()"
+        )
+    if value < 0:
+        raise ValueError(f"weight={weight!r} returned {value!r}: a weight is not negative")
+    return value
 
 
 def loss_in(preds: Any) -> Any:

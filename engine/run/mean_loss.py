@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-from contextlib import suppress
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -13,24 +10,10 @@ from ...events import AfterBatch, AfterEpoch, BeforeEpoch, BeforeFit, Callback
 from ...events.learner import LearnerLike
 from .. import log
 from ..data.accelerator import has_float64
-from ..loop.loss import check_scalar
+from ..loop.loss import Weight, check_scalar, weight_of
+from .denominator import DenominatorCheck, returns_sum
 
 Reduction = Literal["auto", "mean", "sum"]
-
-
-def returns_sum(loss_func: Any) -> bool:
-    """Whether a loss function returns the sum over the samples of a batch, by its `reduction`.
-
-    That of a module is its attribute, that of a function the default of its parameter, which a
-    `partial` may set. All others are taken to return the mean.
-    """
-    inner = loss_func
-    while isinstance(inner, partial):
-        inner = inner.func
-    reduction = getattr(getattr(inner, "__self__", inner), "reduction", None)
-    with suppress(Exception):  # not every callable has a signature, and few such a parameter
-        reduction = inspect.signature(loss_func).parameters["reduction"].default
-    return isinstance(reduction, str) and reduction == "sum"
 
 
 def log_reduction(learner: LearnerLike) -> None:
@@ -51,35 +34,57 @@ class MeanLoss:
     Args:
         reduction: whether the loss of a batch is the mean over its samples or their sum; "auto"
             asks the learner's loss function.
+        weight: a function of the learner that returns the weight of a batch; by default, that is
+            the number of its samples.
+        check: looks at the batches, and says when the mean is read whether that is a guess.
     """
 
-    def __init__(self, reduction: Reduction = "mean") -> None:
+    def __init__(
+        self,
+        reduction: Reduction = "mean",
+        weight: Weight | None = None,
+        check: DenominatorCheck | None = None,
+    ) -> None:
         self._reduction = reduction
+        self._weight = weight
+        self._check = check if weight is None and reduction == "auto" else None
+        if self._check is not None:
+            self._check.begin_epoch()
         self._is_sum = False
         self._sum: torch.Tensor | None = None
-        self._n_samples = 0
+        self._total: Any = 0  # of the weights; a tensor if they are
         self._placed = False
 
     def add(self, event: AfterBatch) -> None:
-        """Add the loss of a batch; a mean has the weight of the batch's samples.
+        """Add the loss of a batch; a mean has the weight of the batch.
 
         Raises:
-            TypeError, ValueError: the loss is not a scalar tensor.
+            TypeError, ValueError: the loss is not a scalar tensor, or the weight not a number.
         """
         loss = event.loss
         if loss is None or loss.ndim:
             loss = check_scalar(event.learner.loss).detach().reshape(())
         learner = event.learner
-        n = int(learner.batch_size(learner.batch))
-        if not n:  # the mean of no samples is NaN
+        if self._weight is None:
+            n: Any = int(learner.batch_size(learner.batch))
+        else:
+            n = weight_of(self._weight, learner)
+        if not isinstance(n, torch.Tensor) and not n:  # the mean of no samples is NaN
             return
         if not self._placed:
             self._place(loss.device)
             auto = self._reduction == "auto"
             self._is_sum = returns_sum(learner.loss_func) if auto else self._reduction == "sum"
         assert self._sum is not None
-        self._n_samples += n
-        self._sum.add_(loss, alpha=1 if self._is_sum else n)
+        if self._check is not None:
+            self._check.look(learner, self._sum)
+        if isinstance(n, torch.Tensor):
+            n = n.to(self._sum)
+            loss = torch.where(n > 0, loss if self._is_sum else loss * n, 0)
+            self._sum.add_(loss)
+        else:
+            self._sum.add_(loss, alpha=1 if self._is_sum else n)
+        self._total = self._total + n
 
     def _place(self, device: torch.device) -> None:
         """Accumulate on the device of the losses, from zero or from a loaded state."""
@@ -87,28 +92,41 @@ class MeanLoss:
             dtype = torch.float64 if has_float64(device) else torch.float32
             self._sum = torch.zeros((), dtype=dtype, device=device)
         self._sum = self._sum.to(device)
+        if isinstance(self._total, torch.Tensor):
+            self._total = self._total.to(device)
         self._placed = True
 
     def item(self) -> float | None:
         """The mean so far; None before the first loss. The host waits for the device here."""
-        return None if self._sum is None else self._sum.item() / self._n_samples
+        if self._sum is None:
+            return None
+        mean = self._sum / self._total if isinstance(self._total, torch.Tensor) else self._sum
+        lowest = None if self._check is None else self._check.lowest
+        if lowest is None:
+            number, seen = mean.item(), None
+        else:  # both in one number, so that the host waits once
+            both = torch.complex(mean, lowest).item()
+            number, seen = both.real, both.imag
+        if self._check is not None:
+            self._check.end_epoch(seen)
+        return number if mean is not self._sum else number / self._total
 
     def mean(self) -> torch.Tensor | None:
         """The mean so far, a scalar on the device; None before the first loss."""
-        return None if self._sum is None else self._sum / self._n_samples
+        return None if self._sum is None else self._sum / self._total
 
     def state_dict(self) -> dict[str, Any]:
-        """The sum and the number of samples so far."""
-        return {"sum": _copy(self._sum), "n_samples": self._n_samples}
+        """The sum of the losses and of their weights so far."""
+        return {"sum": _copy(self._sum), "n_samples": _copy(self._total)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
-        self._sum, self._n_samples = _copy(state["sum"]), state["n_samples"]
+        self._sum, self._total = _copy(state["sum"]), _copy(state["n_samples"])
         self._placed = False
 
 
-def _copy(total: torch.Tensor | None) -> torch.Tensor | None:
-    return None if total is None else total.clone()  # `add` changes it in place
+def _copy(total: Any) -> Any:
+    return total.clone() if isinstance(total, torch.Tensor) else total  # `add` changes it in place
 
 
 class RecordMeanLoss(Callback):
@@ -119,9 +137,10 @@ class RecordMeanLoss(Callback):
 
     def before_fit(self, event: BeforeFit) -> None:
         log_reduction(event.learner)
+        self._check = DenominatorCheck(event.learner)
 
     def before_epoch(self, event: BeforeEpoch) -> None:
-        self._loss = MeanLoss("auto")
+        self._loss = MeanLoss("auto", check=self._check)
 
     def after_batch(self, event: AfterBatch) -> None:
         self._loss.add(event)

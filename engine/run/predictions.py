@@ -10,10 +10,17 @@ import torch
 
 from ...events import AfterPredict, Callback, CancelBatchException, CleanupEpoch
 from .. import log
-from ..data.batch_size import parts_of
 from ..data.containers import map_tensors
 from ..data.inputs import targets_of
-from ..data.outputs import Layouts, in_common, is_ambiguous, join, layouts_of, why_not_collected
+from ..data.outputs import (
+    Layouts,
+    described,
+    in_common,
+    is_ambiguous,
+    join,
+    layouts_of,
+    why_not_collected,
+)
 from ..loop.state import LoopState
 from .result import FitResult
 
@@ -100,7 +107,7 @@ class _Collected:
         if not layouts:
             raise TypeError(
                 f"get_preds cannot join {self._name} of batch {len(self.outputs)} with those"
-                f" before: they are {_described(output)}, and were {_described(self.outputs[-1])};"
+                f" before: they are {described(output)}, and were {described(self.outputs[-1])};"
                 f" {self._way_out}"
             )
         self._layouts = layouts
@@ -158,16 +165,5 @@ def _part(preds: Any, name: str | int) -> Any:
         return getattr(preds, name)
     except (LookupError, TypeError, AttributeError):
         raise ValueError(
-            f"keep={name!r}: there is no such part, because the predictions are {_described(preds)}"
+            f"keep={name!r}: there is no such part, because the predictions are {described(preds)}"
         ) from None
-
-
-def _described(output: Any) -> str:
-    """What an output is, for an error."""
-    kind = type(output).__qualname__
-    if isinstance(output, torch.Tensor):
-        return f"a {kind} of shape {tuple(output.shape)}"
-    if isinstance(output, list | tuple):
-        return f"a {kind} of {len(output)}"
-    parts = parts_of(output)
-    return f"a {kind} of {', '.join(map(repr, parts))}" if parts else f"a {kind}"

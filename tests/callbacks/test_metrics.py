@@ -569,3 +569,64 @@ def test_without_matplotlib_it_says_how_to_install_it(monkeypatch: pytest.Monkey
     monkeypatch.setitem(sys.modules, "matplotlib.ticker", None)
     with pytest.raises(ImportError, match=r"pip install 'eventrain\[plot\]'"):
         recorded((0, "train")).plot()
+
+
+# -------------------------------------------------------------------- what a metric is updated with
+
+
+class TwoHeads(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.kind, self.size = nn.Linear(3, 4), nn.Linear(3, 2)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.kind(x), self.size(x)
+
+
+def two_headed(metrics: MetricsCB) -> tuple[TrainLearner, list[Any]]:
+    x = torch.linspace(-1, 1, 30).reshape(10, 3)
+    kinds, sizes = torch.arange(10) % 4, torch.arange(10) % 2
+    batches = list(zip(x.split(4), kinds.split(4), sizes.split(4), strict=True))
+
+    def loss_func(preds: Any, kinds: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(preds[0], kinds) + F.cross_entropy(preds[1], sizes)
+
+    learner = TrainLearner(TwoHeads(), DataLoaders(valid=batches), loss_func, n_inp=1, cbs=metrics)
+    return learner, [x, kinds, sizes]
+
+
+def test_a_metric_of_each_head_says_what_it_is_updated_with(backend: dict[str, Any]) -> None:
+    metrics = MetricsCB(
+        kind=(MulticlassAccuracy(), lambda learner: (learner.preds[0], learner.batch[1])),
+        size=(MulticlassAccuracy(), lambda learner: (learner.preds[1], learner.batch[2])),
+    )
+    learn, (x, kinds, sizes) = two_headed(metrics)
+    learn.run(1, train=False, **backend)
+    kind, size = learn.model(x)
+    assert metrics.history[0]["kind"] == (kind.argmax(1) == kinds).float().mean().item()
+    assert metrics.history[0]["size"] == (size.argmax(1) == sizes).float().mean().item()
+
+
+def test_a_metric_of_a_two_headed_model_says_how_to_choose() -> None:
+    learn, _ = two_headed(MetricsCB(accuracy=MulticlassAccuracy()))
+    with pytest.raises(TypeError, match=r"'accuracy' .*a tuple of 2: say.*MetricsCB\(accuracy=\("):
+        learn.run(1, train=False)
+
+
+def test_the_function_of_a_metric_returns_a_tuple() -> None:
+    learn, _ = two_headed(MetricsCB(kind=(MulticlassAccuracy(), lambda learner: learner.preds[0])))
+    with pytest.raises(TypeError, match=r"metric 'kind' returned a Tensor of shape .* in a tuple"):
+        learn.run(1, train=False)
+
+
+def test_a_metric_that_fails_is_named_with_what_it_was_given() -> None:
+    """Such as accuracy on the soft targets of mixup."""
+    soft = [(torch.ones(4, 3), torch.ones(4, 2) / 2)] * 2
+    metrics = MetricsCB(accuracy=MulticlassAccuracy())
+    learn = TrainLearner(nn.Linear(3, 2), DataLoaders(soft), F.cross_entropy, cbs=metrics)
+    with pytest.raises(ValueError, match="target") as raised:
+        learn.run(1, valid=False)
+    notes = "".join(raised.value.__notes__)
+    assert "raised by the metric 'accuracy', updated with a Tensor of shape (4, 2)" in notes
+    assert "MetricsCB(accuracy=(metric, lambda learner:" in notes
