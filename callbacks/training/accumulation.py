@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable, Iterator
+from itertools import zip_longest
+from typing import Any, Literal
+
+import torch
 
 from ...engine.data.dataloaders import has_exact_length
-from ...engine.loop.loss import check_loss
+from ...engine.loop.loss import Weight, check_loss, weight_of
 from ...engine.loop.parameters import all_optimizer_parameters
 from ...events import (
     AfterBackward,
@@ -16,6 +20,7 @@ from ...events import (
     Callback,
     CancelStepException,
     CleanupEpoch,
+    LearnerLike,
 )
 from .._checks import check_int
 
@@ -28,60 +33,144 @@ class GradientAccumulationCB(Callback):
     own, each with the weight 1/(their number). Where the loader has no length, or one that may be
     wrong (of an iterable dataset, a sampler or a class of your own), the end of the epoch is known
     only when it is there: the last step is taken in AfterEpoch, with the order of this callback,
-    and if there were other batches than the length said, the gradients are corrected before (with
-    `MomentumLearner`, those carried over, too).
+    and if there were other batches than the length said, the gradients are corrected before.
+
+    The mean of the gradients is the gradient of one large batch only if the losses of all batches
+    are means over the same number of targets. Where they are not, such as means over tokens that
+    are not padding, give that number as the `weight`.
 
     For a batch without a step, the step scope is cancelled: `CleanupStep.end` reports it, no
-    `AfterStep` is emitted, but `AfterBatch` is.
+    `AfterStep` is emitted, but `AfterBatch` is. If an epoch is cut short within a group, the
+    gradients of the group are dropped; those that were there before it, as with `MomentumLearner`,
+    are put back, as the momentum of an optimizer stays.
 
     Args:
         n: batches per step.
+        weight: a function of the learner that returns the weight of the current batch in the mean:
+            a number, or a scalar tensor, which causes no device sync. It is called after the loss.
+            By default, all batches have the same.
+        tail: "mean" for the mean over the batches that remain at the end of an epoch; "full" to
+            divide them by `n`, too, as loops do that divide every loss by `n`.
 
     Raises:
-        ValueError: `n` is not a positive integer.
+        TypeError, ValueError: an argument is not valid, or `weight` does not return a number.
+
+    Example:
+        >>> import torch
+        >>> from eventrain.callbacks import GradientAccumulationCB
+        >>> from eventrain.engine import DataLoaders, TrainLearner
+        >>> x, y = torch.randn(6, 3), torch.tensor([0, 1, -100, -100, -100, 2])
+        >>> batches = list(zip(x.split(3), y.split(3)))
+        >>> n_targets = lambda learner: (learner.batch[1] != -100).sum()  # 2, then 1
+        >>> learner = TrainLearner(
+        ...     torch.nn.Linear(3, 3),
+        ...     DataLoaders(batches),
+        ...     torch.nn.functional.cross_entropy,
+        ...     cbs=GradientAccumulationCB(2, weight=n_targets),
+        ... )
+        >>> learner.run(1, valid=False).steps
+        1
 
     Source: the post's `GradientAccumulationCB`, which cancels the batch instead, so that
-    metrics miss it.
+    metrics miss it. The weight: huggingface/transformers#34191.
     """
 
     order: float = 50  # after changes of the loss, before what uses or changes gradients
     in_extra_validation = False
 
-    def __init__(self, n: int) -> None:
+    def __init__(
+        self, n: int, *, weight: Weight | None = None, tail: Literal["mean", "full"] = "mean"
+    ) -> None:
         self.n = check_int("n", n, "the number of batches per step, 1 or more")
+        if weight is not None and not callable(weight):
+            raise TypeError(f"weight={weight!r}: give a function of the learner")
+        if tail not in ("mean", "full"):
+            raise ValueError(f"tail={tail!r}: choose 'mean' or 'full'")
+        if tail == "full" and weight is not None:
+            raise ValueError(
+                "tail='full' divides by n batches, but with weight= the sum of the weights is"
+                " divided by: leave one of them out"
+            )
+        self.weight = weight
+        self.tail = tail
         self._forget()
 
     def _forget(self) -> None:
         self._waiting = 0  # batches since the last step
-        self._weight = 0.0  # the sum of their weights, 1 for a full group
+        self._weight: Any = 0.0  # the sum of their weights, 1 for a full group; may be a tensor
+        self._next: Any = 0.0  # the weight of the current batch
+        self._unit: Any = None  # what `weight` returned is divided by, so that it is about 1
         self._group = self.n  # the number of batches whose mean is expected to be taken
         self._due = self.n  # the number of batches after which a step is taken
+        self._kept: list[torch.Tensor | None] | None = None  # gradients from before the group
         self._flushing = False
 
     def after_loss(self, event: AfterLoss) -> None:
         if not event.training:
             return
-        if self._waiting == 0 and event.n_iter is not None:
-            self._group = max(1, min(self.n, event.n_iter - event.iter))
-            is_exact = event.learner.epoch_length or has_exact_length(event.learner.dl)
-            self._due = self._group if is_exact else self.n
-        if (group := self._group) > 1:
+        if self._waiting == 0:
+            self._begin_group(event)
+        self._next = 1 / self._group
+        if self.weight is not None:
+            weight = weight_of(self.weight, event.learner)
+            if self._unit is None:
+                self._unit = _at_least_1(weight)
+            self._next = weight / self._unit / self._group
+        if self.weight is not None or self._group > 1:
             # The gradient is scaled, not the loss: neither the performer of Backward nor readers of
             # the loss are affected.
-            check_loss(event.learner.loss).register_hook(lambda gradient: gradient / group)
+            check_loss(event.learner.loss).register_hook(self._scaled_by(self._next, self._group))
+
+    def _begin_group(self, event: AfterLoss) -> None:
+        if event.n_iter is not None:
+            left = max(1, min(self.n, event.n_iter - event.iter))
+            self._group = left if self.tail == "mean" else self.n
+            is_exact = event.learner.epoch_length or has_exact_length(event.learner.dl)
+            self._due = left if is_exact else self.n
+        if self.n > 1:
+            gradients = [p.grad for p in all_optimizer_parameters(event.learner)]
+            if any(gradient is not None for gradient in gradients):  # as with MomentumLearner
+                self._kept = [None if g is None else g.clone() for g in gradients]
+
+    def _scaled_by(self, weight: Any, group: int) -> Callable[[torch.Tensor], torch.Tensor]:
+        if self.weight is None:
+            return lambda gradient: gradient / group
+        return lambda gradient: (gradient * weight).to(gradient.dtype)
 
     def after_backward(self, event: AfterBackward) -> None:
         self._waiting += 1
-        self._weight += 1 / self._group
+        self._weight = self._weight + self._next
 
     def before_step(self, event: BeforeStep) -> None:
         if self._waiting < self._due and not self._flushing:
             raise CancelStepException(f"accumulating, {self._waiting} of {self._due}")
-        if not math.isclose(self._weight, 1):
-            for p in all_optimizer_parameters(event.learner):
-                if p.grad is not None:
-                    p.grad /= self._weight
+        self._correct(event.learner)
         self._forget()
+
+    def _correct(self, learner: LearnerLike) -> None:
+        """Divide the gradients of the group by the sum of their weights, unless that is 1."""
+        total = self._weight
+        if isinstance(total, torch.Tensor):
+            total = torch.where(total > 0, total, 1)
+        elif math.isclose(total, 1) or not total or (self.tail == "full" and total < 1):
+            return
+        for p, before in self._parameters(learner):
+            if p.grad is None:
+                continue
+            divisor = total.to(p.grad.device) if isinstance(total, torch.Tensor) else total
+            if before is None:
+                p.grad /= divisor
+            else:
+                p.grad.sub_(before).div_(divisor).add_(before)
+
+    def _parameters(
+        self, learner: LearnerLike
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+        """Every parameter with its gradient from before the group."""
+        parameters = all_optimizer_parameters(learner)
+        for p, before in zip_longest(parameters, self._kept or ()):
+            if p is not None:
+                yield p, None if before is None else before.to(p.device)
 
     def after_epoch(self, event: AfterEpoch) -> None:
         if self._waiting:  # the last group of a loader without a length that is certain
@@ -90,8 +179,8 @@ class GradientAccumulationCB(Callback):
 
     def cleanup_epoch(self, event: CleanupEpoch) -> None:
         if self._waiting:  # the epoch was cancelled within a group
-            for p in all_optimizer_parameters(event.learner):
-                p.grad = None
+            for p, before in self._parameters(event.learner):
+                p.grad = before
         self._forget()
 
     def steps_in(self, n_batches: int) -> int:
@@ -103,13 +192,20 @@ class GradientAccumulationCB(Callback):
         return {
             "waiting": self._waiting,
             "weight": self._weight,
+            "unit": self._unit,
             "group": self._group,
             "due": self._due,
+            "kept": None if self._kept is None else list(self._kept),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
         self._waiting = state["waiting"]
-        self._weight = state["weight"]
+        self._weight, self._unit = state["weight"], state.get("unit")
         self._group = state["group"]
         self._due = state["due"]
+        self._kept = state.get("kept")
+
+
+def _at_least_1(weight: Any) -> Any:
+    return weight.clamp(min=1) if isinstance(weight, torch.Tensor) else max(weight, 1)

@@ -78,13 +78,8 @@ class DenominatorCheck:
         self._n_batches = 0
         self._shape: Any = None
 
-    def look(self, learner: LearnerLike, like: torch.Tensor) -> None:
-        """Look at the targets of the current batch. It does not cause a device sync.
-
-        Args:
-            learner: the learner.
-            like: a scalar of the dtype and on the device that `lowest` is to have.
-        """
+    def look(self, learner: LearnerLike) -> None:
+        """Look at the targets of the current batch. It does not cause a device sync."""
         if not self._active:
             return
         self._n_batches += 1
@@ -110,9 +105,8 @@ class DenominatorCheck:
         elif self._ignored is not None:
             if self._ignored >= 0:
                 targets = torch.where(targets == self._ignored, self._ignored, self._ignored + 1)
-            if self.lowest is None:
-                self.lowest = torch.full_like(like, torch.inf)
-            self.lowest = torch.minimum(self.lowest, targets.min())
+            low = targets.min()
+            self.lowest = low if self.lowest is None else torch.minimum(self.lowest, low)
 
     def end_epoch(self, lowest: float | None) -> None:
         """Log, once per fit, that the loss of the epoch is a guess, if it is one.

@@ -77,7 +77,7 @@ class MeanLoss:
             self._is_sum = returns_sum(learner.loss_func) if auto else self._reduction == "sum"
         assert self._sum is not None
         if self._check is not None:
-            self._check.look(learner, self._sum)
+            self._check.look(learner)
         if isinstance(n, torch.Tensor):
             n = n.to(self._sum)
             loss = torch.where(n > 0, loss if self._is_sum else loss * n, 0)
@@ -105,7 +105,7 @@ class MeanLoss:
         if lowest is None:
             number, seen = mean.item(), None
         else:  # both in one number, so that the host waits once
-            both = torch.complex(mean, lowest).item()
+            both = (mean + lowest * 1j).item()
             number, seen = both.real, both.imag
         if self._check is not None:
             self._check.end_epoch(seen)

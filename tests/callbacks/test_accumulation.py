@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from eventrain.callbacks import GradientAccumulationCB, MetricsCB, SingleBatchCB
-from eventrain.engine import DataLoaders, MomentumLearner, TrainLearner
+from accelerate.state import AcceleratorState
+from eventrain.callbacks import (
+    AccelerateCB,
+    CheckpointCB,
+    GradientAccumulationCB,
+    MetricsCB,
+    MixedTrainingCB,
+    SingleBatchCB,
+)
+from eventrain.engine import DataLoaders, MomentumLearner, TensorLoader, TrainLearner
 from eventrain.events import (
     AfterBackward,
     AfterBatch,
     AfterLoss,
+    AfterStep,
     BeforeBatch,
     BeforeStep,
     CancelBatchException,
@@ -392,3 +403,384 @@ def test_stopping_in_the_middle_of_a_group_is_an_end_like_any_other() -> None:
     result = learn.run(1, valid=False)
     assert (result.status, result.reason, result.steps) == ("cancelled", "enough", 0)
     assert gradients(learn.model) == [None, None]
+
+
+# ----------------------------------------------------------------------- gradients that are kept
+
+
+@pytest.mark.parametrize("sized", [True, False])
+def test_an_epoch_cut_in_a_group_keeps_the_momentum_from_before_it(sized: bool) -> None:
+    """As SGD with momentum does: the gradients are dropped, its buffer is not."""
+    batches = data(5)
+    learn = MomentumLearner(
+        line(),
+        DataLoaders(batches if sized else Unsized(batches)),
+        lr=LR,
+        cbs=GradientAccumulationCB(2),
+        mom=0.9,
+    )
+
+    @learn.on(AfterBatch, where=lambda event: (event.epoch, event.iter) == (0, 2))
+    def leave(event: AfterBatch) -> None:
+        raise CancelEpochException
+
+    learn.run(2, valid=False)
+    groups = [batches[:2], *groups_of(batches, 2)]  # the third batch of the first epoch is gone
+    ours = weights(learn.model)
+    assert torch.allclose(ours, weights(by_hand(line(), groups, mom=0.9)), rtol=1e-5, atol=1e-7)
+
+    model = line()
+    opt = torch.optim.SGD(model.parameters(), LR, momentum=0.9)
+    for group in groups:
+        for x, y in group:
+            (F.mse_loss(model(x), y) / len(group)).backward()
+        opt.step()
+        opt.zero_grad()
+    assert torch.allclose(ours, weights(model), rtol=1e-5, atol=1e-7)
+
+
+def test_the_correction_of_a_tail_leaves_the_momentum_as_it_is() -> None:
+    batches = data(5)
+    learn = MomentumLearner(
+        line(), DataLoaders(Unsized(batches)), lr=LR, cbs=GradientAccumulationCB(3), mom=0.9
+    )
+    learn.run(2, valid=False)
+    reference = by_hand(line(), groups_of(batches, 3) * 2, mom=0.9)
+    assert torch.allclose(weights(learn.model), weights(reference), rtol=1e-5, atol=1e-6)
+
+
+def test_the_gradients_that_a_resumed_group_puts_back_are_in_its_state() -> None:
+    accumulation, states = GradientAccumulationCB(2), []
+    learn = MomentumLearner(line(), DataLoaders(data(4)), lr=LR, cbs=accumulation, mom=0.9)
+    learn.subscribe(AfterBatch, lambda event: states.append(accumulation.state_dict()))
+    learn.run(1, valid=False)
+    assert [state["kept"] is not None for state in states] == [False, False, True, False]
+    other = GradientAccumulationCB(2)
+    other.load_state_dict(states[2])
+    assert all(map(torch.equal, other.state_dict()["kept"], states[2]["kept"]))
+
+
+# --------------------------------------------------------------------------- weights of batches
+
+
+def tokens(counts: list[int]) -> Batches:
+    """Batches of six tokens each, of which so many are not padding."""
+    generator = torch.Generator().manual_seed(7)
+    batches = []
+    for count in counts:
+        y = torch.randint(0, 3, (6,), generator=generator)
+        y[count:] = -100
+        batches.append((torch.randn(6, 3, generator=generator), y))
+    return batches
+
+
+def classifier() -> nn.Module:
+    torch.manual_seed(5)
+    return nn.Linear(3, 3)
+
+
+def n_targets(learner: Any) -> torch.Tensor:
+    return (learner.batch[1] != -100).sum()
+
+
+def one_large_batch(groups: Iterable[Batches], loss_func: Any = F.cross_entropy) -> nn.Module:
+    model = classifier()
+    opt = torch.optim.SGD(model.parameters(), LR)
+    for group in groups:
+        x, y = (torch.cat(column) for column in zip(*group, strict=True))
+        loss_func(model(x), y).backward()
+        opt.step()
+        opt.zero_grad()
+    return model
+
+
+WEIGHTS: dict[str, Callable[[Any], Any]] = {
+    "tensor": n_targets,
+    "int": lambda learner: int(n_targets(learner)),
+    "float": lambda learner: float(n_targets(learner)),
+    "float64": lambda learner: n_targets(learner).double(),
+    "thousands": lambda learner: n_targets(learner) * 4096,
+    "fractions": lambda learner: n_targets(learner) / 4096,
+}
+
+
+@pytest.mark.parametrize("sized", [True, False])
+@pytest.mark.parametrize("weight", WEIGHTS)
+@pytest.mark.parametrize("counts", [[1, 6, 3, 2, 5], [6, 0, 4, 0, 2], [0, 3, 1, 0, 0]])
+def test_with_the_number_of_targets_a_group_is_one_large_batch(
+    counts: list[int], weight: str, sized: bool
+) -> None:
+    batches = tokens(counts)
+    learn = TrainLearner(
+        classifier(),
+        DataLoaders(batches if sized else Unsized(batches)),
+        F.cross_entropy,
+        LR,
+        GradientAccumulationCB(2, weight=WEIGHTS[weight]),
+    )
+    result = learn.run(3, valid=False)
+    assert result.steps == 9
+    reference = one_large_batch(groups_of(batches, 2) * 3)
+    assert torch.allclose(weights(learn.model), weights(reference), rtol=1e-5, atol=1e-6)
+
+
+def test_without_it_a_group_is_another_batch() -> None:
+    batches = tokens([1, 6, 3, 2, 5, 1])
+    learn = TrainLearner(
+        classifier(), DataLoaders(batches), F.cross_entropy, LR, GradientAccumulationCB(2)
+    )
+    learn.run(3, valid=False)
+    reference = one_large_batch(groups_of(batches, 2) * 3)
+    assert not torch.allclose(weights(learn.model), weights(reference), atol=1e-3)
+
+
+def test_weights_of_classes_make_a_group_one_large_batch() -> None:
+    loss_func = nn.CrossEntropyLoss(torch.tensor([0.1, 0.5, 4.0]))
+    batches = tokens([6, 6, 6, 6, 6])
+    accumulation = GradientAccumulationCB(
+        3, weight=lambda learner: loss_func.weight[learner.batch[1]].sum()
+    )
+    learn = TrainLearner(classifier(), DataLoaders(batches), loss_func, LR, accumulation)
+    learn.run(2, valid=False)
+    reference = one_large_batch(groups_of(batches, 3) * 2, loss_func)
+    assert torch.allclose(weights(learn.model), weights(reference), rtol=1e-5, atol=1e-6)
+
+
+def test_a_weighted_group_keeps_the_momentum_from_before_it() -> None:
+    batches, weight = tokens([1, 6, 3, 2]), n_targets
+    learn = MomentumLearner(
+        classifier(),
+        DataLoaders(batches),
+        F.cross_entropy,
+        LR,
+        GradientAccumulationCB(2, weight=weight),
+        mom=0.5,
+    )
+    learn.run(2, valid=False)
+    model = classifier()
+    opt = torch.optim.SGD(model.parameters(), LR, momentum=0.5)
+    for group in groups_of(batches, 2) * 2:
+        x, y = (torch.cat(column) for column in zip(*group, strict=True))
+        opt.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        opt.step()
+    assert torch.allclose(weights(learn.model), weights(model), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("sized", [True, False])
+def test_a_full_tail_is_divided_by_n(sized: bool) -> None:
+    """As by a loop that divides every loss by n."""
+    batches = data(5)
+    accumulation = GradientAccumulationCB(3, tail="full")
+    learn = TrainLearner(
+        line(), DataLoaders(batches if sized else Unsized(batches)), lr=LR, cbs=accumulation
+    )
+    result = learn.run(2, valid=False)
+    model = line()
+    opt = torch.optim.SGD(model.parameters(), LR)
+    for group in groups_of(batches, 3) * 2:
+        for x, y in group:
+            (F.mse_loss(model(x), y) / 3).backward()
+        opt.step()
+        opt.zero_grad()
+    assert torch.equal(weights(learn.model), weights(model))
+    assert result.steps == 4
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"weight": 3}, "weight=3: give a function of the learner"),
+        ({"tail": "half"}, "tail='half': choose 'mean' or 'full'"),
+        ({"weight": n_targets, "tail": "full"}, "leave one of them out"),
+    ],
+)
+def test_arguments_that_mean_nothing_are_refused(options: Any, words: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=words):
+        GradientAccumulationCB(2, **options)
+
+
+@pytest.mark.parametrize("value", ["2", None, torch.ones(2), -1])
+def test_a_weight_that_is_not_a_number_is_told(value: Any) -> None:
+    accumulation = GradientAccumulationCB(2, weight=lambda learner: value)
+    learn = TrainLearner(line(), DataLoaders(data(2)), lr=LR, cbs=accumulation)
+    with pytest.raises((TypeError, ValueError), match=r"weight=.* returned"):
+        learn.run(1, valid=False)
+
+
+def groups_of_a_clock(
+    batches: Batches, n: int, n_epochs: int, epoch_length: int | None, max_steps: int | None
+) -> list[Batches]:
+    """The batches of every step of a fit, as read from a loader that begins again at its end."""
+    stream, groups = itertools.cycle(batches), []
+    for _ in range(n_epochs):
+        epoch = list(itertools.islice(stream, epoch_length or len(batches)))
+        groups += groups_of(epoch, n)
+    return groups[:max_steps]
+
+
+def weighted_by_hand(groups: Iterable[Batches], mom: float = 0.0) -> nn.Module:
+    """A step for each group, on the mean over all of its targets."""
+    model = classifier()
+    opt = torch.optim.SGD(model.parameters(), LR)
+    for group in groups:
+        n = sum((y != -100).sum() for _, y in group)
+        for x, y in group:
+            (F.cross_entropy(model(x), y, reduction="sum") / n.clamp(min=1)).backward()
+        opt.step()
+        for p in model.parameters():
+            p.grad = p.grad * mom if mom else None
+    return model
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    counts=st.lists(st.integers(0, 6), min_size=1, max_size=7),
+    n=st.integers(1, 4),
+    epoch_length=st.none() | st.integers(1, 9),
+    max_steps=st.none() | st.integers(1, 9),
+    mom=st.sampled_from([0.0, 0.5]),
+    sized=st.booleans(),
+)
+def test_a_weighted_group_is_one_large_batch_by_any_clock(
+    counts: list[int],
+    n: int,
+    epoch_length: int | None,
+    max_steps: int | None,
+    mom: float,
+    sized: bool,
+) -> None:
+    batches = tokens(counts)
+    learn = MomentumLearner(
+        classifier(),
+        DataLoaders(batches if sized else Unsized(batches)),
+        F.cross_entropy,
+        LR,
+        GradientAccumulationCB(n, weight=n_targets),
+        mom=mom,
+    )
+    result = learn.run(3, valid=False, epoch_length=epoch_length, max_steps=max_steps)
+    groups = groups_of_a_clock(batches, n, 3, epoch_length, max_steps)
+    assert result.steps == len(groups)
+    assert torch.allclose(
+        weights(learn.model), weights(weighted_by_hand(groups, mom)), rtol=1e-5, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("mom", [0.0, 0.5])
+@pytest.mark.parametrize("cancel", [CancelEpochException, CancelFitException])
+@pytest.mark.parametrize("event_type", [AfterLoss, AfterBackward, AfterBatch])
+def test_a_weighted_group_that_is_cut_is_dropped_whole(
+    event_type: Any, cancel: Any, mom: float
+) -> None:
+    batches = tokens([2, 6, 3, 1, 5, 4])
+    learn = MomentumLearner(
+        classifier(),
+        DataLoaders(batches),
+        F.cross_entropy,
+        LR,
+        GradientAccumulationCB(3, weight=n_targets),
+        mom=mom,
+    )
+
+    @learn.on(event_type, order=99, where=lambda event: (event.epoch, event.iter) == (1, 4))
+    def leave(event: Any) -> None:
+        raise cancel
+
+    result = learn.run(3, valid=False)
+    groups = groups_of(batches, 3) * (3 if cancel is CancelEpochException else 2)
+    del groups[3]
+    assert result.steps == len(groups)
+    reference = weighted_by_hand(groups, mom)
+    assert torch.allclose(weights(learn.model), weights(reference), rtol=1e-5, atol=1e-6)
+
+
+@pytest.fixture
+def _fresh_accelerate() -> Iterator[None]:
+    """Its state is one per process, precision included."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.usefixtures("_fresh_accelerate")
+@pytest.mark.parametrize("kind", [TrainLearner, partial(MomentumLearner, mom=0.5)])
+@pytest.mark.parametrize(
+    ("make", "dtype"),
+    [
+        (lambda: AccelerateCB("no"), None),
+        (lambda: AccelerateCB("bf16"), torch.bfloat16),
+        (lambda: MixedTrainingCB("bf16"), torch.bfloat16),
+        (lambda: MixedTrainingCB("fp16", init_scale=1024.0), torch.float16),
+    ],
+)
+def test_a_weighted_group_is_one_large_batch_in_mixed_precision(
+    make: Any, dtype: torch.dtype | None, kind: Any
+) -> None:
+    batches = tokens([1, 6, 3, 2, 5])
+    learn = kind(
+        classifier(),
+        DataLoaders(batches),
+        F.cross_entropy,
+        LR,
+        [make(), GradientAccumulationCB(2, weight=n_targets)],
+    )
+    learn.run(2, valid=False)
+    model = classifier()
+    opt = torch.optim.SGD(model.parameters(), LR, momentum=getattr(learn, "mom", 0.0))
+    for group in groups_of(batches, 2) * 2:
+        x, y = (torch.cat(column) for column in zip(*group, strict=True))
+        with torch.autocast("cpu", dtype, enabled=dtype is not None):
+            loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        opt.step()
+        opt.zero_grad()
+    rounding = {"atol": 1e-6} if dtype is None else {"atol": 2e-3}  # of the gradients of a layer
+    assert torch.allclose(weights(learn.model), weights(model), rtol=1e-5, **rounding)
+
+
+def test_a_step_skipped_by_mixed_precision_begins_a_new_group() -> None:
+    batches = tokens([1, 6, 3, 2, 5, 4])
+    mixed = MixedTrainingCB("fp16", init_scale=2.0**100)  # the first steps overflow
+    learn = TrainLearner(
+        classifier(),
+        DataLoaders(batches),
+        F.cross_entropy,
+        LR,
+        [mixed, GradientAccumulationCB(2, weight=n_targets)],
+    )
+    taken: list[int] = []
+    learn.subscribe(AfterStep, lambda event: taken.append(event.iter))
+    result = learn.run(40, valid=False)
+    assert mixed.skipped_steps > 2
+    assert result.steps == 120 - mixed.skipped_steps
+    assert set(taken) == {1, 3, 5}
+    reference = weighted_by_hand((groups_of(batches, 2) * 40)[mixed.skipped_steps :])
+    assert torch.allclose(weights(learn.model), weights(reference), atol=2e-2)
+
+
+def test_a_weighted_group_is_resumed_in_its_middle(tmp_path: Any) -> None:
+    """To the bit."""
+    batches = tokens([1, 6, 3, 2, 5])
+
+    def learner(*cbs: Any) -> MomentumLearner:
+        accumulation = GradientAccumulationCB(3, weight=n_targets)
+        dls = DataLoaders(
+            TensorLoader(*(torch.cat(c) for c in zip(*batches, strict=True)), batch_size=6)
+        )
+        return MomentumLearner(
+            classifier(), dls, F.cross_entropy, LR, [accumulation, *cbs], mom=0.5
+        )
+
+    whole = learner()
+    whole.run(3, valid=False)
+    saving = learner(CheckpointCB(tmp_path))
+    saving.subscribe(
+        AfterBatch,
+        lambda event: saving.stop(graceful=True),
+        where=lambda event: (event.epoch, event.iter) == (1, 1),
+    )
+    saving.run(3, valid=False)
+    resumed = learner(CheckpointCB(tmp_path))
+    resumed.run(3, valid=False, resume="last")
+    assert torch.equal(weights(resumed.model), weights(whole.model))
