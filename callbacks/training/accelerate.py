@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ...engine import DataLoaders
+from ...engine.data.inputs import Inputs
 from ...events import (
     ActionEvent,
     Backward,
@@ -37,6 +38,7 @@ class AccelerateCB(TrainCB):
     Args:
         mixed_precision: "no", "fp16" or "bf16"; by default "fp16" with a GPU, as in the post, and
             "no" on the CPU.
+        n_inp: as of a `TrainCB`.
         kwargs: further arguments of `Accelerator`, but not those that change what the loop does,
             such as `gradient_accumulation_steps`: use `GradientAccumulationCB`.
 
@@ -45,14 +47,18 @@ class AccelerateCB(TrainCB):
 
     Raises:
         ImportError: accelerate is not installed.
-        ValueError: an argument, or accelerate's environment, would change what the loop does.
+        TypeError, ValueError: an argument is not valid, or it or accelerate's environment would
+            change what the loop does.
 
     Source: the post's `AccelerateCB`.
     """
 
     order: float = 60  # as MixedTrainingCB: only one of the two scales
 
-    def __init__(self, mixed_precision: str | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, mixed_precision: str | None = None, *, n_inp: Inputs = None, **kwargs: Any
+    ) -> None:
+        super().__init__(n_inp)
         with optional_import("AccelerateCB", "accelerate", "accelerate"):
             from accelerate import Accelerator
         if mixed_precision is None:

@@ -52,7 +52,7 @@ class TrainCB(Callback):
     order: float = 1000
     shareable = True
 
-    n_inp: Inputs = None
+    n_inp: Inputs = None  # where a subclass does not call __init__
 
     def __init__(self, n_inp: Inputs = None) -> None:
         self.n_inp = check_n_inp(n_inp)
@@ -63,13 +63,16 @@ class TrainCB(Callback):
         for event_type, method in super().receivers(learner):
             if may_replace(getattr(learner, event_type.hook, None)):
                 yield event_type, method
+        if self.n_inp is not None:
+            yield BeforeFit, self._set_n_inp
+            yield CleanupFit, self._restore_n_inp
 
-    def before_fit(self, event: BeforeFit) -> None:
-        if self.n_inp is not None:  # for whatever else asks for the targets of a batch
-            self._n_inp_before[event.learner] = event.learner.n_inp
-            event.learner.n_inp = self.n_inp
+    def _set_n_inp(self, event: BeforeFit) -> None:
+        """For whatever else asks for the targets of a batch."""
+        self._n_inp_before[event.learner] = event.learner.n_inp
+        event.learner.n_inp = self.n_inp
 
-    def cleanup_fit(self, event: CleanupFit) -> None:
+    def _restore_n_inp(self, event: CleanupFit) -> None:
         if event.learner in self._n_inp_before:
             event.learner.n_inp = self._n_inp_before.pop(event.learner)
 

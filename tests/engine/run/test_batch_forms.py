@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict, UserDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,6 +24,7 @@ from eventrain.callbacks import (
 from eventrain.engine import DataLoaders, Learner, MomentumLearner, TrainLearner
 from torch import nn
 from torch.nn import functional as F
+from torcheval.metrics import MeanSquaredError
 
 from tests.support.training import weights
 from tests.support.waiting import GUARD
@@ -192,6 +194,43 @@ def test_accumulation_mixed_precision_and_a_summary_work_with_every_form(form: A
     assert torch.equal(weights(mixed.model), weights(model))
 
 
+async def test_the_learning_rate_is_found_with_every_form(form: Any) -> None:
+    learner = learner_of(form)
+    with anyio.fail_after(GUARD):
+        finder = await learner.lr_find(lr_mult=2.0, start_lr=1e-3, max_epochs=1)
+    assert torch.equal(weights(learner.model), weights(Model()))
+    model, losses = Model(), []
+    opt = torch.optim.SGD(model.parameters(), 1e-3)
+    for rows in ROWS:
+        loss = mse(model, rows)
+        losses.append(loss.item())
+        loss.backward()
+        opt.step()
+        opt.zero_grad()
+        opt.param_groups[0]["lr"] *= 2
+    assert finder.losses == losses
+
+
+def test_metrics_are_updated_with_the_targets_of_every_form(
+    form: Any, backend: dict[str, Any]
+) -> None:
+    if "loss_func" in form[1]:  # the output is an object, and the model takes the targets
+
+        def logits_and_labels(learner: Any) -> tuple[Any, Any]:
+            batch = learner.batch
+            by_name = batch.get if isinstance(batch, dict) else partial(getattr, batch)
+            targets = batch[2] if isinstance(batch, tuple) else by_name("labels")
+            return learner.preds["logits"], targets
+
+        metrics = MetricsCB(mse=(MeanSquaredError(), logits_and_labels))
+    else:
+        metrics = MetricsCB(mse=MeanSquaredError())
+    result = learner_of(form, metrics).run(1, train=False, **backend)
+    whole = F.mse_loss(Model()(X, Z), Y).item()
+    assert result.history[0]["mse"] == pytest.approx(whole, rel=1e-6)
+    assert result.history[0]["loss"] == pytest.approx(whole, rel=1e-6)
+
+
 def test_accelerate_and_compiled_models_take_the_same_keywords(form: Any) -> None:
     for cb in (AccelerateCB("no"), CompileCB("eager")):
         learner = learner_of(form, cb)
@@ -219,15 +258,16 @@ def test_momentum_learners_and_train_cb_read_every_form(form: Any) -> None:
     momentum.run(2)
     options = {key: value for key, value in form[1].items() if key != "n_inp"}
     n_inp = form[1].get("n_inp")
-    train = TrainCB() if n_inp is None else TrainCB(n_inp)
-    metrics = MetricsCB()
-    learner = learner_of((form[0], options), train, metrics, kind=Learner)
-    learner.run(2)
     model, loss = by_hand(mse)
-    for trained in (momentum, learner):
-        assert torch.equal(weights(trained.model), weights(model))
-    assert metrics.history[-1]["loss"] == pytest.approx(loss, rel=1e-6)
-    assert learner.n_inp is None  # as before the fit
+    assert torch.equal(weights(momentum.model), weights(model))
+    for train in (TrainCB(n_inp), AccelerateCB("no", n_inp=n_inp)):
+        assert train.n_inp == (tuple(n_inp) if isinstance(n_inp, list) else n_inp)
+        metrics = MetricsCB()
+        learner = learner_of((form[0], options), train, metrics, kind=Learner)
+        learner.run(2)
+        assert torch.equal(weights(learner.model), weights(model))
+        assert metrics.history[-1]["loss"] == pytest.approx(loss, rel=1e-6)
+        assert learner.n_inp is None  # as before the fit
 
 
 @pytest.mark.parametrize("output", [Output, DataOutput, SimpleNamespace, dict])
