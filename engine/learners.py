@@ -9,7 +9,7 @@ from torch import nn, optim
 from torch.nn import functional as F
 
 from ..events import Bus, Callback
-from .data.inputs import Inputs, call_model, check_n_inp, targets_in
+from .data.inputs import Inputs, call_loss, call_model, check_n_inp
 from .learner import Learner
 from .loop.actions import replaceable
 from .loop.loss import check_loss, loss_in
@@ -73,7 +73,7 @@ class TrainLearner(Learner):
         if self.loss_func is None:
             self.loss = loss_in(self.preds)
         else:
-            self.loss = self.loss_func(self.preds, *targets_in(self))
+            self.loss = call_loss(self)
 
     @replaceable
     def backward(self) -> None:

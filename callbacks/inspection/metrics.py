@@ -2,42 +2,43 @@
 
 from __future__ import annotations
 
-import warnings
-from collections import defaultdict
 from collections.abc import Iterable
 from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-
-from ...engine.loop.loss import Weight
+from ...engine import log
+from ...engine.loop.loss import Weight, check_weight
 from ...engine.run.denominator import DenominatorCheck
 from ...engine.run.mean_loss import MeanLoss, log_reduction
 from ...events import AfterBatch, AfterEpoch, BeforeEpoch, BeforeFit, Callback, CleanupEpoch
 from .._checks import optional_import
-from ._metric_arguments import Arguments, metric_and_arguments, update
-
-with warnings.catch_warnings():
-    # torcheval 0.0.7 compiles with torch.jit.script, which torch has deprecated. Whoever imports
-    # this cannot change that.
-    warnings.simplefilter("ignore", FutureWarning)
-    from torcheval.metrics import Metric
+from ._measured import Entry, Measured, is_metric, name_of
+from ._metric_state import state_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
 class MetricsCB(Callback):
-    """Computes torcheval metrics, and the loss averaged over samples, for every epoch.
+    """Computes metrics, and the loss averaged over samples, for every epoch.
 
     Each batch updates them on the device, without a copy to the host; the numbers are read once
     per epoch. They are put into `learner.record`, and so are in the `CleanupEpoch` event and in
     `FitResult.history`.
 
+    A metric is an object with `update`, `compute` and `reset`: one of torcheval or torchmetrics, or
+    of a class of your own. It is updated with the predictions, a tensor, and the target. Where the
+    model or the batch has several, pair it with a function of the learner that returns what to
+    update it with, as a tuple: `(metric, lambda learner: (learner.preds[0], learner.batch[1]))`. A
+    function alone returns the number of a batch, which is averaged over samples. If `compute`
+    returns a mapping, each of its items is a number, named "name.key".
+
+    In the middle of an epoch, a checkpoint holds what they have measured so far: by `state_dict`
+    or, if an object of your own has none, its attributes if these are plain data. Otherwise
+    "metric_is_not_saved" is logged.
+
     Args:
-        metrics: torcheval metrics, updated with (predictions, targets), named after their class. A
-            pair of a metric and a function of the learner says what else to update it with: the
-            function returns the arguments, as a tuple.
+        metrics: metrics, pairs or functions, named after the class or the function.
         loss: what the loss of a batch is: "mean", the mean over its samples; "sum", their sum;
             "auto", what `loss_func.reduction` or that parameter of it says, else the mean. The
             loss of an epoch is the mean over its samples in any case, which
@@ -47,7 +48,7 @@ class MetricsCB(Callback):
             of samples. Where the loss of a batch is divided by something else, such as the number
             of tokens that are not ignored, this is how to get the loss of all of them; without it,
             "loss_is_a_guess" is logged where that can be seen.
-        named: more metrics, under names of your own.
+        named: more of them, under names of your own.
 
     Attributes:
         history: one dict per completed epoch and phase, over all fits, but not over runs of
@@ -55,7 +56,7 @@ class MetricsCB(Callback):
             list) per metric, and "loss".
 
     Raises:
-        TypeError: an argument is not a torcheval metric.
+        TypeError: an argument is none of these.
         ValueError: two metrics have the same name, or one has the name of another column; or
             there is no such `loss`.
 
@@ -67,13 +68,17 @@ class MetricsCB(Callback):
         >>> batches = [(torch.eye(3), torch.arange(3))] * 4
         >>> model = torch.nn.Linear(3, 3)
         >>> _ = torch.nn.init.eye_(model.weight)
-        >>> metrics = MetricsCB(accuracy=MulticlassAccuracy())
+        >>> metrics = MetricsCB(
+        ...     accuracy=MulticlassAccuracy(),
+        ...     confidence=lambda learner: learner.preds.softmax(1).amax(1).mean(),
+        ... )
         >>> learner = TrainLearner(
         ...     model, DataLoaders(batches), torch.nn.functional.cross_entropy, cbs=metrics
         ... )
         >>> result = learner.run(1, valid=False)
-        >>> metrics.history[0]["epoch"], metrics.history[0]["train"], metrics.history[0]["accuracy"]
-        (0, 'train', 1.0)
+        >>> row = metrics.history[0]
+        >>> row["epoch"], row["train"], row["accuracy"], 0.3 < row["confidence"] < 0.9
+        (0, 'train', 1.0, True)
 
     Source: the post's `MetricsCB`, which copies every batch's predictions to the host.
     """
@@ -83,39 +88,41 @@ class MetricsCB(Callback):
 
     def __init__(
         self,
-        *metrics: Metric[Any] | tuple[Metric[Any], Arguments],
+        *metrics: Entry,
         loss: Literal["auto", "mean", "sum"] | None = "auto",
         weight: Weight | None = None,
-        **named: Metric[Any] | tuple[Metric[Any], Arguments],
+        **named: Entry,
     ) -> None:
-        if isinstance(weight, Metric | tuple):
-            named["weight"], weight = weight, None
-        if weight is not None and not callable(weight):
-            raise TypeError(f"weight={weight!r}: give a function of the learner")
-        self.weight = weight
-        if isinstance(loss, Metric | tuple):
-            named["loss"] = loss
-        elif loss not in ("auto", "mean", "sum", None):
+        if isinstance(weight, tuple) or is_metric(weight):
+            named["weight"], weight = weight, None  # type: ignore[assignment]
+        if callable(loss) or isinstance(loss, tuple) or is_metric(loss):
+            raise ValueError("the name 'loss' is taken: pass the metric as yourname=...")
+        if loss not in ("auto", "mean", "sum", None):
             raise ValueError(f"loss={loss!r}: choose 'auto', 'mean', 'sum' or None")
         self.loss = loss
-        self.metrics: dict[str, Metric[Any]] = {}
-        self._arguments: dict[str, Arguments | None] = {}
-        for given, entry in [*((None, m) for m in metrics), *named.items()]:
-            metric, arguments = metric_and_arguments(entry)
-            name = type(metric).__name__ if given is None else given
-            self._arguments[name] = arguments
-            if not isinstance(metric, Metric):
-                raise TypeError(
-                    f"{name}={metric!r} is not a torcheval metric: pass an instance of one"
-                )
-            if name in self.metrics or name in ("epoch", "train", "status", "loss"):
+        self.weight = check_weight(weight)
+        self._measures: dict[str, Measured] = {}
+        for name, entry in [*((name_of(entry), entry) for entry in metrics), *named.items()]:
+            if name in self._measures or name in ("epoch", "train", "status", "loss"):
                 raise ValueError(f"the name {name!r} is taken: pass the metric as yourname=...")
-            self.metrics[name] = metric
+            self._measures[name] = Measured(name, entry)
+        self.metrics = {name: measured.metric for name, measured in self._measures.items()}
         self.history: list[dict[str, Any]] = []
         self._loss = MeanLoss(loss or "mean", weight)
         self._check: DenominatorCheck | None = None
-        self._placed = False  # whether the metrics are on the device of the predictions
         self._measured = False  # whether a batch of this epoch has been completed
+        self._told = False  # whether it was logged that a metric cannot be saved
+
+    def _current(self) -> dict[str, Measured]:
+        """What is measured: `metrics` may have been changed."""
+        known = self._measures
+        self._measures = {
+            name: known[name]
+            if name in known and known[name].metric is metric
+            else Measured(name, metric)
+            for name, metric in self.metrics.items()
+        }
+        return self._measures
 
     def before_fit(self, event: BeforeFit) -> None:
         event.learner.metrics = self
@@ -124,20 +131,17 @@ class MetricsCB(Callback):
             self._check = DenominatorCheck(event.learner)
 
     def before_epoch(self, event: BeforeEpoch) -> None:
-        for metric in self.metrics.values():
-            metric.reset()
+        for measured in self._current().values():
+            measured.reset()
         self._loss = MeanLoss(self.loss or "mean", self.weight, self._check)
-        self._placed = self._measured = False
+        self._measured = False
 
     def after_batch(self, event: AfterBatch) -> None:
         if self.loss is not None:
             self._loss.add(event)
         self._measured = True
-        if not self.metrics:
-            return
-        for name, metric in self.metrics.items():
-            update(name, metric, self._arguments[name], event.learner, place=not self._placed)
-        self._placed = True
+        for measured in self._measures.values():
+            measured.update(event.learner)
 
     def after_epoch(self, event: AfterEpoch) -> None:
         numbers = self.measured()
@@ -152,7 +156,9 @@ class MetricsCB(Callback):
         """The metrics and the loss so far; the host waits for the device here, once per epoch."""
         if not self._measured:
             return {}
-        numbers = {name: _number(metric.compute()) for name, metric in self.metrics.items()}
+        numbers: dict[str, Any] = {}
+        for measured in self._measures.values():
+            numbers |= measured.numbers()
         loss = self._loss.item()
         return numbers if loss is None else {**numbers, "loss": loss}
 
@@ -205,35 +211,34 @@ class MetricsCB(Callback):
             "history": [dict(row) for row in self.history],
             "loss": self._loss.state_dict(),
             "measured": self._measured,
-            "metrics": {name: metric.state_dict() for name, metric in self.metrics.items()},
-            "windows": {  # the position in a window, which is not in torcheval's state_dict
-                name: metric.next_inserted
-                for name, metric in self.metrics.items()
-                if hasattr(metric, "next_inserted")
-            },
+            "metrics": self._metric_states(),
         }
+
+    def _metric_states(self) -> dict[str, Any]:
+        states = {name: state_of(metric) for name, metric in self.metrics.items()}
+        missing = [name for name, state in states.items() if state is None]
+        if missing and not self._told:
+            self._told = True
+            log.warning(
+                "metric_is_not_saved",
+                metrics=missing,
+                hint="a fit that is resumed in the middle of an epoch will measure these from there"
+                " on: give them state_dict() and load_state_dict()",
+            )
+        return states
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
         self.history = [dict(row) for row in state["history"]]
         self._loss.load_state_dict(state["loss"])
         self._measured = state["measured"]
-        for name, metric in self.metrics.items():
-            made_on_demand = {  # torcheval restores plain dicts, but needs defaultdicts
-                key: value.default_factory
-                for key, value in vars(metric).items()
-                if isinstance(value, defaultdict)
-            }
-            metric.load_state_dict(state["metrics"][name])
-            for key, factory in made_on_demand.items():
-                setattr(metric, key, defaultdict(factory, getattr(metric, key)))
-        for name, place in state["windows"].items():
-            self.metrics[name].next_inserted = place  # type: ignore[attr-defined]
-        self._placed = False
-
-
-def _number(value: Any) -> Any:
-    return value.tolist() if isinstance(value, torch.Tensor) else value
+        for name, measured in self._current().items():
+            if name not in state["metrics"]:
+                raise ValueError(
+                    f"MetricsCB has a metric {name!r}, of which nothing was saved, but of"
+                    f" {', '.join(map(repr, state['metrics'])) or 'none'}"
+                )
+            measured.load(state["metrics"][name])
 
 
 def _curves(history: list[dict[str, Any]]) -> dict[str, dict[str, list[tuple[int, float]]]]:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 
 from ...engine.data.dataloaders import has_exact_length
-from ...engine.loop.loss import Weight, check_loss, weight_of
+from ...engine.loop.loss import Weight, check_loss, check_weight, weight_of
 from ...engine.loop.parameters import all_optimizer_parameters
 from ...events import (
     AfterBackward,
@@ -82,8 +82,6 @@ class GradientAccumulationCB(Callback):
         self, n: int, *, weight: Weight | None = None, tail: Literal["mean", "full"] = "mean"
     ) -> None:
         self.n = check_int("n", n, "the number of batches per step, 1 or more")
-        if weight is not None and not callable(weight):
-            raise TypeError(f"weight={weight!r}: give a function of the learner")
         if tail not in ("mean", "full"):
             raise ValueError(f"tail={tail!r}: choose 'mean' or 'full'")
         if tail == "full" and weight is not None:
@@ -91,7 +89,7 @@ class GradientAccumulationCB(Callback):
                 "tail='full' divides by n batches, but with weight= the sum of the weights is"
                 " divided by: leave one of them out"
             )
-        self.weight = weight
+        self.weight = check_weight(weight)
         self.tail = tail
         self._forget()
 

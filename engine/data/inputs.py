@@ -10,6 +10,7 @@ from torch import nn
 
 from .batch_size import parts_of
 from .keywords import keywords_of
+from .outputs import described
 
 _SEQUENCES = (tuple, list)
 _WHOLE = ("batch", "data")
@@ -25,6 +26,7 @@ class HasBatch(Protocol):
     model: nn.Module
     loss_func: Any
     batch: Any
+    preds: Any
     n_inp: Any
 
 
@@ -56,16 +58,49 @@ def call_model(learner: HasBatch) -> Any:
 
     Raises:
         TypeError, ValueError: the batch does not have these inputs.
+        Exception: an error of the model. If it was called with anything but the first part of a
+            batch, or a tensor, a note says with what.
     """
     model, batch, n_inp = learner.model, learner.batch, learner.n_inp
+    if n_inp is None and isinstance(batch, _SEQUENCES):
+        return model(batch[0])
+    args: Sequence[Any] = (batch,)
+    kwargs: dict[str, Any] = {}
     if isinstance(batch, _SEQUENCES):
-        return model(batch[0]) if n_inp is None else model(*batch[: _number(batch, n_inp)])
-    names = _input_names(learner)
-    if names is None:
+        args = batch[: _number(batch, n_inp)]
+    elif (names := _input_names(learner)) is not None:
+        is_mapping = isinstance(batch, Mapping)
+        kwargs = {name: batch[name] if is_mapping else getattr(batch, name) for name in names}
+        args = ()
+    elif isinstance(batch, torch.Tensor):
         return model(batch)
-    if isinstance(batch, Mapping):
-        return model(**{name: batch[name] for name in names})
-    return model(**{name: getattr(batch, name) for name in names})
+    try:
+        return model(*args, **kwargs)
+    except Exception as exc:
+        exc.add_note(_called(model, args, kwargs, n_inp))
+        raise
+
+
+def call_loss(learner: HasBatch) -> Any:
+    """Call the loss function with the predictions and the targets of the current batch.
+
+    Raises:
+        TypeError, ValueError: there are no targets.
+        Exception: an error of the loss function. If it was not called with one tensor and one
+            target, a note says with what.
+    """
+    preds, targets = learner.preds, targets_in(learner)
+    try:
+        return learner.loss_func(preds, *targets)
+    except Exception as exc:
+        if not isinstance(preds, torch.Tensor) or len(targets) != 1:
+            given = ", ".join(map(described, (preds, *targets)))
+            exc.add_note(
+                f"loss_func was called with the predictions and all targets: {given}; where it"
+                " takes something else, give a function of your own, such as loss_func=lambda"
+                " preds, *targets: mse_loss(preds[0], targets[0])"
+            )
+        raise
 
 
 def targets_in(learner: HasBatch) -> tuple[Any, ...]:
@@ -79,20 +114,23 @@ def targets_in(learner: HasBatch) -> tuple[Any, ...]:
     """
     batch, n_inp = learner.batch, learner.n_inp
     if isinstance(batch, _SEQUENCES):
-        targets = batch[1:2] if n_inp is None else batch[_number(batch, n_inp) :]
+        if n_inp is None and len(batch) > 1:
+            return (batch[1],)
+        targets = () if n_inp is None else batch[_number(batch, n_inp) :]
         if targets:
             return tuple(targets)
         given = "" if n_inp is None else f", and n_inp={n_inp} gives them all to the model"
-        raise _no_targets(f"it has {len(batch)} part(s){given}")
+        raise _no_targets(learner, f"it has {len(batch)} part(s){given}")
     names = _input_names(learner)
     if names is None:
-        raise _no_targets(f"it is a {type(batch).__qualname__}")
+        raise _no_targets(learner, f"it is a {type(batch).__qualname__}")
     found = tuple(part for name, part in (parts_of(batch) or {}).items() if name not in names)
     if not found:
         kind = type(learner.model).__qualname__
         raise _no_targets(
+            learner,
             f"{kind} takes all of its parts ({', '.join(names)}); say which it is to take with"
-            f" n_inp=({', '.join(map(repr, names[:1]))}, ...)"
+            f" n_inp=({', '.join(map(repr, names[:1]))}, ...)",
         )
     return found
 
@@ -150,11 +188,23 @@ def _but(batch: Any) -> str:
     return f"but {', '.join(map(repr, parts_of(batch) or {})) or 'no parts'}"
 
 
-def _no_targets(why: str) -> TypeError:
+def _called(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any], n_inp: Any) -> str:
+    """With what a model was called, for an error."""
+    given = [*map(described, args), *(f"{name}={described(x)}" for name, x in kwargs.items())]
+    names = ", ".join(keywords_of(model).names)
+    return (
+        f"{type(model).__qualname__}.forward({names}) was called with {', '.join(given)}, by"
+        f" n_inp={n_inp!r}: that says how many parts of a tuple the model takes, or which of a"
+        " mapping or an object, by the names of its parameters; or override predict()"
+    )
+
+
+def _no_targets(learner: HasBatch, why: str) -> TypeError:
+    way = "" if learner.loss_func is None else "Where the model returns the loss, give"
+    way += " loss_func=None; or m" if way else "M"
     return TypeError(
-        f"this batch has no targets: {why}. Where the model returns the loss, give loss_func=None;"
-        " or make batches of (inputs, targets), or perform Predict and GetLoss yourself, in a"
-        " Learner subclass or a callback"
+        f"this batch has no targets: {why}. {way}ake batches of (inputs, targets), or perform"
+        " Predict and GetLoss yourself, in a Learner subclass or a callback"
     )
 
 

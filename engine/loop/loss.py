@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from numbers import Real
 from typing import Any
@@ -27,6 +28,36 @@ def check_scalar(loss: Any) -> Any:
             " .mean() or the loss function's reduction='mean'"
         )
     return loss
+
+
+def check_weight(weight: Weight | None) -> Weight | None:
+    """Return `weight` if it is a function that can be called with the learner alone, or None.
+
+    Raises:
+        TypeError: it is not.
+    """
+    if weight is None:
+        return None
+    if not callable(weight):
+        raise TypeError(f"weight={weight!r}: give a function of the learner")
+    check_takes_learner("weight", weight)
+    return weight
+
+
+def check_takes_learner(name: str, function: Callable[..., Any]) -> None:
+    """Raise a TypeError unless a function can be called with the learner alone."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # it is not written in Python
+        return
+    try:
+        signature.bind(None)
+    except TypeError:
+        call = getattr(function, "__name__", "function").replace("<lambda>", "function")
+        raise TypeError(
+            f"{name}={function!r} is called with the learner alone, but takes other arguments:"
+            f" write lambda learner: {call}(learner.preds, learner.batch[1])"
+        ) from None
 
 
 def weight_of(weight: Weight, learner: Any) -> Any:
@@ -61,8 +92,8 @@ def loss_in(preds: Any) -> Any:
         raise TypeError(
             "with loss_func=None the loss is taken from the model's output, as preds.loss or"
             f" preds['loss'], but that is a {type(preds).__qualname__}{has} without one: give a"
-            " loss_func, or have the model return its loss; those of transformers do if the batch"
-            " has 'labels'"
+            " loss_func, or have the model return its loss; those of transformers do if they get"
+            " 'labels' (of a batch that is a tuple, if n_inp counts them)"
         )
     return loss
 

@@ -21,6 +21,8 @@ from ..data.inputs import targets_in
 from ..loop.state import LoopState
 
 _UNKNOWN = object()
+_ALL, _EVERY = 64, 16
+"""How many batches of an epoch are looked at, and how often after them: each costs a kernel."""
 
 
 def setting_of(loss_func: Any, name: str) -> Any:
@@ -50,7 +52,8 @@ class DenominatorCheck:
 
     This is so where a cross entropy has weights of classes or ignores targets, and where the number
     of targets of a sample differs between batches. A learner that counts its batches in its own
-    way (`batch_size`) is not checked.
+    way (`batch_size`) is not checked. It looks at the first batches of an epoch, and at some of the
+    others.
 
     Attributes:
         lowest: the lowest class among the targets of the epoch so far, where one that is ignored
@@ -82,8 +85,8 @@ class DenominatorCheck:
         """Look at the targets of the current batch. It does not cause a device sync."""
         if not self._active:
             return
-        self._n_batches += 1
-        if self._reason is not None:
+        self._n_batches = n = self._n_batches + 1
+        if self._reason is not None or (n > _ALL and n % _EVERY):
             return
         targets = _first_target(learner)
         if targets is None:

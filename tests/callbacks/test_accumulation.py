@@ -591,6 +591,7 @@ def test_a_full_tail_is_divided_by_n(sized: bool) -> None:
     ("options", "words"),
     [
         ({"weight": 3}, "weight=3: give a function of the learner"),
+        ({"weight": lambda preds, y: 1}, "write lambda learner: function"),
         ({"tail": "half"}, "tail='half': choose 'mean' or 'full'"),
         ({"weight": n_targets, "tail": "full"}, "leave one of them out"),
     ],

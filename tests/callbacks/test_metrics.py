@@ -5,15 +5,20 @@ from __future__ import annotations
 import gc
 import io
 import sys
+import threading
 import weakref
 from collections import defaultdict
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import torch
-from eventrain.callbacks import MetricsCB
-from eventrain.engine import DataLoaders, TrainLearner
+import torchmetrics
+from eventrain.callbacks import CheckpointCB, MetricsCB
+from eventrain.engine import DataLoaders, TensorLoader, TrainLearner
+from eventrain.engine.data.containers import map_tensors
 from eventrain.events import (
     AfterBatch,
     AfterEpoch,
@@ -24,6 +29,7 @@ from eventrain.events import (
     CleanupEpoch,
     record_events,
 )
+from structlog.testing import capture_logs
 from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -192,14 +198,40 @@ def test_a_name_used_twice_is_refused(
         MetricsCB(*positional, **named)
 
 
-@pytest.mark.parametrize(
-    "thing", [MulticlassAccuracy, functional.multiclass_accuracy, "accuracy", None, nn.Linear(1, 1)]
-)
+@pytest.mark.parametrize("thing", [MulticlassAccuracy, "accuracy", None, nn.Linear(1, 1), (1, 2)])
 def test_an_object_that_is_not_a_metric_is_refused(thing: Any) -> None:
-    with pytest.raises(TypeError, match=r"^accuracy=.* is not a torcheval metric"):
+    with pytest.raises(TypeError, match=r"^accuracy=.* is not a metric: pass an instance"):
         MetricsCB(accuracy=thing)
-    with pytest.raises(TypeError, match="is not a torcheval metric"):
+    with pytest.raises(TypeError, match="is not a metric"):
         MetricsCB(thing)
+
+
+@pytest.mark.parametrize("thing", [[MulticlassAccuracy()], {"acc": MulticlassAccuracy()}])
+def test_metrics_in_a_container_say_how_they_are_passed(thing: Any) -> None:
+    with pytest.raises(TypeError, match=r"MetricsCB\(\*metrics\), MetricsCB\(\*\*metrics\)"):
+        MetricsCB(thing)
+
+
+@pytest.mark.parametrize(
+    "thing", [MulticlassAccuracy(), (MulticlassAccuracy(), len), lambda learner: 1.0]
+)
+def test_the_name_of_the_loss_is_taken(thing: Any) -> None:
+    with pytest.raises(ValueError, match="the name 'loss' is taken"):
+        MetricsCB(loss=thing)
+
+
+@pytest.mark.parametrize("make", [lambda f: f, lambda f: (MulticlassAccuracy(), f)])
+def test_a_function_of_predictions_and_targets_says_how_it_becomes_one_of_the_learner(
+    make: Any,
+) -> None:
+    """As the metrics of fastai are."""
+    with pytest.raises(TypeError) as raised:
+        MetricsCB(accuracy=make(functional.multiclass_accuracy))
+    assert "write lambda learner: multiclass_accuracy(learner.preds, learner.batch[1])" in str(
+        raised.value
+    )
+    with pytest.raises(TypeError, match=r"lambda learner: function\(learner.preds"):
+        MetricsCB(accuracy=make(lambda preds, y: 1.0))
 
 
 # ------------------------------------------------------------------------- where it costs what
@@ -630,3 +662,251 @@ def test_a_metric_that_fails_is_named_with_what_it_was_given() -> None:
     notes = "".join(raised.value.__notes__)
     assert "raised by the metric 'accuracy', updated with a Tensor of shape (4, 2)" in notes
     assert "MetricsCB(accuracy=(metric, lambda learner:" in notes
+
+
+# ------------------------------------------------------------------------- metrics of any library
+
+KINDS_OF_METRIC: dict[str, Callable[[], Any]] = {
+    "torcheval": lambda: MulticlassAccuracy(),
+    "torchmetrics": lambda: torchmetrics.classification.MulticlassAccuracy(4, average="micro"),
+    "one's own": lambda: OwnAccuracy(),
+    "one's own, with a state_dict": lambda: OwnAccuracyWithState(),
+    "a function": lambda: accuracy,
+}
+
+
+class OwnAccuracy:
+    def __init__(self) -> None:
+        self.reset()
+
+    def update(self, preds: torch.Tensor, targets: torch.Tensor) -> None:
+        self.right = self.right + (preds.argmax(1) == targets).sum()
+        self.n += len(targets)
+
+    def compute(self) -> torch.Tensor:
+        return self.right / self.n
+
+    def reset(self) -> None:
+        self.right: Any = 0
+        self.n = 0
+
+
+class OwnAccuracyWithState(OwnAccuracy):
+    __slots__ = ()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"both": [self.right, self.n]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.right, self.n = state["both"]
+
+
+def accuracy(learner: Any) -> torch.Tensor:
+    return (learner.preds.argmax(1) == learner.batch[1]).float().mean()
+
+
+X4 = torch.linspace(-1, 1, 42).reshape(14, 3).sin() * 3
+Y4 = torch.arange(14) % 4
+
+
+def four_kinds(*cbs: Any) -> TrainLearner:
+    """Batches of 4, 4, 4 and 2."""
+    torch.manual_seed(2)
+    loader = TensorLoader(X4, Y4, batch_size=4, shuffle=True)
+    dls = DataLoaders(loader, DataLoader(TensorDataset(X4, Y4), 4))
+    return TrainLearner(nn.Linear(3, 4), dls, F.cross_entropy, 0.5, cbs)
+
+
+def test_metrics_of_all_kinds_in_one_callback_say_the_same(backend: dict[str, Any]) -> None:
+    metrics = MetricsCB(**{name: make() for name, make in KINDS_OF_METRIC.items()})
+    learn = four_kinds(metrics)
+    seen = watch(learn)
+    learn.run(2, **backend)
+    assert len(metrics.history) == 4
+    for row in metrics.history:
+        preds, targets, _ = zip(*seen[row["epoch"], row["train"]], strict=True)
+        right = (torch.cat(preds).argmax(1) == torch.cat(targets)).double().mean().item()
+        for name in KINDS_OF_METRIC:
+            assert type(row[name]) is float
+            assert row[name] == pytest.approx(right, rel=1e-6), name
+
+
+def test_functions_are_averaged_over_samples_not_over_batches() -> None:
+    metrics = MetricsCB(
+        one=lambda learner: len(learner.batch[1]), first=lambda learner: learner.batch[0][:1, :1]
+    )
+    four_kinds(metrics).run(1, train=False)
+    row = metrics.history[0]
+    assert row["one"] == (4 * 4 * 3 + 2 * 2) / 14  # the mean of the batches is 3.5
+    firsts = X4[[0, 4, 8, 12], 0].double()
+    assert row["first"] == ((firsts * torch.tensor([4, 4, 4, 2])).sum() / 14).item()
+
+
+def test_a_function_is_named_after_itself() -> None:
+    metrics = MetricsCB(accuracy)
+    four_kinds(metrics).run(1, train=False)
+    assert 0 <= metrics.history[0]["accuracy"] <= 1
+    with pytest.raises(TypeError, match="a lambda has no name: pass it as yourname=lambda"):
+        MetricsCB(lambda learner: 1.0)
+
+
+@pytest.mark.parametrize("value", [None, "0.5", torch.ones(4), (1, 2)])
+def test_a_function_that_returns_no_number_is_told(value: Any) -> None:
+    learn = four_kinds(MetricsCB(error=lambda learner: value))
+    with pytest.raises(TypeError, match=r"of the metric 'error' returned .*: return the number"):
+        learn.run(1)
+
+
+def test_several_numbers_of_one_metric_have_names_of_their_own() -> None:
+    both = torchmetrics.MetricCollection(
+        {
+            "f1": torchmetrics.classification.MulticlassF1Score(4),
+            "kappa": torchmetrics.classification.MulticlassCohenKappa(4),
+        }
+    )
+    metrics = MetricsCB(all=both)
+    learn = four_kinds(metrics)
+    learn.run(1, train=False)
+    (row,) = metrics.history
+    preds = learn.model(X4)
+    assert list(row) == ["epoch", "train", "all.f1", "all.kappa", "loss"]
+    f1 = torchmetrics.functional.classification.multiclass_f1_score(preds, Y4, 4)
+    kappa = torchmetrics.functional.classification.multiclass_cohen_kappa(preds, Y4, 4)
+    assert (row["all.f1"], row["all.kappa"]) == (f1.item(), kappa.item())
+
+
+class Curve(OwnAccuracy):
+    def compute(self) -> Any:
+        return np.float32(0.5), [torch.ones(2), np.zeros(1)]
+
+
+def test_numbers_are_lists_and_floats_whatever_the_metric_returns() -> None:
+    metrics = MetricsCB(curve=Curve())
+    four_kinds(metrics).run(1, train=False)
+    assert metrics.history[0]["curve"] == [0.5, [[1.0, 1.0], [0.0]]]
+    assert type(metrics.history[0]["curve"][0]) is float
+
+
+# ----------------------------------------------------------------------------- errors and states
+
+
+class Fails(OwnAccuracy):
+    def compute(self) -> Any:
+        raise ZeroDivisionError("nothing there")
+
+
+def test_a_metric_that_fails_when_it_is_read_is_named() -> None:
+    learn = four_kinds(MetricsCB(broken=Fails()))
+    with pytest.raises(ZeroDivisionError) as raised:
+        learn.run(1)
+    assert "raised by the metric 'broken', in compute()" in raised.value.__notes__
+
+
+def test_a_function_that_fails_is_named() -> None:
+    learn = four_kinds(MetricsCB(broken=lambda learner: learner.batch[7]))
+    with pytest.raises(IndexError) as raised:
+        learn.run(1)
+    assert "raised by the metric 'broken'" in raised.value.__notes__
+
+
+@pytest.mark.parametrize(
+    "metric", [MulticlassAccuracy(), torchmetrics.classification.MulticlassAUROC(5), OwnAccuracy()]
+)
+def test_every_kind_of_metric_that_fails_is_named_with_shapes(metric: Any) -> None:
+    """On mixup's soft targets."""
+    soft = [(torch.ones(4, 3), torch.ones(4, 5) / 5)] * 2
+    metrics = MetricsCB(acc=metric)
+    learn = TrainLearner(nn.Linear(3, 5), DataLoaders(soft), F.cross_entropy, cbs=metrics)
+    with pytest.raises((ValueError, RuntimeError)) as raised:
+        learn.run(1, valid=False)
+    notes = "".join(raised.value.__notes__)
+    assert "metric 'acc', updated with a Tensor of shape (4, 5), a Tensor of shape (4, 5)" in notes
+    assert "MetricsCB(acc=(metric, lambda learner:" in notes
+
+
+MORE_KINDS: dict[str, Callable[[], Any]] = {
+    **KINDS_OF_METRIC,
+    "stores all": lambda: torchmetrics.classification.MulticlassAUROC(4, thresholds=None),
+    "collection": lambda: torchmetrics.MetricCollection(
+        [
+            torchmetrics.classification.MulticlassPrecision(4),
+            torchmetrics.classification.MulticlassRecall(4),
+        ]
+    ),
+    "wrapper": lambda: torchmetrics.wrappers.ClasswiseWrapper(
+        torchmetrics.classification.MulticlassAccuracy(4, average=None)
+    ),
+    "pair": lambda: (
+        torchmetrics.MeanSquaredError(),
+        lambda learner: (learner.preds.amax(1), learner.batch[1].float()),
+    ),
+    "floats": lambda: lambda learner: accuracy(learner).item(),
+}
+
+
+@pytest.mark.filterwarnings("ignore:No positive samples:UserWarning")
+@pytest.mark.filterwarnings("ignore:No negative samples:UserWarning")
+@pytest.mark.parametrize("place", [(0, True, 1), (1, True, 3), (1, False, 1)])
+@pytest.mark.parametrize("kind", MORE_KINDS)
+def test_a_fit_resumed_in_the_middle_of_an_epoch_has_the_same_numbers(
+    kind: str, place: Any, tmp_path: Path
+) -> None:
+    whole = MetricsCB(m=MORE_KINDS[kind]())
+    four_kinds(whole).run(3)
+
+    saved = four_kinds(MetricsCB(m=MORE_KINDS[kind]()), CheckpointCB(tmp_path))
+
+    @saved.on(AfterBatch, where=lambda event: (event.epoch, event.training, event.iter) == place)
+    def leave(event: AfterBatch) -> None:
+        saved.stop(graceful=True)
+
+    with capture_logs() as logs:
+        assert saved.run(3).status == "cancelled"
+    assert [log["event"] for log in logs] == []
+    resumed = MetricsCB(m=MORE_KINDS[kind]())
+    four_kinds(resumed, CheckpointCB(tmp_path)).run(3, resume="last")
+    assert resumed.history == whole.history
+
+
+class Unsaveable(OwnAccuracy):
+    def reset(self) -> None:
+        super().reset()
+        self.lock = threading.Lock()
+
+
+def test_a_metric_that_cannot_be_saved_is_told_once(tmp_path: Path) -> None:
+    metrics = MetricsCB(own=OwnAccuracy(), other=Unsaveable())
+    learn = four_kinds(metrics, CheckpointCB(tmp_path, every_batches=1))
+    with capture_logs() as logs:
+        learn.run(2)
+    (line,) = (log for log in logs if log["event"] == "metric_is_not_saved")
+    assert line["metrics"] == ["other"]
+    assert "state_dict() and load_state_dict()" in line["hint"]
+
+
+def test_a_metric_that_the_checkpoint_does_not_know_is_named() -> None:
+    state = MetricsCB(accuracy=accuracy).state_dict()
+    with pytest.raises(ValueError, match=r"a metric 'recall', .* but of 'accuracy'"):
+        MetricsCB(accuracy=accuracy, recall=accuracy).load_state_dict(state)
+
+
+def test_no_graph_is_kept_by_what_a_function_chooses() -> None:
+    stored = []
+
+    class Stores(OwnAccuracy):
+        def update(self, *args: Any) -> None:
+            stored.append(args)
+
+        def compute(self) -> float:
+            return 0.0
+
+    metrics = MetricsCB(
+        pair=(Stores(), lambda learner: ({"logits": learner.preds}, [learner.loss])),
+        plain=Stores(),
+    )
+    four_kinds(metrics).run(1, valid=False)
+    for args in stored:
+        tensors: list[torch.Tensor] = []
+        map_tensors(args, tensors.append)
+        assert len(tensors) == 2
+        assert not any(t.requires_grad for t in tensors)

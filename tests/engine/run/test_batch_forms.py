@@ -428,3 +428,49 @@ def test_an_output_without_a_loss_says_what_the_loss_is_taken_from(preds: Any, n
 
     text = error_of(Returns(3, 1), (X, Y), loss_func=None)
     assert contains(text, ["loss_func=None", "preds.loss or preds['loss']", named, "'labels'"])
+
+
+def notes_of(model: nn.Module, batch: Any, **options: Any) -> str:
+    """The notes of the error of PyTorch itself."""
+    learner = TrainLearner(model, DataLoaders([batch]), **options)
+    with pytest.raises((TypeError, AttributeError, RuntimeError)) as raised:
+        learner.run(1, valid=False)
+    return "".join(raised.value.__notes__)
+
+
+@pytest.mark.parametrize(
+    ("batch", "n_inp", "given"),
+    [
+        (SimpleNamespace(x=X, y=Y), None, "a SimpleNamespace of 'x', 'y', by n_inp=None"),
+        ((X, Y), 2, "a Tensor of shape (18, 3), a Tensor of shape (18, 1), by n_inp=2"),
+        ({"x": X, "y": Y}, ("x",), "x=a Tensor of shape (18, 3), by n_inp=('x',)"),
+    ],
+)
+def test_a_model_that_fails_is_told_with_what_it_was_called(
+    batch: Any, n_inp: Any, given: str
+) -> None:
+    text = notes_of(nn.Linear(3, 1), batch, n_inp=n_inp)
+    assert f"Linear.forward(input) was called with {given}" in text
+
+
+def test_a_loss_that_fails_is_told_with_what_it_was_called() -> None:
+    class TwoHeads(nn.Linear):
+        def forward(self, x: torch.Tensor) -> Any:
+            return super().forward(x), x
+
+    text = notes_of(TwoHeads(3, 1), (X, Y))
+    assert "called with the predictions and all targets: a tuple of 2, a Tensor of shape" in text
+    text = notes_of(nn.Linear(3, 1), (X, Y, Z), n_inp=1)
+    assert "(18, 1), a Tensor of shape (18, 1), a Tensor of shape (18, 3)" in text
+
+
+def test_the_usual_call_has_no_note_of_ours() -> None:
+    text = notes_of(nn.Linear(4, 1), (X, Y))
+    assert text == "raised by TrainLearner.predict on Predict, epoch 0, iter 0"
+
+
+def test_inputs_alone_with_a_loss_of_the_model_say_nothing_of_loss_func() -> None:
+    learner = TrainLearner(Model(), DataLoaders(valid=[(X, Z)]), None, n_inp=2)
+    with pytest.raises(TypeError, match="no targets") as raised:
+        learner.run_get_preds(with_targets=True)
+    assert "loss_func" not in str(raised.value)
