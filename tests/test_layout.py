@@ -65,6 +65,7 @@ def defined(tree: ast.AST) -> set[str]:
 OF_OTHERS = {
     "_call_impl",  # nn.Module's
     "_compiled_call_impl",
+    "_computed",  # of torchmetrics
     "_current_frames",  # sys's
     "_fields",  # a namedtuple's
     "_load_from_state_dict",  # nn.Module's
@@ -73,6 +74,7 @@ OF_OTHERS = {
     "_non_persistent_buffers_set",
     "_opt_called",  # of torch's schedulers
     "_replace",  # a namedtuple's
+    "_update_count",  # of torchmetrics
 }
 
 
