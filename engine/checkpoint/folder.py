@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from numbers import Real
 from pathlib import Path
@@ -33,7 +34,8 @@ class CheckpointFolder:
         OSError: the folder is not writable.
     """
 
-    _in_use: ClassVar[dict[Path, CheckpointFolder]] = {}
+    _in_use: ClassVar[dict[tuple[int, Path], CheckpointFolder]] = {}
+    """By process, because a forked one inherits those of its parent, and by absolute path."""
 
     def __init__(
         self,
@@ -52,8 +54,8 @@ class CheckpointFolder:
         folder.mkdir(parents=True, exist_ok=True)
         for path in new:
             sync_folder(path.parent)
-        self._absolute = folder.resolve()  # the working directory may change
-        other = self._in_use.setdefault(self._absolute, self)
+        self._key = os.getpid(), folder.resolve()  # the working directory may change
+        other = self._in_use.setdefault(self._key, self)
         if other is not self:
             raise RuntimeError(
                 f"run {other.run_id} writes its checkpoints into {folder}: give concurrent runs"
@@ -122,7 +124,7 @@ class CheckpointFolder:
 
     def close(self) -> None:
         """Let other runs write into the folder."""
-        self._in_use.pop(self._absolute, None)
+        self._in_use.pop(self._key, None)
 
 
 def _check_writable(folder: Path) -> None:

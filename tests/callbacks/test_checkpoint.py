@@ -6,6 +6,9 @@ import errno
 import gc
 import itertools
 import math
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -731,3 +734,34 @@ def test_it_says_nothing_where_all_is_well(learner: TrainLearner, tmp_path: Path
     with capture_logs() as logs:
         learner.run(1, cbs=CheckpointCB(tmp_path, every_batches=1))
     assert logs == []
+
+
+FORK_DURING_A_FIT = """
+import os, sys, torch
+from eventrain.callbacks import CheckpointCB
+from eventrain.engine import DataLoaders, TrainLearner
+from eventrain.events import AfterBatch
+
+def learner():
+    return TrainLearner(torch.nn.Linear(1, 1), DataLoaders([(torch.ones(1, 1), torch.ones(1, 1))]))
+
+def fork(event):
+    if (pid := os.fork()) == 0:
+        try:
+            learner().run(2, valid=False, cbs=CheckpointCB(sys.argv[1]))
+            os._exit(7)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
+
+first = learner()
+first.subscribe(AfterBatch, fork, once=True)
+first.run(1, valid=False, cbs=CheckpointCB(sys.argv[1]))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no forks here")
+def test_a_process_forked_during_a_fit_may_save_into_its_folder(tmp_path: Path) -> None:
+    command = [sys.executable, "-W", "ignore", "-c", FORK_DURING_A_FIT, str(tmp_path)]
+    subprocess.run(command, check=True, timeout=5 * GUARD)
+    assert len(list(tmp_path.iterdir())) == 3
