@@ -148,13 +148,15 @@ class CheckpointCB(Callback):
         learner = _learner_of(event)
         if not is_training(learner):
             return
-        Snapshot(state_of(learner))  # raises now for what cannot be saved, before work is lost
+        copy = Snapshot(state_of(learner))  # raises now for what cannot be saved, before any work
         self._log_caveats(learner)
         self._told: set[str] = set()
+        self._has_saved = False
         self._tell_unsaved(learner)
         self._checkpoints = CheckpointFolder(
             self.folder, event.run_id, self.keep_last, self.keep_best
         )
+        self._copy = copy  # the first save reuses its memory
         self.last, self.best = self._checkpoints.last, self._checkpoints.best
         self._writer = BackgroundWriter(self.background)
         self._begin_interval()
@@ -224,8 +226,9 @@ class CheckpointCB(Callback):
         metrics: Mapping[str, float | None] | None = None,
     ) -> None:
         assert self._checkpoints is not None
-        if self._copy is None:  # the first save: a hidden state has come with the first batch
+        if not self._has_saved:  # a hidden state has come with the first batch
             self._tell_unsaved(learner)
+        self._has_saved = True
         state = state_of(learner)
         state |= _reader_of(learner).position_state(learner, position)
         self._writer.wait()

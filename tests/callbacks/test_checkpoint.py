@@ -736,6 +736,27 @@ def test_it_says_nothing_where_all_is_well(learner: TrainLearner, tmp_path: Path
     assert logs == []
 
 
+def test_the_copy_of_before_the_fit_is_the_memory_of_the_first_save(
+    learner: TrainLearner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copies: list[Snapshot | None] = []
+    init = Snapshot.__init__
+
+    def noting(self: Snapshot, *args: Any, over: Snapshot | None = None, **kwargs: Any) -> None:
+        init(self, *args, over=over, **kwargs)
+        copies.extend([over, self])
+
+    monkeypatch.setattr(Snapshot, "__init__", noting)
+    learner.run(2, cbs=CheckpointCB(tmp_path))
+    before, first, second = copies[1::2]
+    assert copies[::2] == [None, before, first]
+    addresses = [
+        copy.value["model"]["weight"].data_ptr() for copy in (before, first, second) if copy
+    ]
+    assert len(addresses) == 3
+    assert len(set(addresses)) == 1
+
+
 FORK_DURING_A_FIT = """
 import os, sys, torch
 from eventrain.callbacks import CheckpointCB
