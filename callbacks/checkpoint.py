@@ -17,7 +17,7 @@ from ..engine.checkpoint.loader_position import resume_strategy
 from ..engine.checkpoint.resume import ResumableBatchReader
 from ..engine.checkpoint.snapshot import Snapshot
 from ..engine.checkpoint.state import state_of
-from ..engine.checkpoint.unsaved import unsaved_tensors
+from ..engine.checkpoint.unsaved import UnsavedState
 from ..engine.loop.clock import is_last_epoch
 from ..engine.loop.state import Position
 from ..events import BeforeFit, Callback, CleanupBatch, CleanupEpoch, CleanupFit, Event
@@ -32,10 +32,10 @@ class CheckpointCB(Callback):
     A checkpoint holds the model, the optimizer, and every other module, optimizer, scheduler and
     random generator that is an attribute of the learner or of a callback, or has `state_dict` and
     `load_state_dict`; gradients that are kept; the random states of Python, numpy, torch, the
-    device and the loaders' generators; and the position in the data. A callback (or learner class)
-    with these two methods is saved by them. Tensors outside of all these are logged before the
-    first save. State that is in no `state_dict`, such as the count of `every=` of a subscription,
-    starts anew.
+    device, and of the generators of the loaders and their data; and the position in the data. A
+    callback (or learner class) with these two methods is saved by them. Tensors outside of all
+    these, and what cannot be saved, are logged before the first save. State that is in no
+    `state_dict`, such as the count of `every=` of a subscription, starts anew.
 
     The training waits only while the state is copied to the host; a thread writes it, and the next
     save waits for the one before. A graceful `stop`, `TimeLimitCB` and the end of the last epoch
@@ -150,8 +150,8 @@ class CheckpointCB(Callback):
             return
         copy = Snapshot(state_of(learner))  # raises now for what cannot be saved, before any work
         self._log_caveats(learner)
-        self._told: set[str] = set()
-        self._has_saved = False
+        self._unsaved, self._has_trained, self._has_saved = UnsavedState(), False, False
+        self._unsaved.note(learner)
         self._tell_unsaved(learner)
         self._checkpoints = CheckpointFolder(
             self.folder, event.run_id, self.keep_last, self.keep_best
@@ -177,6 +177,9 @@ class CheckpointCB(Callback):
         completed = event.end.status == "completed"
         if event.learner.graceful_stop_due or (completed and self._is_due(event)):
             self._save(_learner_of(event), Position(event.epoch, event.training, event.iter + 1))
+        elif event.training and not self._has_trained:
+            self._unsaved.note(_learner_of(event))  # what a module makes once, with its first batch
+        self._has_trained = self._has_trained or event.training
 
     def _is_due(self, event: CleanupBatch) -> bool:
         if self.every_seconds is not None and monotonic() >= self._due:
@@ -226,7 +229,7 @@ class CheckpointCB(Callback):
         metrics: Mapping[str, float | None] | None = None,
     ) -> None:
         assert self._checkpoints is not None
-        if not self._has_saved:  # a hidden state has come with the first batch
+        if not self._has_saved or not position.batches:  # a hidden state comes with the batches
             self._tell_unsaved(learner)
         self._has_saved = True
         state = state_of(learner)
@@ -259,13 +262,13 @@ class CheckpointCB(Callback):
 
     def _tell_unsaved(self, learner: Learner) -> None:
         """Log what no checkpoint will hold, each attribute once per fit."""
-        found = [name for name in unsaved_tensors(learner) if name not in self._told]
-        self._told.update(found)
-        if found:
+        if news := self._unsaved.news(learner):
+            reasons = {name: why for name, why in news.items() if why is not None}
             log.warning(
                 "state_not_saved",
                 run_id=learner.run_id,
-                found=found,
+                found=list(news),
+                **({"reason": reasons} if reasons else {}),
                 hint=(
                     "if they change while training: register them as buffers of a module, or give"
                     " the class that holds them state_dict() and load_state_dict(state)"

@@ -22,10 +22,10 @@ from .parts import (
     is_module,
     is_optimizer,
     own_states,
-    parts_of,
     path_name,
 )
 from .random_state import random_state_differs
+from .search import parts_of
 from .state import (
     AmbiguousCallbacksError,
     Record,

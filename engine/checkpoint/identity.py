@@ -13,8 +13,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from enum import Enum
 from functools import partial
 from itertools import islice
-from types import BuiltinFunctionType, CellType, CodeType, FunctionType, MethodType
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodType
 from typing import Any
+
+from .contents import cell_content
 
 Settings = Mapping[str, str]
 """The settings of a callback, as text: {"monitor": "'loss'", "patience": "3"}."""
@@ -149,13 +151,6 @@ def _function(function: FunctionType, text: Callable[[Any], str]) -> str:
     """Its name and what it uses, because all lambdas of a function have the same name."""
     constants = [c for c in function.__code__.co_consts if not isinstance(c, CodeType)]
     defaults = [function.__defaults__ or (), function.__kwdefaults__ or {}]
-    held = [_content(cell) for cell in function.__closure__ or ()]
+    held = [cell_content(cell) for cell in function.__closure__ or ()]
     uses = [*function.__code__.co_names, *map(text, [*constants, *defaults, *held])]
     return f"{function.__qualname__}({', '.join(uses)})"[:_LONGEST]
-
-
-def _content(cell: CellType) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:  # it is still empty
-        return None

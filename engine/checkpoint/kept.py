@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
+from types import CellType, FunctionType
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
+
+from .contents import cell_content, slots_of
 
 
 class KeptTensors:
@@ -153,16 +157,11 @@ class _LazyModule:
 
 
 class KeptAttributes:
-    """The attributes of a learner or a callback."""
+    """The attributes of a learner, a callback or a module."""
 
-    def __init__(self, owner: Any, tensors: KeptTensors) -> None:
+    def __init__(self, owner: Any) -> None:
         self._owner = owner
         self._values = dict(vars(owner))
-        self._contents = {
-            name: keep_contents(value, tensors)
-            for name, value in self._values.items()
-            if isinstance(value, list | dict) and len(value) <= _LONGEST
-        }
 
     def put_back_all(self) -> None:
         """Put back every attribute, and remove new ones."""
@@ -170,9 +169,7 @@ class KeptAttributes:
             self.put_back(name)
 
     def put_back(self, name: str) -> None:
-        """Put back an attribute, and what it held if it is a list or a dict."""
-        if name in self._contents:
-            self._contents[name]()
+        """Put back an attribute as the object that it was; remove it if it is a new one."""
         here = vars(self._owner)
         if name not in self._values:
             here.pop(name, None)
@@ -180,18 +177,53 @@ class KeptAttributes:
             here[name] = self._values[name]
 
 
-_LONGEST = 1000
+def keep_container(value: Any) -> Callable[[], None]:
+    """Keep what an object, a container or a closure holds. Returns a function that puts it back."""
+    steps: list[Callable[[], object]] = []
+    if isinstance(value, dict):
+        steps.append(partial(_refill, value, dict(value)))
+    elif isinstance(value, list | deque):
+        steps.append(partial(_refill, value, list(value)))
+    elif isinstance(value, FunctionType):
+        cells = [(cell, cell_content(cell)) for cell in value.__closure__ or ()]
+        steps.append(partial(_refill_cells, cells))
+    slots = [name for cls in type(value).__mro__ for name in slots_of(cls) if name[:2] != "__"]
+    if slots:
+        kept = {name: getattr(value, name) for name in slots if hasattr(value, name)}
+        steps.append(partial(_set_slots, value, slots, kept))
+    if hasattr(value, "__dict__"):
+        steps.append(partial(_refill, vars(value), dict(vars(value))))
+
+    def put_back() -> None:
+        for step in steps:
+            step()
+
+    return put_back
+
+
+def _refill_cells(cells: Iterable[tuple[CellType, Any]]) -> None:
+    for cell, content in cells:
+        if cell_content(cell) is not content:
+            cell.cell_contents = content
+
+
+def _set_slots(value: Any, slots: Iterable[str], kept: Mapping[str, Any]) -> None:
+    for name in slots:
+        if name not in kept and hasattr(value, name):
+            delattr(value, name)
+        elif name in kept and getattr(value, name, None) is not kept[name]:
+            setattr(value, name, kept[name])
 
 
 def keep_contents(value: Any, tensors: KeptTensors) -> Callable[[], Any]:
-    """Keep what nested dicts and lists hold. Returns a function that puts it back into them."""
+    """Keep what nested containers hold. Returns a function that puts it back into them."""
     if isinstance(value, torch.Tensor):
         tensors.keep(value)
         return partial(tensors.put_back, value)
     if isinstance(value, dict):
         items = {key: keep_contents(item, tensors) for key, item in value.items()}
         return lambda: _refill(value, {key: put_back() for key, put_back in items.items()})
-    if isinstance(value, list | tuple):
+    if isinstance(value, list | tuple | deque):
         listed = [keep_contents(item, tensors) for item in value]
         return lambda: _refill(value, [put_back() for put_back in listed])
     return lambda: value
@@ -203,4 +235,7 @@ def _refill(container: Any, items: Iterable[Any]) -> Any:
         container.update(items)
     elif isinstance(container, list):
         container[:] = items
+    elif isinstance(container, deque):
+        container.clear()
+        container.extend(items)
     return container

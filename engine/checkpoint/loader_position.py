@@ -12,6 +12,7 @@ from torch.utils.data import IterableDataset
 from ..data.dataloaders import LOADERS
 from ..data.prefetch import Prefetcher
 from ..data.thread_loader import ThreadLoader
+from .data_state import draws_while_it_reads
 
 
 class ResumeStrategy(NamedTuple):
@@ -34,6 +35,8 @@ def resume_strategy(loader: Any) -> ResumeStrategy:
         inner = resume_strategy(loader.loader)
         if inner.how == "state":
             return ResumeStrategy("replay", "a Prefetcher reads its loader ahead of the training")
+        if inner.how == "skip" and draws_while_it_reads(loader.loader):
+            return ResumeStrategy("replay", inner.caveat)  # the saved states are from ahead, too
         return inner
     if hasattr(loader, "base_dataloader"):  # before the next test, as it also has a state_dict
         return ResumeStrategy("replay", "accelerate's loaders read one batch ahead of the training")
@@ -57,6 +60,8 @@ def resume_strategy(loader: Any) -> ResumeStrategy:
             "replay",
             "its dataset is an IterableDataset, which may not yield the same samples again",
         )
+    if isinstance(loader, ThreadLoader) and draws_while_it_reads(loader):
+        return ResumeStrategy("skip", "its threads draw from the dataset's generators in any order")
     if loader.num_workers == 0:
         return ResumeStrategy("skip")
     # The random states of worker processes cannot be set, so the workers replay the epoch.

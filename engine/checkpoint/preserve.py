@@ -16,22 +16,17 @@ import torch
 from torch.optim import Optimizer
 
 from ..loop.parameters import optimizer_parameters
-from .kept import KeptAttributes, KeptModule, KeptTensors, keep_contents
+from .generators import generator_state, is_generator, set_generator_state
+from .kept import KeptAttributes, KeptModule, KeptTensors, keep_container, keep_contents
 from .parts import (
     Part,
     SavedLearner,
-    Search,
     is_module,
     is_optimizer,
     own_states,
 )
-from .random_state import (
-    generator_state,
-    is_generator,
-    random_state,
-    set_generator_state,
-    set_random_state,
-)
+from .random_state import random_state, set_random_state
+from .search import Search
 
 
 @contextmanager
@@ -68,19 +63,19 @@ class KeptLearner:
         self._steps: list[tuple[str, Callable[[], Any]]] = []
         self._modules: set[int] = set()
         self._attributes = {
-            id(owner): KeptAttributes(owner, self._tensors)
+            id(owner): KeptAttributes(owner)
             for owner in (learner, *learner.cbs)
             if hasattr(owner, "__dict__")
         }
-        search = Search(learner)
+        self._before = search = Search(learner)
+        self._containers = {key: keep_container(held) for key, held in search.containers.items()}
         for part in search.parts:
             self._keep_part(part)
         for name in ("model", "opt"):
             self._add(name, partial(setattr, learner, name, getattr(learner, name)))
         for outside in search.tensors:
             self._tensors.keep(outside.tensor)
-            self._add(str(outside), partial(self._tensors.put_back, outside.tensor))
-        self._held = search.holders()
+            self._add(outside.name, partial(self._tensors.put_back, outside.tensor))
         self._add("the attributes", self._put_back_attributes)
         self._add("the gradients", self._tensors.put_back_gradients)
         for name, owner in own_states(learner).items():
@@ -140,6 +135,7 @@ class KeptLearner:
         for name, module in part.value.named_modules():
             if id(module) not in self._modules:
                 self._modules.add(id(module))
+                self._attributes[id(module)] = KeptAttributes(module)
                 kept = KeptModule(module, self._tensors)
                 self._add(f"{name} of {part}" if name else str(part), kept.put_back)
                 if type(module).get_extra_state is not torch.nn.Module.get_extra_state:
@@ -148,9 +144,13 @@ class KeptLearner:
 
     def _put_back_attributes(self) -> None:
         """Those that hold a part or a tensor, before or now: a new one is not to stay."""
-        held = [*self._held, *Search(self._learner).holders()]
-        for owner, name in dict.fromkeys((id(owner), name) for owner, name in held):
-            self._attributes[owner].put_back(name)
+        now = Search(self._learner)
+        for key in {**self._before.holding, **now.holding}:
+            if key in self._containers:
+                self._containers[key]()
+        for owner, name in {**self._before.holders, **now.holders}:
+            if owner in self._attributes:
+                self._attributes[owner].put_back(name)
 
 
 def _loads_as_optimizer(value: Any) -> bool:

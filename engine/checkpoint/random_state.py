@@ -9,14 +9,18 @@ from typing import Any
 import torch
 
 from ..data.accelerator import initialized_accelerator
+from .data_state import data_generators
+from .generators import generator_state, set_generator_state
 
 RandomState = dict[str, Any]
-"""Plain values and tensors by source: "python", "numpy", "torch", "generators", and the type of the
-accelerator, such as "cuda", with one state per device."""
+"""Plain values and tensors by source: "python", "numpy", "torch", "generators" (of the loaders),
+"data" (of what they read, by name), and the type of the accelerator, such as "cuda", with one state
+per device."""
 
 
 def random_state(dls: Any) -> RandomState:
-    """The states of Python, numpy, torch, the accelerator, and the generators of both loaders.
+    """The states of Python, numpy, torch, the accelerator, and the generators of both loaders
+    and of the data that they read.
 
     A source that is not in use (numpy not imported, an accelerator not initialized) is left out.
     """
@@ -28,6 +32,8 @@ def random_state(dls: Any) -> RandomState:
         states = [_module(accelerator).get_rng_state(*device) for device in _devices(accelerator)]
         state[accelerator.type] = states
     state["generators"] = [generator.get_state() for generator in generators(dls)]
+    if data := {name: generator_state(own) for name, own in _of_data(dls).items()}:
+        state["data"] = data
     return state
 
 
@@ -46,6 +52,29 @@ def set_random_state(dls: Any, state: RandomState) -> None:
             _module(accelerator).set_rng_state(saved, *device)
     for generator, saved in zip(generators(dls), state["generators"], strict=True):
         generator.set_state(saved)
+    for name, own in _of_data(dls).items():
+        if name in state.get("data", ()):
+            set_generator_state(own, state["data"][name])
+
+
+def all_generators(dls: Any) -> list[Any]:
+    """The random generators of both loaders, and those of the data that they read."""
+    return [*generators(dls), *_of_data(dls).values()]
+
+
+def _of_data(dls: Any) -> dict[str, Any]:
+    known = {id(generator) for generator in generators(dls)}
+    return {name: own for name, own in data_generators(dls).items() if id(own) not in known}
+
+
+def unrestored_generators(dls: Any, state: RandomState) -> str | None:
+    """Why the data may draw other random numbers than in the run before; None if it does not."""
+    if names := _of_data(dls).keys() ^ state.get("data", {}).keys():
+        return (
+            f"{', '.join(sorted(names))}: a random generator that is not both in the checkpoint and"
+            " in the loaders; make it before the fit begins"
+        )
+    return None
 
 
 def random_state_differs(dls: Any, state: RandomState) -> str | None:
@@ -54,7 +83,7 @@ def random_state_differs(dls: Any, state: RandomState) -> str | None:
     if here != there:
         return f"the loaders have {here} random generators, but the checkpoint has {there}"
     accelerator = torch.accelerator.current_accelerator()
-    for name in state.keys() - {"python", "torch", "numpy", "generators"}:
+    for name in state.keys() - {"python", "torch", "numpy", "generators", "data"}:
         is_here = accelerator is not None and accelerator.type == name
         here, there = torch.accelerator.device_count() if is_here else 0, len(state[name])
         if there != here:
@@ -75,43 +104,6 @@ def generators(dls: Any) -> list[torch.Generator]:
             if inner is not None and all(inner is not known for known in owners):
                 owners.append(inner)
     return list(found.values())
-
-
-def is_generator(value: Any) -> bool:
-    """Whether it is a random generator of torch, numpy or Python, whose state can be saved."""
-    kinds: tuple[type, ...] = (torch.Generator, random.Random)
-    if numpy := sys.modules.get("numpy"):
-        kinds = (*kinds, numpy.random.Generator, numpy.random.RandomState)
-    return issubclass(type(value), kinds) and not isinstance(value, random.SystemRandom)
-
-
-def generator_state(generator: Any) -> Any:
-    """The state of one random generator."""
-    if isinstance(generator, torch.Generator):
-        return generator.get_state()
-    if isinstance(generator, random.Random):
-        return generator.getstate()
-    if hasattr(generator, "bit_generator"):
-        return generator.bit_generator.state
-    return generator.get_state(legacy=False)
-
-
-def set_generator_state(generator: Any, state: Any) -> None:
-    """Restore what `generator_state` returned, or its copy in a checkpoint."""
-    if isinstance(generator, torch.Generator):
-        generator.set_state(state)
-    elif isinstance(generator, random.Random):
-        generator.setstate(state)
-    elif hasattr(generator, "bit_generator"):
-        generator.bit_generator.state = _to_numpy(state)
-    else:
-        generator.set_state(_to_numpy(state))
-
-
-def _to_numpy(state: Any) -> Any:
-    if isinstance(state, dict):
-        return {key: _to_numpy(value) for key, value in state.items()}
-    return state.numpy() if isinstance(state, torch.Tensor) else state
 
 
 def _module(accelerator: torch.device) -> Any:

@@ -14,10 +14,17 @@ from ..data.dataloaders import DataLoaders
 from ..loop.reading import BatchReader, Pass
 from ..loop.state import LoopState, Position
 from .compatibility import CheckpointMismatchError, check_state
+from .generators import generator_state, set_generator_state
 from .loader_position import reads_ahead, resume_strategy, skip_to
 from .parts import SavedLearner
 from .preserve import KeptLearner
-from .random_state import RandomState, generators, random_state, set_random_state
+from .random_state import (
+    RandomState,
+    all_generators,
+    random_state,
+    set_random_state,
+    unrestored_generators,
+)
 from .reader import Checkpoint, checkpoints_in
 from .state import State, set_state
 
@@ -109,7 +116,7 @@ class ResumedBatchReader(ResumableBatchReader):
         self.first_epoch = checkpoint.position.epoch
         self.loaded = False
         self._checkpoint: Checkpoint | None = checkpoint
-        self._ahead: list[tuple[torch.Generator, torch.Tensor]] = []
+        self._ahead: list[tuple[Any, Any]] = []  # generators of a Prefetcher, and their states
 
     def begin(self, loop: LoopState) -> None:
         """Check that the checkpoint fits; load it, unless its epoch has to be begun first.
@@ -190,7 +197,9 @@ class ResumedBatchReader(ResumableBatchReader):
         set_random_state(loop.dls, state["random"])
         batches = skip_to(loader, state["done"], state["loader"])
         if reads_ahead(loader):  # its generators are ahead of what was saved
-            self._ahead += [(g, g.get_state()) for g in generators(DataLoaders(loader))]
+            self._ahead += [
+                (own, generator_state(own)) for own in all_generators(DataLoaders(loader))
+            ]
         return batches
 
     def drop_checkpoint(self) -> None:
@@ -213,13 +222,14 @@ class ResumedBatchReader(ResumableBatchReader):
             before.put_back()  # its own errors are not raised: the first one is
             raise
         for generator, state_ahead in self._ahead:
-            generator.set_state(state_ahead)
+            set_generator_state(generator, state_ahead)
         self.loaded = True
         self.drop_checkpoint()
 
     def _log_caveats(self, loop: LoopState, checkpoint: Checkpoint) -> None:
         loaders = [getattr(loop.dls, "train", None), *[loop.dls.valid] * bool(loop.validates)]
         caveats = [resume_strategy(loader).caveat for loader in loaders]
+        caveats.append(unrestored_generators(loop.dls, checkpoint.state["random"]))
         before, now = checkpoint.manifest["versions"]["torch"], str(torch.__version__)
         if before != now:
             caveats.append(f"torch is {now}, but was {before} when the checkpoint was saved")

@@ -12,6 +12,7 @@ from torch import nn
 
 from ..loop.parameters import optimizer_parameters
 from ..loop.state import Progress
+from .generators import generator_state, is_generator, set_generator_state
 from .identity import match_callbacks, settings_of_several
 from .parts import (
     MODEL,
@@ -22,15 +23,9 @@ from .parts import (
     is_optimizer,
     own_states,
     owners_of,
-    parts_of,
 )
-from .random_state import (
-    generator_state,
-    is_generator,
-    random_state,
-    set_generator_state,
-    set_random_state,
-)
+from .random_state import random_state, set_random_state
+from .search import parts_of
 
 State = dict[str, Any]
 Record = Mapping[str, Any]

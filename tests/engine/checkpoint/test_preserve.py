@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import deque
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from eventrain.engine.checkpoint.preserve import preserved
 from eventrain.events import AfterBatch, AfterStep, BeforeFit, Callback, CleanupFit
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
+from torch.utils.data import DataLoader, Dataset
 
 SEQUENCES = [(torch.randn(4, 3, 1), torch.randn(4, 3, 1)) for _ in range(3)]
 
@@ -243,3 +245,84 @@ async def test_tensors_that_cannot_be_written_to_as_usual_do_not_stop_it() -> No
     learner = TrainLearner(model, DataLoaders(list(SEQUENCES)), cbs=Changing())
     await learner.lr_find(max_epochs=1)
     assert model.changed.tolist() == model.expanded.tolist() == [1.0] * 5
+
+
+class Box:
+    """An object of the user's."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
+class Slotted:
+    __slots__ = ("later", "value")
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
+class Rebinding(TrainLearner):
+    """Binds new tensors where it holds others."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.last = deque([torch.zeros(1)], maxlen=1)
+        self.box, self.slotted = Box(torch.zeros(1)), Slotted(torch.zeros(1))
+        self.outer = {"boxes": [Box({"a": [torch.zeros(1)]})]}
+        self.pair = ([torch.zeros(1)], 1)
+        closed = torch.zeros(1)
+
+        def count() -> torch.Tensor:
+            nonlocal closed
+            closed = closed + 1
+            return closed
+
+        self.count = count
+
+    def held(self) -> list[torch.Tensor]:
+        inner = self.outer["boxes"][0].value["a"]
+        return [self.last[0], self.box.value, self.slotted.value, inner[0], self.pair[0][0]]
+
+    def predict(self) -> None:
+        super().predict()
+        one = torch.ones(1)
+        self.last.append(self.last[0] + 1)
+        self.box.value = self.slotted.value = self.slotted.later = one
+        self.outer["boxes"][0].value["a"][:] = [one, one]
+        self.outer["boxes"].append(Box(one))
+        self.pair[0][0] = one
+        self.count()
+
+
+async def test_tensors_bound_anew_in_what_the_learner_holds_do_not_stay() -> None:
+    learner = Rebinding(nn.Linear(1, 1), DataLoaders(list(SEQUENCES)))
+    objects = [learner.last, learner.box, learner.slotted, learner.outer, learner.pair]
+    tensors = learner.held()
+    await learner.lr_find(max_epochs=1)
+    now = [learner.last, learner.box, learner.slotted, learner.outer, learner.pair]
+    assert all(a is b for a, b in zip(now, objects, strict=True))
+    assert all(a is b for a, b in zip(learner.held(), tensors, strict=True))
+    assert [tensor.tolist() for tensor in tensors] == [[0.0]] * 5
+    assert not hasattr(learner.slotted, "later")
+    assert len(learner.outer["boxes"]) == len(learner.outer["boxes"][0].value["a"]) == 1
+    assert learner.count().tolist() == [1.0]
+
+
+class Drawing(Dataset[Any]):
+    """Draws from a generator of its own."""
+
+    def __init__(self) -> None:
+        self.rng = torch.Generator().manual_seed(0)
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, i: int) -> Any:
+        return torch.randn(1, generator=self.rng), torch.zeros(1)
+
+
+async def test_the_generator_of_a_dataset_is_put_back() -> None:
+    data = Drawing()
+    before = data.rng.get_state()
+    await TrainLearner(nn.Linear(1, 1), DataLoaders(DataLoader(data))).lr_find(max_epochs=1)
+    assert torch.equal(data.rng.get_state(), before)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from eventrain.callbacks import CheckpointCB, GradientAccumulationCB, MetricsCB
 from eventrain.engine import Checkpoint, DataLoaders, MomentumLearner, TrainLearner
-from eventrain.engine.checkpoint.parts import parts_of
+from eventrain.engine.checkpoint.search import parts_of
 from eventrain.events import AfterBatch, AfterStep, BeforeBatch, BeforeFit, Callback
 from structlog.testing import capture_logs
 from torch import nn
