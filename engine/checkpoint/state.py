@@ -80,7 +80,14 @@ def records_of(parts: list[Part]) -> dict[tuple[str, str], Record]:
             state = module_state(part)
             named = dict(value.named_parameters(remove_duplicate=False))
             held.update(id(p) for name, p in named.items() if name in state)
-            gradients = {name: p.grad for name, p in part_parameters(part) if p.grad is not None}
+            first = {id(p): name for name, p in reversed(named.items())}  # of its several names
+            gradients = {
+                name: p.grad
+                for name, p in named.items()
+                if p.grad is not None
+                and name == first[id(p)]
+                and not name.startswith(part.elsewhere)
+            }
             records[part.path] = {"state": state, "gradients": gradients}
         elif is_optimizer(value):
             outside = {i: p for i, p in enumerate(optimizer_parameters(value)) if id(p) not in held}
