@@ -12,7 +12,7 @@ import numpy
 import pytest
 import torch
 from eventrain.callbacks import CheckpointCB
-from eventrain.engine import DataLoaders, TensorLoader, TrainLearner
+from eventrain.engine import DataLoaders, Prefetcher, TensorLoader, ThreadLoader, TrainLearner
 from eventrain.events import AfterStep, BeforeFit, Callback
 from structlog.testing import capture_logs
 from torch import nn
@@ -145,6 +145,19 @@ def collate_with_closure() -> Program:
 
 def tensor_loader() -> Program:
     return of_loader(TensorLoader(X, Y, batch_size=2, sampler=Shuffled()))
+
+
+def transform_of_a_tensor_loader() -> Program:
+    rng = numpy.random.default_rng(number())
+    return of_loader(TensorLoader(X, Y, batch_size=2, transform=lambda x: x + rng.random()))
+
+
+def prefetcher() -> Program:
+    return of_loader(Prefetcher(DataLoader(Noisy(Shifted()), 2)))
+
+
+def threads() -> Program:
+    return of_loader(ThreadLoader(TensorDataset(X, Y), 2, sampler=Shuffled(), read_ahead=1))
 
 
 class Environment:
@@ -336,7 +349,8 @@ def another_learner() -> Program:
 
 PROGRAMS = [
     *(dataset_with_torch, dataset_with_numpy, dataset_with_workers, transform_as_module),
-    *(sampler_with_numpy, collate_with_closure, tensor_loader, environments),
+    *(sampler_with_numpy, collate_with_closure, tensor_loader, transform_of_a_tensor_loader),
+    *(threads, prefetcher, environments),
     *(loss_with_closure, noise_of_a_lambda, global_of_a_function, subscribed_method),
     *(hook_with_closure, generator_of_a_module, generator_of_an_optimizer, another_learner),
 ]
@@ -367,6 +381,25 @@ def test_a_resumed_run_is_the_run_by_hand(
     assert [tensor.tolist() for tensor in tensors] == expected
 
 
+@pytest.mark.parametrize("program", [dataset_with_numpy, sampler_with_numpy, prefetcher])
+@pytest.mark.parametrize("at", [3, 5, 6])
+def test_an_epoch_of_some_batches_continues_a_pass_that_draws_from_its_own(
+    program: Callable[[], Program], at: int, tmp_path: Path
+) -> None:
+    """Three passes of four batches by hand are four epochs of three batches."""
+    torch.manual_seed(0)
+    _, by_hand, expected = program()
+    by_hand()
+    torch.manual_seed(0)
+    first = program().learner
+    first.subscribe(AfterStep, lambda e: e.learner.stop(graceful=True) if e.steps == at else None)
+    first.run(4, valid=False, epoch_length=3, cbs=CheckpointCB(tmp_path, every_batches=1))
+    torch.manual_seed(1)
+    resumed, _, tensors = program()
+    resumed.run(4, valid=False, epoch_length=3, resume=tmp_path)
+    assert [t.tolist() for t in tensors] == [t.tolist() for t in expected]
+
+
 class Late(Dataset[Any]):
     """Makes its generator with the first sample."""
 
@@ -393,3 +426,13 @@ def test_a_generator_that_is_made_too_late_to_resume_is_told_of(late: bool, tmp_
     reasons = [line["reason"] for line in logs if line["event"] == "resume_may_not_be_exact"]
     assert len(reasons) == late
     assert all(reason.startswith("train.dataset.rng: a random generator") for reason in reasons)
+
+
+def test_threads_that_draw_from_a_generator_of_the_dataset_are_told_of(tmp_path: Path) -> None:
+    data = Noisy(numpy.random.default_rng(0).random)
+    with capture_logs() as logs:
+        learner_of(nn.Linear(3, 1), ThreadLoader(data, 2)).run(
+            1, valid=False, cbs=CheckpointCB(tmp_path, every_batches=2)
+        )
+    reasons = [line["reason"] for line in logs if line["event"] == "resume_may_not_be_exact"]
+    assert reasons == ["its threads draw from the dataset's generators in any order"]
