@@ -2,6 +2,7 @@
 
 from .checkpoint.compatibility import CheckpointMismatchError
 from .checkpoint.reader import Checkpoint, CheckpointDamagedError, CheckpointError
+from .data.async_loader import AsyncLoader
 from .data.dataloaders import DataLoaders
 from .data.prefetch import Prefetcher
 from .data.sample_random import sample_generator
@@ -17,6 +18,7 @@ from .run.result import FitResult
 from .seeding import seed_everything
 
 __all__ = [
+    "AsyncLoader",
     "Checkpoint",
     "CheckpointDamagedError",
     "CheckpointError",

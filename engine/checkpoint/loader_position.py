@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 from torch.utils.data import IterableDataset
 
+from ..data.async_loader import AsyncLoader, is_async, readable
 from ..data.dataloaders import LOADERS
 from ..data.prefetch import Prefetcher
 from ..data.thread_loader import ThreadLoader
@@ -38,6 +39,12 @@ def resume_strategy(loader: Any) -> ResumeStrategy:
         if inner.how == "skip" and draws_while_it_reads(loader.loader):
             return ResumeStrategy("replay", inner.caveat)  # the saved states are from ahead, too
         return inner
+    if is_async(loader) or isinstance(loader, AsyncLoader):
+        return ResumeStrategy(
+            "replay",
+            "an async source is asked again for the batches that were used before, which may not"
+            " be the same; those that were read ahead are lost",
+        )
     if hasattr(loader, "base_dataloader"):  # before the next test, as it also has a state_dict
         return ResumeStrategy("replay", "accelerate's loaders read one batch ahead of the training")
     if hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict"):
@@ -121,7 +128,7 @@ def _skip_to(loader: Iterable[Any], how: str, n: int, state: Any) -> Iterator[An
             loader.first_batch = n
         batches = iter(loader)  # draws the seed now, and the sampler's order with the first index
     else:
-        skipped = batches = iter(loader)
+        skipped = batches = iter(readable(loader))
     if (done := sum(1 for _ in islice(skipped, n))) < n:
         raise ValueError(f"{n} batches of this epoch were done, but now it has only {done}")
     if isinstance(loader, ThreadLoader) and isinstance(skipped, _OneEpoch):

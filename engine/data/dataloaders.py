@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import AsyncIterable, Iterable
+from inspect import isasyncgenfunction
 from itertools import cycle, repeat
 from operator import length_hint
 from typing import Any, Self
@@ -11,6 +12,7 @@ import torch
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset
 
 from ...events.checks import is_int
+from .async_loader import AsyncLoader, can_be_iterated, is_async, is_read_once
 from .fast import loader_for
 from .prefetch import Prefetcher
 from .tensor_loader import TensorLoader
@@ -24,7 +26,8 @@ class DataLoaders:
     """The training and the validation loader, in one object.
 
     Args:
-        train: any iterable of batches; iterated once per epoch.
+        train: any iterable of batches; iterated once per epoch. An async iterable is read on the
+            event loop of the fit, as by [`AsyncLoader`][eventrain.engine.AsyncLoader].
         valid: the same, for validation; None without validation.
 
     Example:
@@ -39,7 +42,9 @@ class DataLoaders:
     """
 
     def __init__(
-        self, train: Iterable[Any] | None = None, valid: Iterable[Any] | None = None
+        self,
+        train: Iterable[Any] | AsyncIterable[Any] | None = None,
+        valid: Iterable[Any] | AsyncIterable[Any] | None = None,
     ) -> None:
         self.train = train
         self.valid = valid
@@ -141,8 +146,11 @@ def loader_of(dls: Any, training: bool) -> tuple[Any, int | None]:
             f"{phase}=True needs data, but dls.{phase} is missing. Give DataLoaders a {phase}"
             f" loader, or call fit({phase}=False)"
         )
-    if not isinstance(loader, Iterable) and not hasattr(loader, "__getitem__"):
-        raise TypeError(f"dls.{phase} cannot be iterated: {loader!r}; use a DataLoader")
+    if not can_be_iterated(loader) and not is_async(loader):
+        use = "a DataLoader"
+        if isasyncgenfunction(loader):
+            use = "AsyncLoader(it), which calls the function in every epoch"
+        raise TypeError(f"dls.{phase} cannot be iterated: {loader!r}; use {use}")
     length = length_of(loader)
     if length == 0:
         raise ValueError(why_empty(loader, phase))
@@ -166,11 +174,14 @@ def check_can_be_read(loader: Any, training: bool, passes: int | None, bound: bo
             f"dls.{phase} is endless: it is a {type(loader).__name__}. Give {length}=..., a number"
             f" of batches{steps}"
         )
-    if isinstance(loader, Iterator) and not bound and passes is not None and passes > 1:
+    if is_read_once(loader) and not bound and passes is not None and passes > 1:
+        again = "such as a DataLoader or a list"
+        if is_async(loader) or isinstance(loader, AsyncLoader):
+            again = "such as AsyncLoader(function), which calls an async generator in every epoch"
         raise ValueError(
             f"dls.{phase} is an iterator, which can be read only once, and {passes} epochs would"
-            f" read it from the start: {loader!r}. Give something that can be read again, such as a"
-            f" DataLoader or a list, or {length}=..., with which each epoch continues the iterator"
+            f" read it from the start: {loader!r}. Give something that can be read again, {again},"
+            f" or {length}=..., with which each epoch continues the iterator"
         )
 
 
@@ -215,7 +226,7 @@ def has_exact_length(loader: Any) -> bool:
 def why_empty(loader: Any, phase: str) -> str:
     """The message of the error for a loader without batches."""
     why = "it has no batches"
-    if isinstance(loader, Iterator):
+    if is_read_once(loader):
         why = "it is an iterator, which can be read only once, and it is exhausted"
     elif getattr(loader, "drop_last", False):
         why = "with drop_last=True, fewer samples than batch_size do not make a batch"

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ...events.checks import is_int
+from .async_loader import AsyncLoader, can_be_iterated, is_async
 from .thread_state import ReadingThread
 from .transfer import transfer_to
 
@@ -51,7 +52,12 @@ class Prefetcher:
     def __init__(
         self, loader: Iterable[Any], device: str | torch.device | None = None, depth: int = 1
     ) -> None:
-        if not isinstance(loader, Iterable) and not hasattr(loader, "__getitem__"):
+        if is_async(loader) or isinstance(loader, AsyncLoader):
+            raise TypeError(
+                f"loader={loader!r} is read on the event loop, ahead of the training, and without"
+                " a Prefetcher: use AsyncLoader(source, buffer=...)"
+            )
+        if not can_be_iterated(loader):
             raise TypeError(f"loader={loader!r} cannot be iterated; use a DataLoader")
         if not is_int(depth, 1):
             raise ValueError(f"depth={depth!r}: give an integer, 1 or more")

@@ -7,6 +7,7 @@ from itertools import chain, islice
 from typing import Any, Self
 
 from .. import log
+from ..data.async_loader import readable
 from ..data.batches import check_batch
 from ..data.dataloaders import why_empty
 from .clock import until_last_step
@@ -28,7 +29,7 @@ class Pass(Iterator[Any]):
     ) -> None:
         self.loader = loader
         self.done = done
-        self._batches = iter(loader) if batches is None else batches
+        self._batches = iter(readable(loader)) if batches is None else batches
 
     def __iter__(self) -> Self:
         return self
@@ -86,7 +87,7 @@ class BatchReader:
             batches: the rest of the pass over the epoch's loader; by default, a new pass or, with
                 `epoch_length`, the one that the epoch before has left.
         """
-        batches = loop.dl if batches is None else batches
+        batches = readable(loop.dl) if batches is None else batches
         if not loop.training:
             if loop.valid_length is not None:
                 batches = islice(batches, loop.valid_length - first)

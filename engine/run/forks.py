@@ -43,7 +43,7 @@ class HostLoop:
     def __init__(self, learner: object) -> None:
         self.learner = learner
         self.thread: int = threading.get_ident()
-        self.call_soon: Callable[[Callable[[], object]], object] = _call_soon_threadsafe()
+        self.call_soon: Callable[[Callable[[], object]], object] = call_soon_threadsafe()
 
     def __enter__(self) -> None:
         _register()
@@ -59,7 +59,8 @@ def is_left_in_parent(learner: object) -> bool:
     return any(learner is left() for left in _left_in_parent)
 
 
-def _call_soon_threadsafe() -> Any:
+def call_soon_threadsafe() -> Any:
+    """The function by which any thread has the running event loop call another one soon."""
     try:
         return asyncio.get_running_loop().call_soon_threadsafe
     except RuntimeError:

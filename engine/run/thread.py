@@ -27,6 +27,7 @@ from ...events import Event
 from ...events.errors import unwrap
 from .. import log
 from ..context import caller_context
+from ..data.async_reading import READINGS, Readings
 from ..data.thread_state import torch_state
 from ..listeners.observers import Observer
 from ..loop.requests import InterruptedFit
@@ -34,6 +35,7 @@ from . import forks
 from .fittable import Fittable
 from .graceful import GracefulStop
 from .openmp import end_idle_threads
+from .sources import FitSourceHost
 from .stack import thread_stack
 
 PUMP_INTERVAL = 0.05
@@ -78,6 +80,9 @@ class TrainingThread:
         Raises the error of `work`, or else the exception that interrupted it.
         """
         context = caller_context()
+        host = FitSourceHost(self._learner, self._start_soon)
+        self._readings = Readings(host)
+        context.run(READINGS.set, self._readings)
         thread = threading.Thread(
             target=context.run,
             args=(self._main, work, torch_state()),
@@ -185,6 +190,7 @@ class TrainingThread:
             work()
         except BaseException as exc:
             self._error = exc
+        self._readings.leave()
         with suppress(anyio.RunFinishedError):  # the event loop has ended
             anyio.from_thread.run_sync(self._finished.set, token=self._token)
 
@@ -226,6 +232,9 @@ class TrainingThread:
         return call
 
     # --------------------------------------------------------------------- on the event loop
+
+    def _start_soon(self, task: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        self._tasks.start_soon(task)
 
     async def _serve(
         self,
