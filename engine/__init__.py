@@ -14,6 +14,7 @@ from .listeners.observers import Observer
 from .listeners.streams import EventStream
 from .loop.actions import replaceable
 from .loop.state import Position, Progress
+from .run.prediction_stream import PredictionStream
 from .run.result import FitResult
 from .seeding import seed_everything
 
@@ -30,6 +31,7 @@ __all__ = [
     "MomentumLearner",
     "Observer",
     "Position",
+    "PredictionStream",
     "Prefetcher",
     "Progress",
     "TensorLoader",

@@ -18,7 +18,8 @@ from .run.lr_finder import LRFinderCB
 from .run.mean_loss import RecordMeanLoss
 from .run.optimizer import check_opt_func
 from .run.plan import FitPlan
-from .run.predictions import CollectPredictions, Keep
+from .run.prediction_stream import PredictionRun, PredictionStream
+from .run.predictions import CollectPredictions, Keep, PredictionForm
 from .run.result import FitResult
 from .run.script import ScriptForms, has_script_form
 from .run.validation import validating_on
@@ -236,6 +237,56 @@ class Learner(ScriptForms):
             FitPlan(train=False, cbs=collected, purpose="predict", within=validating_on(self, dl))
         )
         return collected.result(result)
+
+    def iter_preds(
+        self,
+        dl: Any = None,
+        with_targets: bool = False,
+        *,
+        keep: Keep = None,
+        buffer: int = 2,
+    ) -> PredictionStream:
+        """Predict batch by batch: `async for preds in learner.iter_preds(loader)`.
+
+        `get_preds` keeps the predictions of all batches; this one keeps those of `buffer` batches.
+        The fit waits while as many are waiting for their reader.
+
+        Args:
+            dl: the loader to use, by default `dls.valid`; it may be an async iterable of batches.
+            with_targets, keep: as in `get_preds`. As nothing is joined, a batch may have any form,
+                and a part such as a loss is allowed.
+            buffer: the most batches to predict ahead of the one in use, 1 or more.
+
+        Returns:
+            An async iterator of the predictions of each batch, on the CPU, in the order of the
+            loader; with targets, of tuples of both. Its errors are raised by the `async for`: those
+            of `fit`, and a RuntimeError if a receiver has ended the run before the last batch. To
+            leave the loop before its end, use `async with`, which stops the fit:
+
+                async with learner.iter_preds(loader) as stream:
+                    async for preds in stream:
+                        break
+
+        Raises:
+            ValueError, TypeError: `keep` or `buffer` is not valid.
+
+        Example:
+            >>> import anyio, torch
+            >>> from eventrain.engine import TrainLearner
+            >>> learner = TrainLearner(torch.nn.Linear(3, 2))
+            >>> async def main():
+            ...     async for preds in learner.iter_preds([torch.ones(4, 3), torch.ones(1, 3)]):
+            ...         print(preds.shape)
+            >>> anyio.run(main)
+            torch.Size([4, 2])
+            torch.Size([1, 2])
+        """
+
+        async def fit(cbs: Callback) -> FitResult:
+            within = validating_on(self, dl)
+            return await self._fit(FitPlan(train=False, cbs=cbs, purpose="predict", within=within))
+
+        return PredictionStream(PredictionRun(fit, PredictionForm(with_targets, keep), buffer))
 
     @has_script_form("run_lr_find")
     async def lr_find(

@@ -34,6 +34,25 @@ _CHOOSE = (
 _NO_TARGETS = "leave with_targets out, and read them from the loader"
 
 
+class PredictionForm:
+    """What to keep of the predictions of a batch, on the CPU.
+
+    Raises:
+        TypeError, ValueError: `keep` is not valid.
+    """
+
+    def __init__(self, with_targets: bool, keep: Keep) -> None:
+        self._keep = keep
+        self._several = _check_keep(keep)
+        self._with_targets = with_targets
+
+    def of(self, preds: Any, batch: Any) -> Any:
+        """The predictions, or (predictions, targets). The host waits for the device here."""
+        kept = map_tensors(_kept(preds, self._keep), _to_cpu)
+        kept = tuple(kept.values()) if self._several else kept
+        return (kept, map_tensors(targets_of(batch), _to_cpu)) if self._with_targets else kept
+
+
 class CollectPredictions(Callback):
     """Collects predictions (and targets) on the CPU, and ends each batch after its prediction.
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable, Iterator
 from functools import partial, update_wrapper
 from types import MethodType
 from typing import Any, TypeVar, cast
 
 import anyio
+import anyio.from_thread
 import anyio.lowlevel
 
 from ...events import Callback
 from .fittable import Fittable
 from .lr_finder import LRFinderCB
+from .prediction_stream import PredictionStream
 from .predictions import Keep
 from .result import FitResult
 
@@ -64,6 +66,7 @@ class ScriptForms(Fittable):
     fit: Callable[..., Coroutine[Any, Any, FitResult]]
     validate: Callable[..., Coroutine[Any, Any, dict[str, Any]]]
     get_preds: Callable[..., Coroutine[Any, Any, Any]]
+    iter_preds: Callable[..., PredictionStream]
     lr_find: Callable[..., Coroutine[Any, Any, LRFinderCB]]
 
     def run(
@@ -125,6 +128,34 @@ class ScriptForms(Fittable):
         get_preds = partial(self.get_preds, dl, with_targets, keep=keep)
         return _run("run_get_preds", "get_preds", get_preds, backend, backend_options)
 
+    def run_iter_preds(
+        self,
+        dl: Any = None,
+        with_targets: bool = False,
+        *,
+        keep: Keep = None,
+        buffer: int = 2,
+        backend: str = "asyncio",
+        backend_options: dict[str, Any] | None = None,
+    ) -> Iterator[Any]:
+        """`iter_preds` for scripts, as a plain iterator; see `run`.
+
+        The event loop runs in another thread, which ends with the iterator, also when that is left
+        early.
+
+        Example:
+            >>> import torch
+            >>> from eventrain.engine import TrainLearner
+            >>> learner = TrainLearner(torch.nn.Linear(3, 2))
+            >>> for preds in learner.run_iter_preds([torch.ones(4, 3), torch.ones(1, 3)]):
+            ...     preds.shape
+            torch.Size([4, 2])
+            torch.Size([1, 2])
+        """
+        _check_no_event_loop("run_iter_preds", "async for ... in learner.iter_preds(...)")
+        stream = self.iter_preds(dl, with_targets, keep=keep, buffer=buffer)
+        return _read(stream, backend, backend_options)
+
     def run_lr_find(
         self,
         lr_mult: float = 1.3,
@@ -147,17 +178,35 @@ def _run(
     backend: str,
     backend_options: dict[str, Any] | None,
 ) -> R:
-    if _event_loop_runs():
-        raise RuntimeError(
-            f"{name}() starts an event loop, and one is running in this thread already: use"
-            f" `await learner.{method}(...)` here"
-        )
+    _check_no_event_loop(name, f"await learner.{method}(...)")
     return anyio.run(function, backend=backend, backend_options=backend_options)
 
 
-def _event_loop_runs() -> bool:
+def _read(
+    stream: PredictionStream, backend: str, backend_options: dict[str, Any] | None
+) -> Iterator[Any]:
+    """Read a stream on an event loop in another thread."""
+
+    async def box() -> list[Any]:
+        try:
+            return [await anext(stream)]
+        except StopAsyncIteration:
+            return []
+
+    with (
+        anyio.from_thread.start_blocking_portal(backend, backend_options) as portal,
+        portal.wrap_async_context_manager(stream),
+    ):
+        while found := portal.call(box):
+            yield found.pop()
+
+
+def _check_no_event_loop(name: str, instead: str) -> None:
     try:
         anyio.lowlevel.current_token()
     except anyio.NoEventLoopError:
-        return False
-    return True
+        return
+    raise RuntimeError(
+        f"{name}() starts an event loop, and one is running in this thread already: use"
+        f" `{instead}` here"
+    )
