@@ -130,6 +130,7 @@ class CheckpointCB(Callback):
         self.best: Path | None = None
         self._checkpoints: CheckpointFolder | None = None  # while a run is saved
         self._copy: Snapshot | None = None
+        self._unsaved_position: Position | None = None  # after the last batch, unless that is saved
 
     @property
     def checkpoint_folder(self) -> Path:
@@ -150,8 +151,8 @@ class CheckpointCB(Callback):
             return
         copy = Snapshot(state_of(learner))  # raises now for what cannot be saved, before any work
         self._log_caveats(learner)
-        self._unsaved, self._has_trained, self._has_saved = UnsavedState(), False, False
-        self._unsaved.note(learner)
+        self._state_outside, self._has_trained, self._has_saved = UnsavedState(), False, False
+        self._state_outside.note(learner)
         self._tell_unsaved(learner)
         self._checkpoints = CheckpointFolder(
             self.folder, event.run_id, self.keep_last, self.keep_best
@@ -159,6 +160,7 @@ class CheckpointCB(Callback):
         self._copy = copy  # the first save reuses its memory
         self.last, self.best = self._checkpoints.last, self._checkpoints.best
         self._writer = BackgroundWriter(self.background)
+        self._unsaved_position = None
         self._begin_interval()
         self._steps: int | None = None
 
@@ -174,12 +176,20 @@ class CheckpointCB(Callback):
         if not self._is_restored(event):
             return
         self._writer.check()
+        self._unsaved_position = Position(event.epoch, event.training, event.iter + 1)
         completed = event.end.status == "completed"
         if event.learner.graceful_stop_due or (completed and self._is_due(event)):
-            self._save(_learner_of(event), Position(event.epoch, event.training, event.iter + 1))
+            self._save(_learner_of(event), self._unsaved_position)
         elif event.training and not self._has_trained:
-            self._unsaved.note(_learner_of(event))  # what a module makes once, with its first batch
+            self._state_outside.note(_learner_of(event))  # what a module makes with its first batch
         self._has_trained = self._has_trained or event.training
+
+    def save_between_batches(self, learner: Learner) -> None:
+        """Save after the last batch, if that is not done: the fit is about to be stopped."""
+        position = self._unsaved_position
+        within = position is not None and position.is_within(learner.epoch, learner.training)
+        if position is not None and within and self._checkpoints is not None:
+            self._save(learner, position)
 
     def _is_due(self, event: CleanupBatch) -> bool:
         if self.every_seconds is not None and monotonic() >= self._due:
@@ -234,6 +244,7 @@ class CheckpointCB(Callback):
         self._has_saved = True
         state = state_of(learner)
         state |= _reader_of(learner).position_state(learner, position)
+        self._unsaved_position = None
         self._writer.wait()
         self._copy = copy = Snapshot(state, over=self._copy)
         self._writer.write(partial(self._put, self._checkpoints, position, metrics or {}, copy))
@@ -262,7 +273,7 @@ class CheckpointCB(Callback):
 
     def _tell_unsaved(self, learner: Learner) -> None:
         """Log what no checkpoint will hold, each attribute once per fit."""
-        if news := self._unsaved.news(learner):
+        if news := self._state_outside.news(learner):
             reasons = {name: why for name, why in news.items() if why is not None}
             log.warning(
                 "state_not_saved",

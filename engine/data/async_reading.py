@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import anyio
 import anyio.lowlevel
 
+from ...events.errors import text_of
 from .. import log
 
 PATIENCE = 0.05
@@ -166,6 +167,8 @@ class Reading:
             raise
         except BaseException as exc:
             self._error = exc
+            if self._left:  # nobody will take it
+                self._log_not_closed(exc)
         finally:
             self._ended = True
             self._closed.set()
@@ -212,13 +215,16 @@ class Reading:
             except Exception as exc:
                 error = exc
         if error is not None or scope.cancelled_caught:
-            log.error(
-                "source_not_closed",
-                run_id=self._host.run_id,
-                source=type(iterator).__qualname__,
-                reason="it took longer than cleanup_timeout" if error is None else repr(error),
-                exc_info=error,
-            )
+            self._log_not_closed(error)
+
+    def _log_not_closed(self, error: BaseException | None) -> None:
+        log.error(
+            "source_not_closed",
+            run_id=self._host.run_id,
+            source=type(self.source).__qualname__,
+            reason="it took longer than cleanup_timeout" if error is None else text_of(error),
+            exc_info=error,
+        )
 
 
 def _is_cancelled() -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import anyio.from_thread
 import anyio.lowlevel
@@ -14,6 +14,17 @@ from ...events import CancelEpochException
 from ..loop.requests import InterruptedFit
 from .fittable import Fittable
 from .forks import call_soon_threadsafe
+
+
+@runtime_checkable
+class SavesBetweenBatches(Protocol):
+    """A callback that saves, such as `CheckpointCB`, where a graceful stop ends the fit.
+
+    Usually it does so in CleanupBatch. It is called when the fit waits for its next batch, which
+    may never come.
+    """
+
+    def save_between_batches(self, learner: Any) -> None: ...
 
 
 class FitSourceHost:
@@ -59,6 +70,10 @@ class FitSourceHost:
         if learner.pending_requests and not learner.cleaning_up:
             scope = learner.innermost_scope
             between_batches = scope is not None and scope[0] is CancelEpochException
+            if between_batches and learner.pending_requests.graceful_for(scope):
+                for cb in learner.cbs:
+                    if isinstance(cb, SavesBetweenBatches):
+                        cb.save_between_batches(learner)
             learner.pending_requests.raise_due(scope, between_batches)
 
     def interruption(self) -> BaseException:

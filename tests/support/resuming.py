@@ -23,6 +23,7 @@ from eventrain.callbacks import (
     MixedTrainingCB,
 )
 from eventrain.engine import (
+    AsyncLoader,
     DataLoaders,
     FitResult,
     MomentumLearner,
@@ -61,6 +62,8 @@ from torcheval.metrics import (
     MulticlassConfusionMatrix,
     MulticlassF1Score,
 )
+
+from tests.support.sources import Awaited
 
 EPOCHS = 2
 TRAIN, VALID = 5, 2
@@ -310,6 +313,8 @@ LOADERS: dict[str, Callable[[], Any]] = {
     ),
     "list": list_of_batches,
     "streamed": lambda: DataLoader(Streamed(), 16),
+    "async": lambda: Awaited(list_of_batches()),
+    "async-ahead": lambda: AsyncLoader(Awaited(list_of_batches()), buffer=4),
 }
 
 # --------------------------------------------------------------------------------- interruptions

@@ -8,7 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from eventrain.engine import DataLoaders, Position, Prefetcher, TensorLoader, ThreadLoader
+from eventrain.engine import (
+    AsyncLoader,
+    DataLoaders,
+    Position,
+    Prefetcher,
+    TensorLoader,
+    ThreadLoader,
+)
 from eventrain.engine.checkpoint.loader_position import resume_strategy, skip_to
 from eventrain.engine.checkpoint.random_state import random_state, set_random_state
 from torch.utils.data import (
@@ -23,7 +30,13 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
+from tests.support.sources import Awaited
+
 N = 11
+ASYNC = (
+    "an async source is asked again for the batches that were used before, which may not be the"
+    " same; those that were read ahead are lost"
+)
 
 
 class Numbers(Dataset[int]):
@@ -284,6 +297,8 @@ class Half:
             "its dataset is an IterableDataset, which may not yield the same samples again",
         ),
         (lambda: iter([1]), "replay", "list_iterator may not yield the same batches again"),
+        (lambda: Awaited([1]), "replay", ASYNC),
+        (lambda: AsyncLoader(Awaited([1])), "replay", ASYNC),
         (Half, "replay", "Half may not yield the same batches again"),
         (Workers, "state", "the random states of its workers are not in its state"),
         (lambda: TensorLoader(torch.ones(3)), "skip", None),
