@@ -47,13 +47,13 @@ class Source:
         self.asked += 1
         self.threads.add(threading.get_ident())
         await anyio.lowlevel.checkpoint()
-        if self.given < len(self.batches):
-            self.given += 1
-            return self.batches[self.given - 1]
-        if self.ends:
-            raise StopAsyncIteration
-        self.waits = True
-        await anyio.sleep_forever()
+        if self.given == len(self.batches):
+            if self.ends:
+                raise StopAsyncIteration
+            self.waits = True
+            await anyio.sleep_forever()
+        self.given += 1
+        return self.batches[self.given - 1]
 
     async def aclose(self) -> None:
         self.threads.add(threading.get_ident())
