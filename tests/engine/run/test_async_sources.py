@@ -184,9 +184,9 @@ async def test_a_source_with_a_length_tells_it(make_batches: MakeBatches) -> Non
 
     for source in Sized(make_batches(3)), AsyncLoader(Sized(make_batches(3))):
         learner = TrainLearner(line_model(), DataLoaders(source))
-        with record_events(learner, BeforeEpoch) as events:
+        with record_events(learner) as events:
             await learner.fit(2, valid=False)
-        assert [event.n_iter for event in events] == [3, 3]
+        assert [e.n_iter for e in events if isinstance(e, BeforeEpoch)] == [3, 3]
         assert learner.n_steps == 6
 
 
@@ -383,7 +383,7 @@ async def test_the_error_of_a_source_is_raised_after_the_batches_before_it(
 
     async def source() -> AsyncIterator[Any]:
         try:
-            async for batch in generate(make_batches(3)):
+            for batch in make_batches(3):
                 yield batch
             raise LookupError("the queue is gone")
         finally:
@@ -514,7 +514,7 @@ async def test_a_source_that_is_left_is_closed_before_it_is_begun_again(
         async def __aiter__(self) -> AsyncIterator[Any]:
             facts.append("open")
             try:
-                async for batch in generate(make_batches(20)):
+                for batch in make_batches(20):
                     yield batch
             finally:
                 with anyio.CancelScope(shield=True):
@@ -594,7 +594,7 @@ def test_ctrl_c_ends_a_script_that_waits_for_its_source(
 
     async def source() -> AsyncIterator[Any]:
         try:
-            async for batch in generate(make_batches(2)):
+            for batch in make_batches(2):
                 yield batch
             signal.raise_signal(signal.SIGINT)
             await anyio.sleep_forever()
@@ -628,7 +628,7 @@ async def test_a_source_that_does_not_close_in_time_is_left_and_told_of(
 async def test_a_source_that_fails_to_close_is_told_of(make_batches: MakeBatches) -> None:
     async def source() -> AsyncIterator[Any]:
         try:
-            async for batch in generate(make_batches(9)):
+            for batch in make_batches(9):
                 yield batch
         finally:
             raise OSError("cannot say goodbye")
