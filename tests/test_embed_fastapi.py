@@ -2,55 +2,20 @@
 
 from __future__ import annotations
 
-import os
-import re
 import signal
-import subprocess
-import sys
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 
 import httpx
 import pytest
 from httpx_sse import connect_sse
 
-ROOT = Path(__file__).parent.parent
-
-
-@contextmanager
-def serving() -> Iterator[tuple[subprocess.Popen[str], httpx.Client]]:
-    """A server on a free port, and a client of it; killed if it lives for too long."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "uvicorn", "examples.embed_fastapi:app", "--port", "0"],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    guard = threading.Timer(120, process.kill)
-    guard.start()
-    try:
-        with process:
-            assert process.stdout
-            log = ""
-            while not (url := re.search(r"http://127\.0\.0\.1:\d+", log)):
-                line = process.stdout.readline()
-                assert line, f"it ended: {log}"
-                log += line
-            with httpx.Client(base_url=url[0], trust_env=False, timeout=60) as client:
-                yield process, client
-    finally:
-        process.kill()
-        guard.cancel()
+from tests.support.serving import serving
 
 
 @pytest.fixture(scope="module")
 def client() -> Iterator[httpx.Client]:
     """A client of a server that these tests share."""
-    with serving() as (process, client):
+    with serving("examples.embed_fastapi:app") as (process, client):
         yield client
         process.terminate()
         process.wait(60)
@@ -111,7 +76,7 @@ def test_fits_are_limited_and_stopped_one_by_one(client: httpx.Client) -> None:
 
 
 def test_sigterm_ends_the_server_with_its_fits_and_its_streams() -> None:
-    with serving() as (process, client):
+    with serving("examples.embed_fastapi:app") as (process, client):
         told = listen(client, start(client, epochs=100_000))
         next(told)  # it is running, and somebody listens
         process.send_signal(signal.SIGTERM)

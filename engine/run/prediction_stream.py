@@ -165,13 +165,16 @@ class PredictionRun:
     def _raise_outcome(self) -> None:
         error, self._error = self._error, None
         result, self._result = self._result, None
-        if not self._closed and error is not None:
+        if self._closed:
+            raise StopAsyncIteration
+        if error is not None:
             try:
                 raise error
             finally:
                 del error  # avoids a reference cycle of the error, its traceback and this frame
-        if not self._closed and result is not None:
-            self._sender.check_all_seen(result)
+        if result is None:
+            raise RuntimeError("the task that predicts was cancelled, and not its reader")
+        self._sender.check_all_seen(result)
         raise StopAsyncIteration
 
     def _start(self) -> None:
@@ -185,11 +188,10 @@ class PredictionRun:
         try:
             with self._scope:
                 self._result = await self._fit(self._sender)
+        except anyio.get_cancelled_exc_class():  # the event loop is about to end
+            raise
         except BaseException as exc:
             self._error = exc
-            if isinstance(exc, anyio.get_cancelled_exc_class()):  # the event loop is being ended
-                self._error = RuntimeError("the task that predicts was cancelled")
-                raise
         finally:
             self._ended = True
             self._finished.set()

@@ -372,26 +372,29 @@ def test_an_event_loop_that_ends_ends_the_fit(
 @natively
 def test_native_cancellations_of_the_reader_wait_for_the_thread(
     run_native: Callable[[Callable[[], Coroutine[Any, Any, None]]], None],
-    learner: TrainLearner,
     make_batches: MakeBatches,
 ) -> None:
     def hold_up(held: threading.Event, released: threading.Event, event: CleanupEpoch) -> None:
         held.set()
         assert released.wait(GUARD)
 
-    async def read() -> None:
+    async def read(learner: TrainLearner) -> None:
         async with learner.iter_preds(make_batches(9)) as stream:
             async for _ in stream:
                 await asyncio.sleep(60)
 
+    def is_ahead(learner: TrainLearner) -> bool:
+        return learner.fitting and learner.iter == 3
+
     async def main() -> None:
         for all_of_them in False, True:
+            learner = TrainLearner(line_model())
             held, released = threading.Event(), threading.Event()
 
             hold = partial(hold_up, held, released)
             with learner.subscribe(CleanupEpoch, hold):
-                task = asyncio.create_task(read())
-                await until(lambda: learner.fitting and learner.iter == 3)  # one in use, two ahead
+                task = asyncio.create_task(read(learner))
+                await until(partial(is_ahead, learner))  # one in use, two ahead
                 others = asyncio.all_tasks() - {asyncio.current_task()}
                 for each in others if all_of_them else {task}:
                     each.cancel()
