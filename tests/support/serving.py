@@ -37,8 +37,12 @@ def serving(app: str) -> Iterator[tuple[subprocess.Popen[str], httpx.Client]]:
                 line = process.stdout.readline()
                 assert line, f"it ended: {log}"
                 log += line
-            with httpx.Client(base_url=url[0], trust_env=False, timeout=60) as client:
-                yield process, client
+            try:
+                with httpx.Client(base_url=url[0], trust_env=False, timeout=60) as client:
+                    yield process, client
+            except BaseException:
+                process.kill()  # or the end of `with process` would wait for it
+                raise
     finally:
         process.kill()
         guard.cancel()
