@@ -130,7 +130,7 @@ class CheckpointCB(Callback):
         self.best: Path | None = None
         self._checkpoints: CheckpointFolder | None = None  # while a run is saved
         self._copy: Snapshot | None = None
-        self._unsaved_position: Position | None = None  # after the last batch, unless that is saved
+        self._unsaved_position: tuple[int, bool, int] | None = None  # of the last batch
 
     @property
     def checkpoint_folder(self) -> Path:
@@ -176,19 +176,20 @@ class CheckpointCB(Callback):
         if not self._is_restored(event):
             return
         self._writer.check()
-        self._unsaved_position = Position(event.epoch, event.training, event.iter + 1)
+        self._unsaved_position = event.epoch, event.training, event.iter + 1
         completed = event.end.status == "completed"
         if event.learner.graceful_stop_due or (completed and self._is_due(event)):
-            self._save(_learner_of(event), self._unsaved_position)
+            self._save(_learner_of(event), Position(*self._unsaved_position))
         elif event.training and not self._has_trained:
             self._state_outside.note(_learner_of(event))  # what a module makes with its first batch
         self._has_trained = self._has_trained or event.training
 
     def save_between_batches(self, learner: Learner) -> None:
         """Save after the last batch, if that is not done: the fit is about to be stopped."""
-        position = self._unsaved_position
-        within = position is not None and position.is_within(learner.epoch, learner.training)
-        if position is not None and within and self._checkpoints is not None:
+        if self._unsaved_position is None or self._checkpoints is None:
+            return
+        position = Position(*self._unsaved_position)
+        if position.is_within(learner.epoch, learner.training):
             self._save(learner, position)
 
     def _is_due(self, event: CleanupBatch) -> bool:
