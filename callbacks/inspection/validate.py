@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import AsyncIterable, Callable, Iterable, Mapping
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from torch import nn
 
+from ...engine.data.async_loader import readable
 from ...engine.data.dataloaders import check_can_be_read, length_of, why_empty
 from ...engine.run.extra_validation import validate_within
 from ...events import (
@@ -77,7 +78,7 @@ class ValidateCB(Callback):
 
     def __init__(
         self,
-        loader: Iterable[Any],
+        loader: Iterable[Any] | AsyncIterable[Any],
         *,
         every_steps: int | None = None,
         every_epochs: int | None = None,
@@ -100,7 +101,7 @@ class ValidateCB(Callback):
                 check_int(key, value, "a number, 1 or more")
         if length is not None:
             check_int("length", length, "a number of batches, 1 or more")
-        self.loader = loader
+        self.loader = readable(loader)
         self.every_steps = every_steps
         self.every_epochs = 1 if every_steps is None and every_epochs is None else every_epochs
         self.name = name

@@ -18,7 +18,7 @@ import anyio.from_thread
 import anyio.lowlevel
 import pytest
 import torch
-from eventrain.callbacks import CheckpointCB, MetricsCB
+from eventrain.callbacks import CheckpointCB, MetricsCB, ValidateCB
 from eventrain.engine import AsyncLoader, DataLoaders, Prefetcher, TrainLearner
 from eventrain.events import (
     AfterBatch,
@@ -146,6 +146,16 @@ async def test_validate_and_get_preds_take_a_source(make_batches: MakeBatches) -
     assert torch.equal(preds, torch.cat([learner.model(x) for x, _ in batches]))
     assert torch.equal(targets, torch.cat([y for _, y in batches]))
     assert await learner.validate(Awaited(batches)) == await learner.validate(batches)
+
+
+async def test_validate_cb_takes_a_source(make_batches: MakeBatches) -> None:
+    history = []
+    for loader in make_batches(3), Awaited(make_batches(3)):
+        cbs = [MetricsCB(), ValidateCB(loader, every_steps=2, name="other")]
+        learner = TrainLearner(line_model(), DataLoaders(make_batches(5, seed=1)), cbs=cbs)
+        history.append((await learner.fit(valid=False)).history)
+    assert history[0] == history[1]
+    assert "other.loss" in history[0][0]
 
 
 async def test_an_iterable_that_is_async_as_well_is_read_as_an_iterable() -> None:
