@@ -1,7 +1,8 @@
-"""The context variables of a caller, for a thread that works for it."""
+"""What a caller runs in: its context variables, and whether that is an event loop."""
 
 from __future__ import annotations
 
+import asyncio
 import contextvars
 import sys
 
@@ -11,6 +12,16 @@ def caller_context() -> contextvars.Context:
     context = contextvars.copy_context()
     context.run(_leave_event_loop)
     return context
+
+
+def is_on_event_loop() -> bool:
+    """Whether an event loop of asyncio or trio runs in this thread."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        trio = sys.modules.get("trio")
+        return trio is not None and bool(trio.lowlevel.in_trio_run())
+    return True
 
 
 def _leave_event_loop() -> None:

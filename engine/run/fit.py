@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 import uuid
 from collections import Counter
@@ -92,6 +93,8 @@ class Fit:
             if self._result is not None:
                 self._finish(self._result)
             learner.fit_streams = []
+            if not isinstance(sys.exception(), GeneratorExit):  # the event loop still runs
+                await log.written()
 
     def _finish(self, result: FitResult) -> None:
         """Close the streams, and complete the result with what they lost."""

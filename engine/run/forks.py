@@ -101,7 +101,7 @@ def _hold_loops() -> None:
     deadline = time.monotonic() + LIMIT
     for hold in holds:
         hold.holds.wait(max(0, deadline - time.monotonic()))
-    log.wait_for_lines()
+    log.wait_for_lines(log.PATIENCE)
 
 
 def _release_loops() -> None:
@@ -113,3 +113,4 @@ def _forget_fits() -> None:
     _left_in_parent.extend(weakref.ref(loop.learner) for loop in running)
     running.clear()
     _holds.clear()
+    log.forget_lines()

@@ -11,8 +11,8 @@ from typing import Any
 import anyio
 import pytest
 import structlog
-from eventrain.engine import log
-from eventrain.events import CancelFitException
+from eventrain.engine import TrainLearner, log
+from eventrain.events import BeforeFit, CancelFitException
 from structlog.testing import capture_logs
 
 from tests.support.waiting import GUARD, in_a_thread, wait_until
@@ -113,6 +113,7 @@ def test_an_error_of_the_logger_is_not_raised_and_the_standard_library_gets_the_
 @pytest.mark.usefixtures("_failing")
 async def test_nor_is_it_raised_on_an_event_loop(caplog: pytest.LogCaptureFixture) -> None:
     log.error("observer_failed", exc_info=ZeroDivisionError("the bug"))
+    await log.written()
     (record,) = caplog.records
     assert record.exc_info is not None
     assert isinstance(record.exc_info[1], ZeroDivisionError)
@@ -149,6 +150,7 @@ async def test_an_async_logger_writes_the_line_on_any_event_loop(
     with anyio.fail_after(GUARD):
         log.warning("disk_full", path="/data")
         await anyio.to_thread.run_sync(log.warning, "disk_fuller")
+        await log.written()
     assert lines == ['{"path": "/data", "event": "disk_full"}', '{"event": "disk_fuller"}']
 
 
@@ -170,6 +172,7 @@ def blocked(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
 
     structlog.configure(processors=[processor, *structlog.get_config()["processors"]])
     monkeypatch.setattr(log, "PATIENCE", 0.01)
+    monkeypatch.setattr(log, "_dropped", 0)
     yield goes_on
     goes_on.set()
     wait_until(lambda: not line_threads())
@@ -203,6 +206,121 @@ def test_lines_and_threads_behind_one_that_blocks_are_bounded(
     for _ in range(20):
         log.warning("again")
     assert len(line_threads()) == 4
+
+
+def test_the_next_line_says_how_many_were_dropped(
+    blocked: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They were dropped without a count."""
+    monkeypatch.setattr(log, "MAX_WAITING", 2)
+    with capture_logs([*structlog.get_config()["processors"][:1]]) as lines:
+        for number in range(5):
+            log.warning(f"line {number}")
+        blocked.set()
+        wait_until(lambda: not line_threads())
+        log.warning("the next", path="/data")
+        log.warning("the one after")
+    assert [(line["event"], line.get("lines_dropped")) for line in lines] == [
+        ("line 0", None),
+        ("line 1", None),
+        ("the next", 3),
+        ("the one after", None),
+    ]
+
+
+async def test_a_logger_that_needs_the_event_loop_writes_before_the_fit_returns(
+    learner: TrainLearner,
+) -> None:
+    """G6: each line on the loop held it for a second, as the queue was read on that loop."""
+    asked, answered = threading.Semaphore(0), threading.Event()
+    events: list[str] = []
+
+    def processor(logger: Any, method: str, record: Any) -> Any:
+        asked.release()
+        answered.wait(GUARD)
+        events.append(record["event"])
+        raise structlog.DropEvent
+
+    async def answer() -> None:
+        while not asked.acquire(blocking=False):
+            await anyio.sleep(0.001)
+        answered.set()
+
+    def fail(event: object) -> None:
+        raise ZeroDivisionError
+
+    structlog.configure(processors=[processor])
+    learner.observe(fail, BeforeFit)
+    with anyio.fail_after(GUARD):
+        async with anyio.create_task_group() as tasks, learner.events(buffer=1):
+            tasks.start_soon(answer)
+            assert (await learner.fit()).status == "completed"
+            assert events == ["observer_failed", "events_dropped"]
+
+
+async def test_a_line_on_the_event_loop_does_not_wait_for_a_logger_that_blocks(
+    blocked: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """G6."""
+    monkeypatch.setattr(log, "PATIENCE", 2 * GUARD)
+    with anyio.fail_after(GUARD):
+        for _ in range(10):
+            log.warning("again")
+        assert len(line_threads()) == 10
+        blocked.set()
+        await log.written()
+    assert line_threads() == []
+
+
+async def test_only_the_first_fit_waits_for_a_logger_that_blocks(
+    blocked: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log.warning("disk_full")
+    await log.written()
+    monkeypatch.setattr(log, "PATIENCE", 2 * GUARD)
+    with anyio.fail_after(GUARD):
+        log.warning("disk_full")
+        await log.written()
+        await anyio.to_thread.run_sync(log.warning, "disk_full")
+    assert len(line_threads()) == 3
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
+async def test_what_is_to_end_the_program_passes_though_the_line_was_left(
+    blocked: threading.Event, error: type[BaseException]
+) -> None:
+    structlog.configure(processors=[structlog.get_config()["processors"][0], raising(error("now"))])
+    log.warning("disk_full")
+    blocked.set()
+    with pytest.raises(error, match="now"):
+        await log.written()
+    await log.written()
+
+
+def test_a_logger_may_log_through_the_engine() -> None:
+    """Its line waits for the line before it, which is the one that logs."""
+    events: list[str] = []
+
+    def processor(logger: Any, method: str, record: Any) -> Any:
+        if record["event"] == "outer":
+            log.warning("inner")
+        events.append(record["event"])
+        raise structlog.DropEvent
+
+    structlog.configure(processors=[processor])
+    log.warning("outer")
+    wait_until(lambda: not line_threads())
+    assert events == ["outer", "inner"]
+
+
+def test_lines_of_many_threads_are_all_written() -> None:
+    with capture_logs() as lines:
+        threads = [threading.Thread(target=log.warning, args=(f"{n}",)) for n in range(50)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert sorted(int(line["event"]) for line in lines) == list(range(50))
 
 
 def test_a_line_leaves_no_thread_behind() -> None:
