@@ -19,8 +19,10 @@ def is_on_event_loop() -> bool:
     try:
         asyncio.get_running_loop()
     except RuntimeError:
-        trio = sys.modules.get("trio")
-        return trio is not None and bool(trio.lowlevel.in_trio_run())
+        try:
+            return bool(sys.modules["trio"].lowlevel.in_trio_run())
+        except (KeyError, AttributeError):  # it is not imported, or another thread is at it
+            return False
     return True
 
 

@@ -63,10 +63,10 @@ def wait_for_lines(seconds: float) -> None:
 
 async def written() -> None:
     """Wait until all lines are written, while the event loop runs; for `PATIENCE` at most."""
-    line = _lines[-1] if _lines else None
+    line = next(iter(_lines[-1:]), None)  # in one step: other threads remove those that are written
     if line is not None and not line.left:
         with anyio.move_on_after(PATIENCE, shield=True):
-            while line.is_alive():
+            while line.is_alive():  # noqa: ASYNC110 - a blocked one may end at any time, or never
                 await anyio.sleep(LOOP_PATIENCE / 10)
         line.left = line.is_alive()
     _raise_error()
@@ -92,7 +92,7 @@ class _Line(threading.Thread):
     ) -> None:
         super().__init__(name="eventrain-log", daemon=True)
         self.previous = previous
-        self.left = previous is not None and previous.left
+        self.left: bool = previous is not None and previous.left
         self._arguments = caller_context(), level, event, fields
 
     def run(self) -> None:

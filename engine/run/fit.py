@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-import sys
 import time
 import uuid
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
+
+import anyio
 
 from ...events import ScopeEnd
 from ...events.types import numbers_of
@@ -88,23 +89,28 @@ class Fit:
         try:
             with HostLoop(learner):
                 await self._thread.run(self._work)
-        finally:
-            learner.async_wrapper = None
-            if self._result is not None:
-                self._finish(self._result)
-            learner.fit_streams = []
-            if not isinstance(sys.exception(), GeneratorExit):  # the event loop still runs
-                await log.written()
+        except BaseException as exc:
+            self._finish()
+            if not isinstance(exc, GeneratorExit):  # the event loop still runs
+                with suppress(anyio.get_cancelled_exc_class()):  # the first error is the one
+                    await log.written()
+            raise
+        self._finish()
+        await log.written()
 
-    def _finish(self, result: FitResult) -> None:
-        """Close the streams, and complete the result with what they lost."""
+    def _finish(self) -> None:
+        """Close the streams, and complete the result, if there is one, with what they lost."""
         learner = self._learner
+        learner.async_wrapper = None
+        streams, learner.fit_streams = learner.fit_streams, []
+        if self._result is None:
+            return
         dropped: Counter[str] = Counter()
-        for stream in learner.fit_streams:
+        for stream in streams:
             stream.finish()
             dropped[stream.name] += stream.dropped
         dropped = +dropped  # without the zeros
-        learner.result = self._result = replace(result, dropped=dict(dropped))
+        learner.result = self._result = replace(self._result, dropped=dict(dropped))
         if dropped:
             log.warning("events_dropped", run_id=learner.run_id, dropped=dict(dropped))
 

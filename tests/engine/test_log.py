@@ -297,6 +297,68 @@ async def test_what_is_to_end_the_program_passes_though_the_line_was_left(
     await log.written()
 
 
+async def test_a_cancellation_while_a_fit_waits_for_its_lines_does_not_replace_its_error(
+    blocked: threading.Event,
+    learner: TrainLearner,
+    anyio_backend_name: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """G5: a native one, of which the wait is not shielded."""
+    if anyio_backend_name == "trio":
+        pytest.skip("trio has no native cancellation")
+    monkeypatch.setattr(log, "PATIENCE", 2 * GUARD)
+    waits = asyncio.Event()
+    written = log.written
+
+    async def wait() -> None:
+        waits.set()
+        await written()
+
+    monkeypatch.setattr(log, "written", wait)
+
+    def fail(event: object) -> None:
+        raise ZeroDivisionError("the bug")
+
+    learner.observe(fail, BeforeFit, on_error="raise")
+    task = asyncio.ensure_future(learner.fit())
+    await asyncio.wait_for(waits.wait(), GUARD)
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(ZeroDivisionError, match="the bug"):
+        await asyncio.wait_for(task, GUARD)
+
+
+async def test_a_cancellation_while_a_completed_fit_waits_for_its_lines_is_not_swallowed(
+    blocked: threading.Event,
+    learner: TrainLearner,
+    anyio_backend_name: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also where the caller handles another error."""
+    if anyio_backend_name == "trio":
+        pytest.skip("trio has no native cancellation")
+    monkeypatch.setattr(log, "PATIENCE", 2 * GUARD)
+
+    async def fit() -> None:
+        try:
+            raise ZeroDivisionError
+        except ZeroDivisionError:
+            await learner.fit()
+
+    def fail(event: object) -> None:
+        raise ZeroDivisionError
+
+    learner.observe(fail, BeforeFit)
+    task = asyncio.ensure_future(fit())
+    while learner.result is None or not line_threads():
+        await asyncio.sleep(0.001)
+    await asyncio.sleep(0.01)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asyncio.wait_for(task, GUARD)
+    assert learner.result.status == "completed"
+
+
 def test_a_logger_may_log_through_the_engine() -> None:
     """Its line waits for the line before it, which is the one that logs."""
     events: list[str] = []
