@@ -18,6 +18,7 @@ from .. import log
 from ..checkpoint.reader import Checkpoint
 from ..checkpoint.resume import ResumableBatchReader, ResumedBatchReader, last_checkpoint
 from ..data.dataloaders import check_can_be_read, loader_of
+from ..imports import import_large
 from ..loop.actions import check_performers
 from ..loop.clock import expected_steps
 from ..loop.parameters import drop_unused_gradients
@@ -137,6 +138,7 @@ class Fit:
         check_lr(plan.lr)
         learner.fit_lr = plan.lr
         if plan.train and learner.opt_func is not None:
+            import_large("torch._dynamo")  # as the first optimizer does
             learner.fit_lr = learner.lr if plan.lr is None else plan.lr
             learner.opt = make_optimizer(learner, learner.fit_lr)
         if plan.train and learner.opt is None:
