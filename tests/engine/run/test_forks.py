@@ -111,6 +111,45 @@ def test_a_process_that_is_forked_during_a_fit_fits_another_learner_on_the_same_
     assert learner.run(**backend).status == "completed"
 
 
+FORK_WHILE_TORCH_IMPORTS = """
+import faulthandler, gc, os, sys, threading, time
+import torch
+from eventrain.engine import DataLoaders, TrainLearner
+
+parent, forked = os.getpid(), threading.Event()
+
+def make_optimizer(params, lr):
+    opt = torch.optim.SGD(params, lr)
+    assert os.getpid() != parent or forked.wait(60)  # not while torch computes
+    return opt
+
+def fit():
+    batches = [(torch.ones(2, 3), torch.zeros(2, 1))] * 2
+    learner = TrainLearner(torch.nn.Linear(3, 1), DataLoaders(batches), opt_func=make_optimizer)
+    assert learner.run(valid=False).status == "completed"
+
+first = threading.Thread(target=fit)
+first.start()
+while "torch._dynamo" not in sys.modules:
+    time.sleep(0.001)
+if (pid := os.fork()) == 0:
+    faulthandler.dump_traceback_later(60, exit=True)  # with status 1
+    fit()
+    os._exit(7 if gc.isenabled() else 2)
+forked.set()
+first.join()
+assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
+"""
+
+
+def test_a_process_that_is_forked_while_the_first_fit_imports_fits() -> None:
+    """Its own first fit waited for ever for the end of that import."""
+    done = subprocess.run(
+        [sys.executable, "-c", FORK_WHILE_TORCH_IMPORTS], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_bus_is_not_locked_in_a_forked_process_though_another_thread_had_locked_it() -> None:
     bus = Bus()
     locked, forked = threading.Event(), threading.Event()
@@ -246,6 +285,95 @@ def test_a_fork_goes_on_though_the_event_loop_is_blocked(
 
     result = in_a_thread(lambda: learner.run(valid=False, **backend))
     assert (result.status, codes) == ("completed", [0])
+
+
+@pytest.fixture
+def fork_asks(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Set when a fork asks the event loops to wait."""
+    asks = threading.Event()
+
+    class Fork(forks._Fork):
+        def hold(self, loops: Any, deadline: float) -> None:
+            if loops:
+                asks.set()
+            super().hold(loops, deadline)
+
+    monkeypatch.setattr(forks, "_Fork", Fork)
+    return asks
+
+
+def test_an_event_loop_does_not_wait_for_another_one_that_is_busy_when_one_fit_forks(
+    make_model: Any,
+    dls: DataLoaders,
+    backend: Any,
+    fork_asks: threading.Event,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """G6: it waited for as long, up to two seconds. Both wait at the moment of the fork."""
+    monkeypatch.setattr(forks, "LIMIT", 2 * GUARD)
+    forking, busy = (TrainLearner(make_model(), dls) for _ in range(2))
+    lock, blocked, runs = threading.Lock(), threading.Event(), threading.Event()
+    forked = threading.Event()
+    codes: list[int] = []
+
+    def block(event: BeforeFit) -> None:
+        blocked.set()
+        assert runs.wait(GUARD), "the other event loop waited"
+
+    busy.observe(block, BeforeFit, on_error="raise")
+    busy.on(AfterBatch, once=True)(lambda event: forked.wait(GUARD) and None)
+
+    @forking.on(AfterBatch, once=True)
+    def fork(event: AfterBatch) -> None:
+        assert blocked.wait(GUARD)
+        codes.append(exit_code_of_fork(lambda: lock.acquire(timeout=GUARD) or 1 / 0))
+        forked.set()
+
+    async def fit(learner: TrainLearner) -> None:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(work)
+            assert (await learner.fit(valid=False)).status == "completed"
+            tasks.cancel_scope.cancel()
+
+    async def work() -> None:
+        while True:
+            with lock:
+                time.sleep(0.002)  # noqa: ASYNC251 - it holds the loop, as a log line does
+            await anyio.sleep(0.001)
+            if fork_asks.is_set():
+                await anyio.sleep(5 * forks.BRIEF)
+                runs.set()
+
+    other = threading.Thread(target=lambda: anyio.run(fit, busy, **backend))
+    other.start()
+    in_a_thread(lambda: anyio.run(fit, forking, **backend))
+    other.join()
+    assert codes == [0]
+
+
+def test_two_fits_on_two_event_loops_fork_at_once(
+    make_model: Any, dls: DataLoaders, backend: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each would hold the event loop that the other one waits for."""
+    monkeypatch.setattr(forks, "LIMIT", 2 * GUARD)
+    together = threading.Barrier(2)
+    codes = []
+
+    def fit() -> None:
+        learner = TrainLearner(make_model(), dls)
+
+        @learner.on(AfterBatch)
+        def fork(event: AfterBatch) -> None:
+            together.wait(GUARD)
+            codes.append(exit_code_of_fork(lambda: None))
+
+        assert learner.run(valid=False, **backend).status == "completed"
+
+    other = threading.Thread(target=fit)
+    other.start()
+    in_a_thread(fit)
+    other.join()
+    assert set(codes) == {0}
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
