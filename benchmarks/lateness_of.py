@@ -19,6 +19,8 @@ import anyio
 import torch
 from eventrain.engine import DataLoaders, TrainLearner
 from eventrain.events import Event
+from prometheus_client import CollectorRegistry
+from rich.console import Console
 from structlog.testing import capture_logs
 from torch import nn
 
@@ -82,8 +84,6 @@ def _large_works(megabytes: int, folder: Path) -> Iterator[tuple[str, Work]]:
 
 def _reporters(folder: Path) -> list[Any]:
     from eventrain import callbacks
-    from prometheus_client import CollectorRegistry
-    from rich.console import Console
 
     return [
         callbacks.MetricsCB(),

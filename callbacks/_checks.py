@@ -32,14 +32,16 @@ def check_float(name: str, value: Any, hint: str, positive: bool = False) -> flo
     return value  # type: ignore[no-any-return]
 
 
-def check_installed(user: str, package: str, extra: str) -> None:
+def check_installed(user: str, package: str, extra: str, module: str = "") -> None:
     """Raise an ImportError that says how to install what `user` needs.
 
-    The package is found, but not imported: this may be called on the host's event loop, which a
-    first import of some packages would hold up for half a second.
+    Its module, which by default has the package's name, is found, but not imported: this may be
+    called on the host's event loop, which a first import of some packages would hold up for half a
+    second.
     """
-    if find_spec(package) is None:
-        raise ImportError(_how_to_install(user, package, extra))
+    with optional_import(user, package, extra):  # if a package around the module is missing
+        if find_spec(module or package) is None:
+            raise ImportError(_how_to_install(user, package, extra))
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ...engine.imports import import_large
 from ...engine.run.mean_loss import MeanLoss
 from ...events import AfterBatch, BeforeFit, Callback, CleanupEpoch, CleanupFit, Event, Watcher
 from .._checks import check_installed
@@ -90,7 +91,8 @@ class LossCurveCB(Callback):
 
     def watcher(self, event: Event) -> Watcher:
         """The object that collects and draws the losses of one fit."""
-        # Imported here, in the training thread: it is slow, and would block the event loop.
+        # Imported here, in the training thread: later, it would hold up the event loop.
+        import_large("matplotlib.figure")
         from ...engine.run import notebook_figure  # noqa: F401
 
         fit = _FitCurve(self._canvas)

@@ -19,7 +19,7 @@ from ...events import (
     ScopeEnd,
     Watcher,
 )
-from .._checks import optional_import
+from .._checks import check_installed
 from ._otel_meters import Meters, numbers_of
 from ._pending_scalar import PendingScalar
 from ._sampling import Sampler, check_sampling, pending_loss
@@ -131,19 +131,21 @@ class OpenTelemetryCB(Callback):
         every_seconds: float = 0,
     ) -> None:
         check_sampling(every, every_seconds)
-        with optional_import("OpenTelemetryCB", "opentelemetry-api", "otel"):
-            from opentelemetry import metrics, trace
+        check_installed("OpenTelemetryCB", "opentelemetry-api", "otel", "opentelemetry.trace")
         self.every = every
         self.every_seconds = every_seconds
         if not every:
             self.observes = tuple(t for t in self.observes if t is not BeforeBatch)
-        self._spans = _Spans(trace.get_tracer("eventrain", tracer_provider=tracer_provider))
-        self._meters = Meters(metrics.get_meter("eventrain", meter_provider=meter_provider))
+        self._made: tuple[_Spans, Meters] | None = None
+        if tracer_provider is not None or meter_provider is not None:
+            self._made = _make(tracer_provider, meter_provider)
         self._fit: _FitWatcher | None = None  # the one whose spans are made
 
     def watcher(self, event: Event) -> Watcher:
         """The object that makes the spans of one fit."""
-        fit = _FitWatcher(self)
+        if self._made is None:  # here, in the training thread: the first import may take long
+            self._made = _make(None, None)
+        fit = _FitWatcher(self, *self._made)
         # A fit that was stopped before it began has no other event, and no epoch in its history.
         not_begun = isinstance(event, CleanupFit) and not event.learner.history
         if not_begun or isinstance(event, BeforeFit):
@@ -157,7 +159,8 @@ class OpenTelemetryCB(Callback):
         harmless.
         """
         self._fit = None
-        self._spans.close()
+        if self._made is not None:
+            self._made[0].close()
 
 
 _Loss = tuple[tuple[int, int], PendingScalar]
@@ -171,9 +174,9 @@ class _FitWatcher:
     the host. `observe` runs on the event loop.
     """
 
-    def __init__(self, callback: OpenTelemetryCB) -> None:
+    def __init__(self, callback: OpenTelemetryCB, spans: _Spans, meters: Meters) -> None:
         self._callback = callback
-        self._spans, self._meters = callback._spans, callback._meters
+        self._spans, self._meters = spans, meters
         self._sampler = Sampler(callback.every, callback.every_seconds)
         self.losses = deque[_Loss](maxlen=callback.buffer + 1)  # + the one being observed
         self._begun = False
@@ -271,6 +274,18 @@ class _FitWatcher:
             if at == place:
                 return loss
         return None
+
+
+def _make(
+    tracer_provider: TracerProvider | None, meter_provider: MeterProvider | None
+) -> tuple[_Spans, Meters]:
+    """The spans and meters of one callback; of the global providers, where one is None."""
+    from opentelemetry import metrics, trace
+
+    return (
+        _Spans(trace.get_tracer("eventrain", tracer_provider=tracer_provider)),
+        Meters(metrics.get_meter("eventrain", meter_provider=meter_provider)),
+    )
 
 
 class _Spans:

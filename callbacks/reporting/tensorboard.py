@@ -16,6 +16,7 @@ from weakref import WeakSet
 import anyio
 import anyio.to_thread
 
+from ...engine.imports import import_large
 from ...events import AfterBatch, Callback, CleanupEpoch, Event, Watcher
 from .._checks import check_installed
 from ._not_reported import NotReported
@@ -171,13 +172,12 @@ class _FitFiles(RecordWatcher):
         await _in_thread(self.close_files)
 
     def _open(self) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
+        writer_class = import_large("torch.utils.tensorboard").SummaryWriter
         if self._earlier is None:
             self._earlier = event_files(self._folder) if self._replaces else []
         # The queue has no bound: a full one would block the host's event loop.
-        self._writer = SummaryWriter(self._folder, max_queue=0, flush_secs=FLUSH_SECONDS)
-        self._close = weakref.finalize(self, self._writer.close)
+        writer = self._writer = writer_class(self._folder, max_queue=0, flush_secs=FLUSH_SECONDS)
+        self._close = weakref.finalize(self, writer.close)
 
     def close_files(self) -> None:
         self._writer = None

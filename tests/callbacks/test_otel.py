@@ -1047,6 +1047,7 @@ print(len(reader.get_metrics_data().resource_metrics[0].scope_metrics[0].metrics
 
 
 def test_without_opentelemetry_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "opentelemetry.trace")
     monkeypatch.setitem(sys.modules, "opentelemetry", None)
     with pytest.raises(ImportError, match=r"pip install 'eventrain\[otel\]'"):
         OpenTelemetryCB()

@@ -375,7 +375,10 @@ anyio.run(main, backend={backend!r}, backend_options={options!r})
 
 @pytest.mark.parametrize(
     ("cbs", "heavy"),
-    [("None", ["torch._dynamo"]), ("reporters()", ["matplotlib", "torch.utils.tensorboard"])],
+    [
+        ("None", ["torch._dynamo"]),
+        ("reporters()", ["matplotlib", "opentelemetry.trace", "torch.utils.tensorboard"]),
+    ],
     ids=["alone", "with reporters"],
 )
 def test_the_first_fit_of_a_process_imports_nothing_on_the_loop(
