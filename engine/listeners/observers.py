@@ -14,7 +14,8 @@ from ...events.callback import Overflow
 from ...events.closing import Closing
 from ...events.errors import unwrap
 from ...events.subscription import check_receiver, name_of
-from .streams import EventStream, StreamOwner
+from .event_buffer import StreamOwner
+from .streams import EventStream
 
 E = TypeVar("E", bound=Event)
 

@@ -1,6 +1,6 @@
 """The observer lane: events in a bounded buffer, read on the host's event loop.
 
-The training thread only appends to a deque. A task on the event loop wakes the waiting readers
+The training thread only appends to the buffer. A task on the event loop wakes the waiting readers
 about twenty times per second. The loop is never woken per event, because switching threads (the
 GIL) takes far longer than the call.
 """
@@ -10,46 +10,24 @@ from __future__ import annotations
 import math
 import threading
 import weakref
-from collections import deque
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import ExitStack, suppress
 from types import TracebackType
-from typing import Any, Generic, Protocol, Self, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 import anyio
 import anyio.from_thread
 import anyio.lowlevel
 
-from ...events import CancelException, Event, Subscription
+from ...events import Event
 from ...events.callback import Overflow
-from ...events.checks import is_int
-from ...events.errors import text_of
-from ...events.subscription import check_event_type
-from .. import log
-from ..loop.requests import Requests
+from .event_buffer import EventBuffer, StreamOwner
 from .turns import Turns, turns_of_this_loop
 
 E = TypeVar("E", bound=Event)
 
-PATIENCE = 100
-"""Checks, at 20 a second, for which a full buffer may hold up the training before it is logged."""
 
-
-class StreamOwner(Protocol):
-    """The part of a learner that its streams use."""
-
-    run_id: str
-    training_thread: int | None
-    pending_requests: Requests
-    streams: list[EventStream[Any]]
-    fit_streams: list[EventStream[Any]]
-
-    def subscribe(
-        self, event_type: type[E], receiver: Callable[[E], Any], *, order: float
-    ) -> Subscription: ...
-
-
-class EventStream(Generic[E]):
+class EventStream(EventBuffer[E]):
     """Events of one learner as an async iterator with a bounded buffer.
 
     Open it with `async with learner.events(AfterBatch) as stream`, then `async for event in
@@ -79,81 +57,14 @@ class EventStream(Generic[E]):
         overflow: Overflow,
         where: Callable[[E], bool] | None,
     ) -> None:
-        if not is_int(buffer, 1):
-            raise ValueError(f"buffer={buffer!r}: give the number of events to hold, 1 or more")
-        if overflow not in ("drop_oldest", "latest", "block"):
-            raise ValueError(
-                f"overflow={overflow!r}: choose 'drop_oldest', 'latest' (hold only the newest)"
-                " or 'block' (lose nothing, slow the training down)"
-            )
-        types = dict.fromkeys(map(check_event_type, event_types or (Event,)))
-        # Without the subclasses of other classes given, so that each event arrives once.
-        self.event_types: tuple[type[E], ...] = tuple(
-            t for t in types if not any(t is not base and issubclass(t, base) for base in types)
-        )
-        self.name = f"events({', '.join(t.__name__ for t in self.event_types)})"
-        self.buffer = 1 if overflow == "latest" else buffer
-        self.overflow = overflow
-        self.emitted = 0
-        self.delivered = 0
-        self._owner = owner
-        self._where = where
-        self._items: deque[E] = deque(maxlen=None if overflow == "block" else self.buffer)
-        self._has_room = threading.Event()
+        super().__init__(owner, event_types, buffer, overflow, where)
         self._waiting: tuple[anyio.Event, int, anyio.lowlevel.EventLoopToken] | None = None
         self._readers: weakref.WeakSet[_Reader[E]] = weakref.WeakSet()
         self._read_by_anext = False
         self._suspended = False
-        self._opened = self._ended = self._read_out = False
-        self._blocked = False
-        self._blocked_checks = 0
-        self._unread = ""
+        self._opened = self._read_out = False
         self._turns = Turns()
         self._exit = ExitStack()
-
-    @property
-    def dropped(self) -> int:
-        return self.emitted - self.delivered - len(self._items)
-
-    # ---------------------------------------------------------------- in the training thread
-
-    def put(self, event: E) -> None:
-        """Add an event to the buffer. Never raises, because an observer must not end the fit."""
-        if self._where is not None:
-            try:
-                if not self._where(event):
-                    return
-            except (Exception, CancelException) as exc:
-                self.fail(exc)
-                return
-        if self.overflow == "block" and threading.get_ident() == self._owner.training_thread:
-            # Only the training thread waits: an async receiver that emits would wait for itself.
-            self._wait_for_room()
-        if self._ended:
-            return  # it may have been closed while the training thread waited here
-        self.emitted += 1
-        self._items.append(event)
-
-    def _wait_for_room(self) -> None:
-        # A fit that is about to end does not wait: the buffer grows by its last few events.
-        while len(self._items) >= self.buffer and not (self._ended or self._owner.pending_requests):
-            self._has_room.clear()
-            self._blocked = True
-            self.wake()
-            self._has_room.wait(0.05)
-
-    def fail(self, exc: BaseException) -> None:
-        """Detach a reader that raised, or whose `where` raised, and log the error."""
-        self.close()
-        log.error(
-            "observer_failed",
-            run_id=self._owner.run_id,
-            observer=self.name,
-            error=text_of(exc),
-            exc_info=exc,
-        )
-
-    # --------------------------------------------------------------------- on the event loop
 
     def open(self) -> Self:
         """Subscribe, first in order, so that events are seen even if a receiver cancels on them.
@@ -181,18 +92,8 @@ class EventStream(Generic[E]):
 
     def begin(self) -> None:
         """Start the counts of a new fit."""
-        self.emitted = self.delivered = 0
-        self._items.clear()
-        self._ended = self._read_out = False
-        self._blocked = False
-        self._blocked_checks = 0
-        self._unread = ""
-
-    def end(self) -> None:
-        """Accept no more events in this fit: the reader gets the rest of the buffer, then stops."""
-        self._ended = True
-        self._has_room.set()
-        self.wake()
+        super().begin()
+        self._read_out = False
 
     def finish(self) -> None:
         """The fit is over: close the stream."""
@@ -209,30 +110,6 @@ class EventStream(Generic[E]):
         else:
             with suppress(anyio.RunFinishedError):  # its event loop has ended
                 anyio.from_thread.run_sync(wakeup.set, token=token)
-
-    def check_reader(self) -> None:
-        """Log that a full buffer holds up the training; close the stream if nobody reads it.
-
-        It is called on the event loop twenty times a second. The checks are counted, not the
-        seconds, because while the host holds its loop itself, no reader can run.
-        """
-        if not self._blocked:
-            return
-        self._blocked_checks += 1
-        if self._blocked_checks != PATIENCE:
-            return
-        details = {"run_id": self._owner.run_id, "observer": self.name, "buffer": self.buffer}
-        if self._is_read():
-            hint = "its buffer is full, and with overflow='block' the training waits for it"
-            log.warning("observer_blocks_training", **details, hint=hint)
-            return
-        self._unread = (
-            f"{self.name} was closed: its full buffer held up the training, and nobody read it for"
-            " 5 s. Keep reading, or leave its `async with`, or use another overflow policy than"
-            " 'block'"
-        )
-        log.error("stream_not_read", **details, hint=self._unread)
-        self.close()
 
     async def __aenter__(self) -> Self:
         return self.open()
@@ -281,12 +158,7 @@ class EventStream(Generic[E]):
                 await self._wait_for_turn()
             finally:
                 self._suspended = False
-        self.delivered += 1
-        event = self._items.popleft()
-        if self._blocked:
-            self._blocked, self._blocked_checks = False, 0
-            self._has_room.set()
-        return event
+        return self._take()
 
     async def _wait_for_turn(self) -> None:
         """Wait for an event, and for a turn on the event loop."""

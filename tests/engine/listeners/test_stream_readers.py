@@ -9,7 +9,7 @@ import anyio
 import anyio.lowlevel
 import pytest
 from eventrain.engine import EventStream, TrainLearner
-from eventrain.engine.listeners import streams
+from eventrain.engine.listeners import event_buffer
 from eventrain.events import AfterBatch, AfterEpoch, AfterFit, BeforeFit, Event, record_events
 from structlog.testing import capture_logs
 
@@ -254,7 +254,7 @@ async def test_a_reader_that_has_left_does_not_stop_a_blocked_training_for_ever(
 ) -> None:
     """G8: the stream is closed, and that is logged. Who comes back gets what it holds, and then
     the reason, but not an end that looks like that of the fit."""
-    monkeypatch.setattr(streams, "PATIENCE", 2)
+    monkeypatch.setattr(event_buffer, "PATIENCE", 2)
     with anyio.fail_after(GUARD), capture_logs() as logs, record_events(learner) as events:
         async with learner.events(overflow="block", buffer=4) as stream:
             async with anyio.create_task_group() as tasks:
@@ -274,7 +274,7 @@ async def test_a_slow_reader_of_a_full_buffer_is_waited_for_and_logged_once(
     learner: TrainLearner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """G8: nothing is lost."""
-    monkeypatch.setattr(streams, "PATIENCE", 2)
+    monkeypatch.setattr(event_buffer, "PATIENCE", 2)
     heard: list[Event] = []
 
     async def slow(event: Event) -> None:
@@ -293,7 +293,7 @@ async def test_a_host_that_holds_its_own_loop_is_not_taken_for_a_reader_that_has
     learner: TrainLearner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The reader had no chance to come meanwhile."""
-    monkeypatch.setattr(streams, "PATIENCE", 2)
+    monkeypatch.setattr(event_buffer, "PATIENCE", 2)
     times: list[Any] = []
     with anyio.fail_after(GUARD), capture_logs() as logs, record_events(learner) as events:
         async with (
