@@ -1,10 +1,12 @@
-"""What a caller runs in: its context variables, and whether that is an event loop."""
+"""What a caller runs in: its context variables, and the event loop, if it is one."""
 
 from __future__ import annotations
 
 import asyncio
 import contextvars
 import sys
+from collections.abc import Callable
+from typing import Any
 
 
 def caller_context() -> contextvars.Context:
@@ -24,6 +26,20 @@ def is_on_event_loop() -> bool:
         except (KeyError, AttributeError):  # it is not imported, or another thread is at it
             return False
     return True
+
+
+def call_soon_threadsafe() -> Callable[[Callable[[], object]], object]:
+    """The function by which other threads have the event loop of this one call something soon.
+
+    It does not wait for that, as anyio's `from_thread` does. It raises a RuntimeError if the loop
+    has ended.
+    """
+    call_soon: Any
+    try:
+        call_soon = asyncio.get_running_loop().call_soon_threadsafe
+    except RuntimeError:
+        call_soon = sys.modules["trio"].lowlevel.current_trio_token().run_sync_soon
+    return call_soon  # type: ignore[no-any-return]
 
 
 def _leave_event_loop() -> None:

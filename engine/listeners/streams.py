@@ -16,15 +16,15 @@ from types import TracebackType
 from typing import Any, Generic, Self, TypeVar
 
 import anyio
-import anyio.from_thread
-import anyio.lowlevel
 
 from ...events import Event
 from ...events.callback import Overflow
+from ..context import call_soon_threadsafe
 from .event_buffer import EventBuffer, StreamOwner
 from .turns import Turns, turns_of_this_loop
 
 E = TypeVar("E", bound=Event)
+_CallSoon = Callable[[Callable[[], object]], object]
 
 
 class EventStream(EventBuffer[E]):
@@ -58,7 +58,7 @@ class EventStream(EventBuffer[E]):
         where: Callable[[E], bool] | None,
     ) -> None:
         super().__init__(owner, event_types, buffer, overflow, where)
-        self._waiting: tuple[anyio.Event, int, anyio.lowlevel.EventLoopToken] | None = None
+        self._waiting: tuple[anyio.Event, int, _CallSoon] | None = None
         self._readers: weakref.WeakSet[_Reader[E]] = weakref.WeakSet()
         self._read_by_anext = False
         self._suspended = False
@@ -104,12 +104,12 @@ class EventStream(EventBuffer[E]):
         waiting = self._waiting
         if waiting is None or not (self._items or self._ended):
             return
-        wakeup, thread, token = waiting
+        wakeup, thread, call_soon = waiting
         if thread == threading.get_ident():
             wakeup.set()
-        else:
-            with suppress(anyio.RunFinishedError):  # its event loop has ended
-                anyio.from_thread.run_sync(wakeup.set, token=token)
+        else:  # it may be on an event loop of its own, for which this one must not wait
+            with suppress(RuntimeError):  # its event loop has ended
+                call_soon(wakeup.set)
 
     async def __aenter__(self) -> Self:
         return self.open()
@@ -174,7 +174,7 @@ class EventStream(EventBuffer[E]):
     async def _wait_for_event(self) -> None:
         while not self._items:
             wakeup = anyio.Event()
-            self._waiting = wakeup, threading.get_ident(), anyio.lowlevel.current_token()
+            self._waiting = wakeup, threading.get_ident(), call_soon_threadsafe()
             try:
                 if self._ended:  # checked last: a thread that ends the stream now sees it waiting
                     if self._unread:

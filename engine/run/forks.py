@@ -13,19 +13,16 @@ A fit that runs when its process is forked goes on in the parent only.
 
 from __future__ import annotations
 
-import asyncio
 import os
-import sys
 import threading
 import time
 import weakref
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from functools import cache, partial
-from typing import Any
 
 from .. import imports, log
-from ..context import is_on_event_loop
+from ..context import call_soon_threadsafe, is_on_event_loop
 
 LIMIT = 2.0
 """Seconds that a fork waits for busy event loops, and that these wait for it when it has begun."""
@@ -54,7 +51,7 @@ class HostLoop:
     def __init__(self, learner: object) -> None:
         self.learner = learner
         self.thread: int = threading.get_ident()
-        self.call_soon: Callable[[Callable[[], object]], object] = call_soon_threadsafe()
+        self.call_soon = call_soon_threadsafe()
 
     def __enter__(self) -> None:
         _register()
@@ -68,14 +65,6 @@ class HostLoop:
 def is_left_in_parent(learner: object) -> bool:
     """Whether the learner was fitting when this process was forked."""
     return any(learner is left() for left in _left_in_parent)
-
-
-def call_soon_threadsafe() -> Any:
-    """The function by which any thread has the running event loop call another one soon."""
-    try:
-        return asyncio.get_running_loop().call_soon_threadsafe
-    except RuntimeError:
-        return sys.modules["trio"].lowlevel.current_trio_token().run_sync_soon
 
 
 class _Fork:

@@ -26,8 +26,8 @@ from ...events import AfterPredict, BeforeBatch, Callback, CancelBatchException,
 from ...events.checks import is_int
 from ...events.errors import text_of
 from .. import log
+from ..context import call_soon_threadsafe
 from ..loop.state import LoopState
-from .forks import call_soon_threadsafe
 from .predictions import PredictionForm
 from .result import FitResult
 

@@ -11,9 +11,9 @@ import anyio.from_thread
 import anyio.lowlevel
 
 from ...events import CancelEpochException
+from ..context import call_soon_threadsafe
 from ..loop.requests import InterruptedFit
 from .fittable import Fittable
-from .forks import call_soon_threadsafe
 
 
 @runtime_checkable

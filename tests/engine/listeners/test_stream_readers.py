@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
@@ -10,10 +11,18 @@ import anyio.lowlevel
 import pytest
 from eventrain.engine import EventStream, TrainLearner
 from eventrain.engine.listeners import event_buffer
-from eventrain.events import AfterBatch, AfterEpoch, AfterFit, BeforeFit, Event, record_events
+from eventrain.events import (
+    AfterBatch,
+    AfterEpoch,
+    AfterFit,
+    BeforeFit,
+    CleanupFit,
+    Event,
+    record_events,
+)
 from structlog.testing import capture_logs
 
-from tests.support.waiting import GUARD, until, wait_until
+from tests.support.waiting import GUARD, in_a_thread, until, wait_until
 
 
 async def names_of(stream: AsyncIterator[Event]) -> list[str]:
@@ -305,3 +314,30 @@ async def test_a_host_that_holds_its_own_loop_is_not_taken_for_a_reader_that_has
             wait_until(lambda: times.append(0) or len(times) > 100)  # 200 ms, on the loop
             assert await names_of(stream) == events.names
     assert logs == []
+
+
+def test_a_reader_on_another_event_loop_that_is_blocked_does_not_hold_up_the_fit(
+    learner: TrainLearner, backend: Any
+) -> None:
+    """G6, G8: the fit's event loop waited until the reader's had woken it."""
+    waits, ended = threading.Event(), threading.Event()
+    heard: list[str] = []
+
+    async def read() -> None:
+        async with learner.events(CleanupFit) as stream, anyio.create_task_group() as tasks:
+            tasks.start_soon(take, stream)
+            await until(lambda: stream._waiting)
+            waits.set()
+            assert ended.wait(GUARD)
+
+    async def take(stream: Any) -> None:
+        heard.extend(await names_of(stream))
+
+    reader = threading.Thread(target=lambda: anyio.run(read, **backend))
+    reader.start()
+    assert waits.wait(GUARD)
+    result = in_a_thread(lambda: learner.run(**backend))
+    ended.set()
+    reader.join()
+    assert result.status == "completed"
+    assert heard == ["CleanupFit"]
