@@ -173,9 +173,8 @@ class Search:
                 self._know(getattr(loader, name, None))
         for name in ("dl", "batch", "preds", "loss"):
             value = getattr(learner, name, None)
-            self._know(value)
-            for _, item in contents_of(value, _LONGEST):
-                if type(item) in TENSORS or is_container(item):
+            for item in (value, *(item for _, item in contents_of(value, _LONGEST))):
+                if type(item) in TENSORS or is_container(item):  # not an environment
                     self._know(item)
 
     def _search(self, *nodes: _Node) -> None:

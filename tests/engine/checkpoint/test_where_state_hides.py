@@ -184,7 +184,25 @@ class Playing(TrainLearner):
         super().one_batch()
 
 
-def environments() -> Program:
+class PlayingInPredict(Playing):
+    """The batch stays the environment."""
+
+    def one_batch(self) -> None:
+        TrainLearner.one_batch(self)
+
+    def predict(self) -> None:
+        x, self.y = self.batch.step()
+        self.preds = self.model(x)
+
+    def get_loss(self) -> None:
+        self.loss = F.mse_loss(self.preds, self.y)
+
+
+def environments_as_batches() -> Program:
+    return environments(PlayingInPredict)
+
+
+def environments(cls: type[Playing] = Playing) -> Program:
     model, environment = nn.Linear(3, 1), Environment()
 
     def by_hand() -> None:
@@ -200,7 +218,7 @@ def environments() -> Program:
             opt.zero_grad()
 
     tensors = [*model.parameters(), *environment.baseline.parameters()]
-    return Program(Playing(model, environment), by_hand, tensors)
+    return Program(cls(model, environment), by_hand, tensors)
 
 
 # ------------------------------------------------------------- functions, objects and modules
@@ -350,7 +368,7 @@ def another_learner() -> Program:
 PROGRAMS = [
     *(dataset_with_torch, dataset_with_numpy, dataset_with_workers, transform_as_module),
     *(sampler_with_numpy, collate_with_closure, tensor_loader, transform_of_a_tensor_loader),
-    *(threads, prefetcher, environments),
+    *(threads, prefetcher, environments, environments_as_batches),
     *(loss_with_closure, noise_of_a_lambda, global_of_a_function, subscribed_method),
     *(hook_with_closure, generator_of_a_module, generator_of_an_optimizer, another_learner),
 ]
