@@ -12,7 +12,13 @@ from torch.nn import functional as F
 from ..events import Bus, Callback
 from ..events.types import numbers_of
 from .checkpoint.preserve import preserved
-from .run.arguments import check_loss_func, check_model, check_no_unknown
+from .run.arguments import (
+    OF_A_FIT,
+    OF_LR_FIND,
+    check_loss_func,
+    check_model,
+    check_no_unknown,
+)
 from .run.fit import Fit
 from .run.lr_finder import LRFinderCB
 from .run.mean_loss import RecordMeanLoss
@@ -114,6 +120,7 @@ class Learner(ScriptForms):
         run_id: str | None = None,
         resume: str | os.PathLike[str] | None = None,
         graceful: bool | float = False,
+        **unknown: Never,
     ) -> FitResult:
         """Train and validate, for `n_epochs` or `max_steps`, in a separate thread.
 
@@ -155,6 +162,7 @@ class Learner(ScriptForms):
             CheckpointMismatchError: the checkpoint does not fit; nothing has been changed.
             Exception: an error of a receiver, the model or the data, with a note that says where.
         """
+        check_no_unknown("fit", unknown, OF_A_FIT)
         return await self._fit(
             FitPlan(
                 n_epochs=n_epochs,
@@ -295,6 +303,7 @@ class Learner(ScriptForms):
         start_lr: float = 1e-5,
         max_epochs: int = 10,
         end_lr: float = 10.0,
+        **unknown: Never,
     ) -> LRFinderCB:
         """Try increasing learning rates; restore model, optimizer and random states afterwards.
 
@@ -313,6 +322,7 @@ class Learner(ScriptForms):
 
         Source: the post's `lr_find`, after fastai's.
         """
+        check_no_unknown("lr_find", unknown, OF_LR_FIND)
         finder = LRFinderCB(lr_mult, end_lr)
         await self._fit(
             FitPlan(

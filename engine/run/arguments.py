@@ -9,7 +9,7 @@ from torch import nn
 
 _OPTIMIZER = "opt_func=torch.optim.AdamW, or opt_func=lambda params, lr: opt for one that exists"
 
-_INSTEAD = {
+_OF_A_LEARNER = {
     **dict.fromkeys(("opt", "optim", "optimizer"), _OPTIMIZER),
     "n_inp": "TrainLearner(..., n_inp=...), or cbs=TrainCB(n_inp=...)",
     **dict.fromkeys(("callback", "callbacks"), "cbs=..."),
@@ -26,15 +26,52 @@ _INSTEAD = {
 }
 
 
-def check_no_unknown(name: str, unknown: Mapping[str, object]) -> None:
+OF_A_FIT = {
+    **dict.fromkeys(("epochs", "max_epochs", "num_epochs", "n_epoch"), "n_epochs=..."),
+    **dict.fromkeys(
+        ("steps", "n_steps", "num_steps", "total_steps", "max_iters", "num_training_steps"),
+        "max_steps=...",
+    ),
+    **dict.fromkeys(("steps_per_epoch", "limit_train_batches"), "epoch_length=..."),
+    **dict.fromkeys(("validation_steps", "limit_val_batches"), "valid_length=..."),
+    **dict.fromkeys(
+        ("val_check_interval", "validation_freq", "eval_steps"),
+        "cbs=ValidateCB(loader, every_steps=...)",
+    ),
+    **dict.fromkeys(("callback", "callbacks"), "cbs=..."),
+    **dict.fromkeys(("learning_rate", "max_lr", "lr_max"), "lr=..."),
+    **dict.fromkeys(("ckpt_path", "checkpoint", "resume_from_checkpoint"), "resume=..."),
+    **dict.fromkeys(
+        ("train_dl", "valid_dl", "dl", "dls", "data", "train_loader", "val_loader"),
+        "dls=DataLoaders(train, valid) for the learner",
+    ),
+}
+"""What to write for keywords of other libraries, in `fit` and `run`."""
+
+OF_LR_FIND = {
+    **dict.fromkeys(("gamma", "factor", "mult", "lr_factor"), "lr_mult=..."),
+    **dict.fromkeys(("min_lr", "lr_min", "start"), "start_lr=..."),
+    **dict.fromkeys(("max_lr", "lr_max", "stop", "end"), "end_lr=..."),
+    **dict.fromkeys(
+        ("num_it", "num_iter", "num_training", "n_steps", "max_steps"),
+        "lr_mult=... and end_lr=..., which say how many steps it takes",
+    ),
+}
+"""What to write for keywords of other libraries, in `lr_find`."""
+
+
+def check_no_unknown(
+    name: str, unknown: Mapping[str, object], instead: Mapping[str, str] = _OF_A_LEARNER
+) -> None:
     """Raise the TypeError of Python for an unknown keyword argument, with what to write instead.
 
     Args:
-        name: the class that was called.
+        name: the class or method that was called.
         unknown: its keyword arguments that it does not have.
+        instead: what to write, by keyword.
     """
     for keyword in unknown:
-        hint = f": write {_INSTEAD[keyword]}" if keyword in _INSTEAD else ""
+        hint = f": write {instead[keyword]}" if keyword in instead else ""
         raise TypeError(f"{name}() got an unexpected keyword argument {keyword!r}{hint}")
 
 

@@ -6,13 +6,14 @@ import os
 from collections.abc import Callable, Coroutine, Iterable, Iterator
 from functools import partial, update_wrapper
 from types import MethodType
-from typing import Any, TypeVar, cast
+from typing import Any, Never, TypeVar, cast
 
 import anyio
 import anyio.from_thread
 import anyio.lowlevel
 
 from ...events import Callback
+from .arguments import OF_A_FIT, OF_LR_FIND, check_no_unknown
 from .fittable import Fittable
 from .lr_finder import LRFinderCB
 from .prediction_stream import PredictionStream
@@ -85,6 +86,7 @@ class ScriptForms(Fittable):
         graceful: bool | float = False,
         backend: str = "asyncio",
         backend_options: dict[str, Any] | None = None,
+        **unknown: Never,
     ) -> FitResult:
         """`fit` for scripts: starts an event loop, fits, and ends the event loop.
 
@@ -98,10 +100,17 @@ class ScriptForms(Fittable):
             RuntimeError: an event loop is running in this thread.
             KeyboardInterrupt: on Ctrl-C, after the training has stopped and cleaned up.
         """
-        fit = partial(self.fit, n_epochs, train, valid, cbs, lr)
-        fit = partial(fit, max_steps=max_steps, epoch_length=epoch_length)
-        fit = partial(fit, valid_length=valid_length)
-        fit = partial(fit, run_id=run_id, resume=resume, graceful=graceful)
+        check_no_unknown("run", unknown, OF_A_FIT)
+        fit = partial(
+            self.fit,
+            *(n_epochs, train, valid, cbs, lr),
+            max_steps=max_steps,
+            epoch_length=epoch_length,
+            valid_length=valid_length,
+            run_id=run_id,
+            resume=resume,
+            graceful=graceful,
+        )
         return _run("run", "fit", fit, backend, backend_options)
 
     def run_validate(
@@ -165,8 +174,10 @@ class ScriptForms(Fittable):
         *,
         backend: str = "asyncio",
         backend_options: dict[str, Any] | None = None,
+        **unknown: Never,
     ) -> LRFinderCB:
         """`lr_find` for scripts; see `run`."""
+        check_no_unknown("run_lr_find", unknown, OF_LR_FIND)
         lr_find = partial(self.lr_find, lr_mult, start_lr, max_epochs, end_lr)
         return _run("run_lr_find", "lr_find", lr_find, backend, backend_options)
 

@@ -727,6 +727,28 @@ def test_an_argument_by_another_name_is_told_its_own(
 
 
 @pytest.mark.parametrize(
+    ("method", "keyword", "says"),
+    [
+        ("run", "epochs", ": write n_epochs=..."),
+        ("run", "steps", ": write max_steps=..."),
+        ("run", "limit_val_batches", ": write valid_length=..."),
+        ("run", "val_check_interval", ": write cbs=ValidateCB(loader, every_steps=...)"),
+        ("run", "colour", ""),
+        ("fit", "callbacks", ": write cbs=..."),
+        ("run_lr_find", "gamma", ": write lr_mult=..."),
+        ("lr_find", "num_iter", ": write lr_mult=... and end_lr=..., which say how many"),
+    ],
+)
+async def test_an_argument_of_a_method_by_another_name_is_told_its_own(
+    method: str, keyword: str, says: str, learner: TrainLearner
+) -> None:
+    with pytest.raises(TypeError) as raised:
+        await getattr(learner, method)(**{keyword: 3})
+    start = f"{method}() got an unexpected keyword argument '{keyword}'{says}"
+    assert str(raised.value).startswith(start)
+
+
+@pytest.mark.parametrize(
     ("wrong", "says"),
     [
         ({"model": nn.ReLU}, "is a class: pass an instance"),
