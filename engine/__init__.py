@@ -13,6 +13,7 @@ from .learners import MomentumLearner, TrainLearner
 from .listeners.observers import Observer
 from .listeners.streams import EventStream
 from .loop.actions import replaceable
+from .loop.optimizers import Optimizers
 from .loop.state import Position, Progress
 from .run.prediction_stream import PredictionStream
 from .run.result import FitResult
@@ -30,6 +31,7 @@ __all__ = [
     "Learner",
     "MomentumLearner",
     "Observer",
+    "Optimizers",
     "Position",
     "PredictionStream",
     "Prefetcher",

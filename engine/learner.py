@@ -22,7 +22,7 @@ from .run.arguments import (
 from .run.fit import Fit
 from .run.lr_finder import LRFinderCB
 from .run.mean_loss import RecordMeanLoss
-from .run.optimizer import check_opt_func
+from .run.optimizer import check_opt
 from .run.plan import FitPlan
 from .run.prediction_stream import PredictionRun, PredictionStream
 from .run.predictions import CollectPredictions, Keep, PredictionForm
@@ -57,8 +57,10 @@ class Learner(ScriptForms):
             model returns the loss.
         lr: the learning rate for `opt_func`.
         cbs: one callback, or several.
-        opt_func: called as `opt_func(model.parameters(), lr)` for every fit that trains; None
-            keeps `learner.opt`.
+        opt_func: called as `opt_func(model.parameters(), lr)` for every fit that trains; returns
+            an optimizer, or a mapping of several by name. None keeps `learner.opt`.
+        opt: instead of `opt_func`: an optimizer that is kept over all fits, with its state, or a
+            mapping of several by name, which `learner.opt` then has as one (`Optimizers`).
         bus: a bus to share with other learners; by default a new one.
 
     Attributes:
@@ -90,6 +92,7 @@ class Learner(ScriptForms):
         cbs: Callback | Iterable[Callback] | None = None,
         opt_func: Callable[..., Any] | None = optim.SGD,
         *,
+        opt: Any = None,
         bus: Bus | None = None,
         **unknown: Never,
     ) -> None:
@@ -99,7 +102,7 @@ class Learner(ScriptForms):
         self.dls = dls
         self.loss_func = check_loss_func(loss_func)
         self.lr = lr
-        self.opt_func = check_opt_func(opt_func)
+        self.opt, self.opt_func = check_opt(opt, opt_func, self.model)
         self.add_cbs(cbs)
 
     n_inp: Any = None
@@ -134,7 +137,7 @@ class Learner(ScriptForms):
             valid: whether to validate.
             cbs: callbacks for this fit only.
             lr: the learning rate for this fit only. An optimizer that is kept over fits
-                (`opt_func=None`) gets it in its first group, and in the others in proportion.
+                (`opt=...`) gets it in its first group, and in the others in proportion.
             max_steps: end the fit after this many optimizer steps: the epoch in which the last one
                 is taken is completed there, and validates. Steps that are skipped or accumulated
                 do not count; those before a checkpoint do.

@@ -116,10 +116,13 @@ class MomentumLearner(TrainLearner):
         mom: float = 0.85,
         *,
         n_inp: Inputs = None,
+        opt: Any = None,
         bus: Bus | None = None,
         **unknown: Never,
     ) -> None:
-        super().__init__(model, dls, loss_func, lr, cbs, opt_func, n_inp=n_inp, bus=bus, **unknown)
+        super().__init__(
+            model, dls, loss_func, lr, cbs, opt_func, n_inp=n_inp, opt=opt, bus=bus, **unknown
+        )
         self.mom = mom
 
     @replaceable

@@ -169,6 +169,7 @@ class _InBatch(_InEpoch):
     steps: int
     lr: float | torch.Tensor | None
     loss: torch.Tensor | None
+    opt: str | None
 
     @staticmethod
     def _position(learner: Any) -> tuple[Any, ...]:
@@ -190,6 +191,7 @@ class _InBatch(_InEpoch):
             learner.progress[True].steps,
             lr.clone() if isinstance(lr, torch.Tensor) else lr,  # schedulers change it in place
             loss.detach() if isinstance(loss, torch.Tensor) else None,
+            learner.updating,
         )
 
 
@@ -206,6 +208,7 @@ class BatchEvent(_InBatch):
             scheduler has set the next one.
         loss: the loss of this batch, detached, on its device; None before `GetLoss`. Reading
             its value (`.item()`, `float`) makes the host wait for the device.
+        opt: in `learner.update(loss, "D")`, the name of its optimizer; otherwise None.
     """
 
 

@@ -47,6 +47,7 @@ class LearnerLike(Protocol):
             own cancel, so that the scope around it continues.
         graceful_stop_due: for Cleanup* receivers: whether a graceful `stop` takes effect when they
             have returned.
+        updating: in `update(loss, "D")`, the name of its optimizer; otherwise None.
         training_thread: the identifier of the thread that runs the fit.
         metrics: the `MetricsCB` of the fit, which sets it.
     """
@@ -81,6 +82,7 @@ class LearnerLike(Protocol):
     outer_continues: bool
     graceful_stop_due: bool
     training_thread: int | None
+    updating: str | None
     metrics: Any
 
     @property

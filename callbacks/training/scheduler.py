@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from ...engine import Optimizers
 from ...events import AfterStep, BeforeEpoch, BeforeFit, Callback, CleanupEpoch, CleanupFit
 from .._monitor import check_monitor, monitored
 from .._purpose import is_training
@@ -18,7 +19,7 @@ class SchedulerCB(Callback):
     """Steps a learning-rate scheduler after every optimizer step, or after every training epoch.
 
     Every fit creates its own scheduler, for its own optimizer. An optimizer that is kept over fits
-    (`opt_func=None`) has its learning rate and other options restored afterwards. Steps that
+    (`opt=...`) has its learning rate and other options restored afterwards. Steps that
     accumulation leaves out, or that overflowed, do not count, nor do epochs without a step.
     `validate()` and the learning-rate finder do not use it.
 
@@ -28,6 +29,8 @@ class SchedulerCB(Callback):
             returns a scheduler of `torch.optim.lr_scheduler`, or anything with `step`,
             `state_dict` and `load_state_dict`.
         every: "step" or "epoch".
+        opt: the name of the optimizer, where the learner has several: the scheduler is stepped
+            after the steps of this one.
         monitor: for `ReduceLROnPlateau`: the name of the number that it is stepped with, from
             every validating epoch, or from every training epoch if the fit does not validate.
 
@@ -66,11 +69,17 @@ class SchedulerCB(Callback):
         make: Callable[[Any], Any],
         every: Literal["step", "epoch"] = "step",
         monitor: str | None = None,
+        *,
+        opt: str | None = None,
     ) -> None:
         if not callable(make):
+            name = type(make).__name__
+            is_one = isinstance(make, LRScheduler)
+            what = f"make is a scheduler, {name}" if is_one else f"make={make!r}"
             raise TypeError(
-                f"make={make!r}: give a function of the optimizer, such as"
-                " lambda opt: StepLR(opt, 10), because every fit has an optimizer of its own"
+                f"{what}: give a function of the optimizer, such as SchedulerCB(lambda opt:"
+                f" {name if is_one else 'StepLR'}(opt, {'...' if is_one else '10'})), because every"
+                " fit makes its own scheduler"
             )
         if every not in ("step", "epoch"):
             raise ValueError(f"every={every!r}: choose 'step' or 'epoch'")
@@ -79,6 +88,7 @@ class SchedulerCB(Callback):
         self.make = make
         self.every = every
         self.monitor = monitor
+        self.opt = opt
         self.scheduler: Any = None
         self._runs = False
         self._stepped = False  # whether the optimizer was, since the last epoch that counted
@@ -96,7 +106,26 @@ class SchedulerCB(Callback):
             self._kept = [_options(group) for group in learner.opt.param_groups]
             for group in learner.opt.param_groups:  # schedulers change tensors in place
                 group.update(copy.deepcopy(_options(group)))
-        self.scheduler = self._make(learner.opt, learner.n_steps)
+        self.scheduler = self._make(self._optimizer(learner.opt), learner.n_steps)
+
+    def _optimizer(self, opt: Any) -> Any:
+        if not isinstance(opt, Optimizers):
+            if self.opt is None:
+                return opt
+            raise ValueError(
+                f"opt={self.opt!r}: learner.opt is one {type(opt).__name__}, without a name: leave"
+                " opt out"
+            )
+        if self.opt is None:
+            raise ValueError(
+                f"learner.opt has several optimizers, {opt.names}: name the one whose rate is to"
+                f" be scheduled: SchedulerCB(make, opt={opt.first!r})"
+            )
+        if self.opt not in opt:
+            raise ValueError(
+                f"opt={self.opt!r}: there is no optimizer {self.opt!r}, but {opt.names}"
+            )
+        return opt[self.opt]
 
     def _make(self, opt: Any, n_steps: int | None) -> Any:
         size = {}
@@ -160,6 +189,8 @@ class SchedulerCB(Callback):
             )
 
     def after_step(self, event: AfterStep) -> None:
+        if event.opt not in (None, self.opt):
+            return  # an update of another optimizer
         self._stepped = True
         if self._runs and self.every == "step":
             self.scheduler.step()

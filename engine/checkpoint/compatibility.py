@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from ..loop.optimizers import each_of
 from ..loop.parameters import optimizer_parameters
 from .parts import (
     OPTIMIZER,
@@ -151,8 +152,11 @@ def _optimizer_differs(part: Part, record: Record) -> Iterator[str]:
         elif saved["gradient"] is not None and not _has_shape(saved["gradient"], p):
             told = _shape(saved["gradient"])
             yield f"parameter {i} of {part} is {_shape(p)}, but its gradient {told}"
-    if type(opt).load_state_dict is torch.optim.Optimizer.load_state_dict:
-        yield from _groups_differ(part, there, parameters)
+    for key, inner in each_of(opt).items():
+        if type(inner).load_state_dict is torch.optim.Optimizer.load_state_dict:
+            one = part if key is None else Part(part.owner, f"{part.name}[{key!r}]", inner)
+            of_one = there if key is None else there[key]
+            yield from _groups_differ(one, of_one, optimizer_parameters(inner))
 
 
 def _groups_differ(

@@ -29,7 +29,7 @@ class SavedLearner(Protocol):
     history: list[dict[str, Any]]
     progress: dict[bool, Progress]
     done: Progress
-    gradients_pending: bool
+    gradients_pending: bool | list[str]
 
     @property
     def cbs(self) -> tuple[Callback, ...]: ...

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
+from ..loop.optimizers import Optimizers
 from ..loop.parameters import optimizer_parameters
 from .generators import generator_state, is_generator, set_generator_state
 from .kept import KeptAttributes, KeptModule, KeptTensors, keep_container, keep_contents
@@ -109,6 +110,10 @@ class KeptLearner:
 
     def _keep_part(self, part: Part) -> None:
         value, what = part.value, str(part)
+        if isinstance(value, Optimizers):
+            for name, opt in value.items():
+                self._keep_part(Part(part.owner, f"{part.name}[{name!r}]", opt))
+            return
         if is_module(value):
             self._keep_module(part)
         elif not is_generator(value) and not _loads_as_optimizer(value):

@@ -21,6 +21,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ...events import Callback
+from ..loop.optimizers import Optimizers
 from ..loop.state import LoopState
 from .contents import (
     PLAIN,
@@ -201,6 +202,8 @@ class Search:
                 self._look_into(node)  # torch's `state_dict` does not have what a subclass adds
             elif is_optimizer(value):
                 self._know(getattr(value, "optimizer", None))  # accelerate wraps the optimizer
+                for inner in value.values() if isinstance(value, Optimizers) else ():
+                    self._know(inner)
         elif (kinds := kinds_if_plain(value)) is not None:
             self._looked_into.append(value)
             if kinds & TENSORS:

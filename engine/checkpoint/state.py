@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..loop.optimizers import Optimizers, class_of
 from ..loop.parameters import optimizer_parameters
 from ..loop.state import Progress
 from .generators import generator_state, is_generator, set_generator_state
@@ -241,8 +242,8 @@ def _load_module(part: Part, state: Mapping[str, Any]) -> None:
 
 
 def optimizer_class(opt: Any) -> str:
-    """The class name of an optimizer, as checkpoints hold it."""
-    return type(getattr(opt, "optimizer", opt)).__name__  # accelerate wraps the optimizer
+    """The class name of an optimizer, as checkpoints hold it; of several, with their names."""
+    return repr(opt) if isinstance(opt, Optimizers) else class_of(opt).__name__
 
 
 def _noted(name: str, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

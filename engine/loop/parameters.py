@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from .optimizers import Optimizers
 from .state import LoopState
 
 T = TypeVar("T")
@@ -38,10 +39,26 @@ def all_optimizer_parameters(loop: Any) -> list[torch.Tensor]:
 
     A learner with a step of its own may step with several.
     """
-    groups = list(getattr(loop.opt, "param_groups", ()))
+    groups = all_groups(loop.opt)
     for opt in _held_by(loop, torch.optim.Optimizer):
         groups += opt.param_groups
     return list({id(p): p for group in groups for p in group["params"]}.values())
+
+
+def parameters_of_step(loop: Any) -> list[torch.Tensor]:
+    """The parameters that the current step may change.
+
+    In an update those of its optimizer; otherwise those of all optimizers of the learner.
+    """
+    one = loop.updating is not None
+    return optimizer_parameters(loop.opt) if one else all_optimizer_parameters(loop)
+
+
+def all_groups(opt: Any) -> list[dict[str, Any]]:
+    """The parameter groups of an optimizer, of all if it holds several, or of none."""
+    if isinstance(opt, Optimizers):
+        return opt.all_param_groups
+    return list(getattr(opt, "param_groups", ()))
 
 
 def _held_by(loop: Any, kind: type[T]) -> list[T]:

@@ -126,6 +126,8 @@ class LoopState:
         "training",
         "training_thread",
         "trains",
+        "updated",
+        "updating",
         "valid_length",
         "validates",
         "without_receivers",
@@ -176,8 +178,13 @@ class LoopState:
     """Until BeforeFit has been sent: the model's parameters that its optimizer has, by name."""
     step_lr: Any
     """The learning rate of the first group that the step of this batch uses; None before."""
-    gradients_pending: bool
-    """Whether there has been a backward pass since the last ZeroGrad."""
+    updated: bool
+    """Whether `update` has been called in this batch."""
+    updating: str | None
+    """The name of the optimizer whose update is being done; None for all, and outside of one."""
+    gradients_pending: bool | list[str]
+    """Whether there has been a backward pass since the last ZeroGrad; in updates, the names of the
+    optimizers for whose gradients that is so."""
     nested: bool
     """Whether the current epoch is an extra validation, within an epoch of the fit."""
     record: dict[str, Any]
@@ -218,6 +225,7 @@ class LoopState:
         self.n_iter = self.step_lr = None
         self.lengths = {}
         self.all_read = self.training = self.gradients_pending = self.nested = False
+        self.updated, self.updating = False, None
         self.record = {}
         self.innermost_scope = None
         self.cleaning_up = False

@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import nn
 
-_OPTIMIZER = "opt_func=torch.optim.AdamW, or opt_func=lambda params, lr: opt for one that exists"
+_OPTIMIZER = "opt=... for an optimizer that exists, or opt_func=torch.optim.AdamW to make one"
 
 _OF_A_LEARNER = {
-    **dict.fromkeys(("opt", "optim", "optimizer"), _OPTIMIZER),
+    **dict.fromkeys(("optim", "optimizer", "optimizers"), _OPTIMIZER),
     "n_inp": "TrainLearner(..., n_inp=...), or cbs=TrainCB(n_inp=...)",
     **dict.fromkeys(("callback", "callbacks"), "cbs=..."),
     **dict.fromkeys(("loss", "loss_fn", "criterion"), "loss_func=..."),

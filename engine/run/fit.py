@@ -27,7 +27,7 @@ from ..loop.trained_parameters import trained_parameters
 from .fittable import Fittable
 from .forks import HostLoop, is_left_in_parent
 from .graceful import GracefulStop
-from .optimizer import make_optimizer, temporary_lr
+from .optimizer import as_one, make_optimizer, temporary_lr
 from .plan import FitPlan, check_lr
 from .result import FitResult
 from .thread import TrainingThread
@@ -141,10 +141,11 @@ class Fit:
             import_large("torch._dynamo")  # as the first optimizer does
             learner.fit_lr = learner.lr if plan.lr is None else plan.lr
             learner.opt = make_optimizer(learner, learner.fit_lr)
-        if plan.train and learner.opt is None:
+        elif plan.train and learner.opt is None:
             raise ValueError(
                 "opt_func is None, which keeps learner.opt, but that is not set: set one of them"
             )
+        learner.opt = as_one(learner.opt, learner.model)
         purposes = [plan.purpose, *(cb.fit_purpose for cb in learner.cbs)]
         learner.begin_fit(
             ResumableBatchReader(),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn, optim
 
+from ..loop.optimizers import Optimizers, is_optimizer
 from .fittable import Fittable
 from .plan import check_lr
 
@@ -31,9 +33,20 @@ def make_optimizer(learner: Fittable, lr: float | torch.Tensor) -> Any:
             + _lr_hint(exc)
         )
         raise
-    if not _is_optimizer(opt):
+    if not isinstance(opt, Mapping) and not is_optimizer(opt):
         raise TypeError(f"opt_func={opt_func!r} returned {_described(opt)}")
-    return opt
+    return as_one(opt, learner.model)
+
+
+def as_one(opt: Any, model: nn.Module) -> Any:
+    """The optimizer itself, or the `Optimizers` of a mapping.
+
+    Raises:
+        TypeError, ValueError: the mapping cannot be one; see `Optimizers`.
+    """
+    if not isinstance(opt, Mapping) or isinstance(opt, Optimizers):
+        return opt
+    return Optimizers(opt, model.named_parameters())
 
 
 def copy_lr(lr: Any) -> Any:
@@ -59,6 +72,31 @@ def temporary_lr(opt: Any, lr: Any) -> Iterator[None]:
             group["lr"] = own_lr
 
 
+def check_opt(opt: Any, opt_func: Any, model: nn.Module) -> tuple[Any, Any]:
+    """Return the optimizer and the `opt_func` of a learner that was given these.
+
+    Raises:
+        TypeError: both are given, or `opt` is neither an optimizer nor a mapping of them.
+        ValueError: the mapping cannot be one optimizer; see `Optimizers`.
+    """
+    if opt is None:
+        return None, check_opt_func(opt_func)
+    if opt_func is not None and opt_func is not optim.SGD:  # SGD is the default
+        raise TypeError(
+            f"opt={opt!r} and opt_func={opt_func!r}: give opt, an optimizer that is kept over all"
+            " fits, or opt_func, which makes one for every fit"
+        )
+    if isinstance(opt, Mapping) or is_optimizer(opt):
+        return as_one(opt, model), None
+    if callable(opt):
+        name = getattr(opt, "__name__", repr(opt))
+        raise TypeError(
+            f"opt={name} is not an optimizer, but makes one: write opt_func={name}, or"
+            f" opt={name}(model.parameters(), ...) to keep one over all fits"
+        )
+    raise TypeError(f"opt is {_described(opt)}")
+
+
 def check_opt_func(opt_func: Any) -> Callable[..., Any] | None:
     """Return `opt_func` if it is a function, or None.
 
@@ -68,11 +106,14 @@ def check_opt_func(opt_func: Any) -> Callable[..., Any] | None:
     if opt_func is None or callable(opt_func):
         return opt_func  # type: ignore[no-any-return]
     name = type(opt_func).__name__
-    if _is_optimizer(opt_func):
+    if is_optimizer(opt_func) or isinstance(opt_func, Mapping):
         raise TypeError(
-            f"opt_func is an optimizer, {name}: give the function that makes one for every fit,"
-            f" opt_func={name} or opt_func=lambda params, lr: {name}(params, lr, ...). To keep one"
-            " optimizer over all fits: opt_func=lambda params, lr: opt"
+            f"opt_func is an optimizer, {name}: write opt=... to keep it over all fits, or give the"
+            f" function that makes one for every fit, opt_func={name} or"
+            f" opt_func=lambda params, lr: {name}(params, lr, ...)"
+            if is_optimizer(opt_func)
+            else f"opt_func={opt_func!r} is a mapping: write opt=... to keep its optimizers over"
+            " all fits, or opt_func=lambda params, lr: {'G': ..., 'D': ...}"
         )
     known = isinstance(opt_func, str) and isinstance(getattr(torch.optim, opt_func, None), type)
     raise TypeError(
@@ -81,25 +122,17 @@ def check_opt_func(opt_func: Any) -> Callable[..., Any] | None:
     )
 
 
-def _is_optimizer(opt: Any) -> bool:
-    return callable(getattr(opt, "step", None)) and hasattr(opt, "param_groups")
-
-
 def _described(opt: Any) -> str:
-    """What `opt_func` returned instead of an optimizer, and what to return."""
+    """What was given instead of an optimizer, and what to give."""
     name = type(opt).__name__
-    if isinstance(opt, tuple | list | dict) and opt:
-        items = list(opt.values() if isinstance(opt, dict) else opt)
-        parts = ", ".join(type(item).__name__ for item in items)
-        what = f"a {name} of {parts}, which is not an optimizer: return one. "
-        if all(map(_is_optimizer, items)):
+    if isinstance(opt, tuple | list) and opt:
+        parts = ", ".join(type(item).__name__ for item in opt)
+        what = f"a {name} of {parts}, which is not an optimizer: "
+        if all(map(is_optimizer, opt)):
+            return what + "name several in a mapping, such as {'G': ..., 'D': ...}"
+        if any(map(is_optimizer, opt)):
             return what + (
-                "Several are joined by an object with step(), zero_grad() and param_groups that"
-                " calls them all: see 'Two optimizers' in docs/guides/any-loop.md"
-            )
-        if any(map(_is_optimizer, items)):
-            return what + (
-                "A learning-rate scheduler goes into the callbacks:"
+                "give one. A learning-rate scheduler goes into the callbacks:"
                 " cbs=SchedulerCB(lambda opt: ...)"
             )
     hint = ": add a return statement" if opt is None else ""

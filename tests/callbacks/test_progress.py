@@ -356,6 +356,7 @@ class Story:
                 steps=i + 1,
                 lr=0.1,
                 loss=loss,
+                opt=None,
                 time=time,
             )
         )

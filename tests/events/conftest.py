@@ -37,6 +37,7 @@ def make_event() -> MakeEvent:
         "steps": 8,
         "lr": 0.1,
         "loss": None,
+        "opt": None,
         "end": ScopeEnd("completed"),
         "metrics": {},
         "all_read": True,
