@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+import torch
 from torch import nn
 
 Purpose = Literal["fit", "validate", "predict", "lr_find"]
@@ -47,6 +48,7 @@ class LearnerLike(Protocol):
             own cancel, so that the scope around it continues.
         graceful_stop_due: for Cleanup* receivers: whether a graceful `stop` takes effect when they
             have returned.
+        updated: whether `update` has been called in this batch.
         updating: in `update(loss, "D")`, the name of its optimizer; otherwise None.
         training_thread: the identifier of the thread that runs the fit.
         metrics: the `MetricsCB` of the fit, which sets it.
@@ -82,6 +84,7 @@ class LearnerLike(Protocol):
     outer_continues: bool
     graceful_stop_due: bool
     training_thread: int | None
+    updated: bool | None
     updating: str | None
     metrics: Any
 
@@ -123,6 +126,10 @@ class LearnerLike(Protocol):
     def one_batch(self) -> None: ...
 
     def one_step(self) -> None: ...
+
+    def update(self, loss: torch.Tensor, opt: str | None = None) -> None: ...
+
+    def stepping(self, opt: str | None) -> Any: ...
 
     def batch_size(self, batch: Any) -> int: ...
 

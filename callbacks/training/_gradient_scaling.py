@@ -9,7 +9,11 @@ from typing import Any
 import torch
 
 from ...engine.loop.loss import check_loss
-from ...engine.loop.parameters import all_optimizer_parameters, optimizer_parameters
+from ...engine.loop.parameters import (
+    all_optimizer_parameters,
+    optimizer_parameters,
+    parameters_of_step,
+)
 from ...events import LearnerLike
 
 
@@ -30,6 +34,7 @@ class GradientScaling:
 
     def __init__(self, scaler: torch.amp.GradScaler, learner: LearnerLike) -> None:
         self.scaler = scaler
+        self._stepper: Any = None  # of the current step; Any, because it is not an Optimizer
         self._scale(learner)
         self._scaled = True
 
@@ -44,8 +49,34 @@ class GradientScaling:
             if learner.loss is scaled:
                 learner.loss = loss
 
+    def unscale(self, learner: LearnerLike) -> None:
+        """Unscale the gradients, before a step."""
+        self._stepper = AsOptimizer(parameters_of_step(learner))
+        self.scaler.unscale_(self._stepper)
+        if learner.updating is not None:
+            self.unscale_others(learner)
+        self.unscaled = True
+
+    def step(self, learner: LearnerLike, proceed: Callable[[], None]) -> tuple[float, float] | None:
+        """Have the step done by `proceed`, unless a gradient has overflowed; update the scaler.
+
+        Returns the scale before and after a step that was skipped, None after any other.
+        """
+        # The host waits for the device here: the scaler asks whether any gradient overflowed.
+        before = self.scaler.get_scale()
+        self._stepper.step = proceed
+        self.scaler.step(self._stepper)
+        self.scaler.update()
+        self.updated = True
+        after = self.scaler.get_scale()
+        if before <= after != 0:  # at a scale of 0, everything is NaN
+            return None
+        for p in parameters_of_step(learner):
+            p.grad = None  # not by ZeroGrad, which may keep gradients that overflowed
+        return before, after
+
     def unscale_others(self, learner: LearnerLike) -> None:
-        """Unscale the gradients of the learner's optimizers other than `learner.opt`."""
+        """Unscale the gradients of the learner's optimizers other than that of the step."""
         own = {id(p) for p in optimizer_parameters(learner.opt)}
         others = [p for p in all_optimizer_parameters(learner) if id(p) not in own]
         if any(p.grad is not None for p in others):

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ...engine import DataLoaders
+from ...engine import DataLoaders, Optimizers
 from ...engine.data.inputs import Inputs
 from ...events import (
     ActionEvent,
@@ -112,18 +112,26 @@ class AccelerateCB(TrainCB):
             event.proceed()
 
     def before_step(self, event: BeforeStep) -> None:
-        if self._scaling is not None:
+        if self._scaling is None:
+            return
+        if isinstance(event.learner.opt, Optimizers):
+            self._scaling.unscale(event.learner)
+        else:
             self.accelerator.unscale_gradients(event.learner.opt)
             self._scaling.unscale_others(event.learner)
             self._scaling.unscaled = True
 
     def step(self, event: Step) -> None:
+        if self._scaling is not None and isinstance(event.learner.opt, Optimizers):
+            if self._scaling.step(event.learner, event.proceed):
+                raise CancelStepException(_SKIPPED)
+            return
         event.proceed()  # `learner.opt` is accelerate's, which skips a step that overflowed
         if self._scaling is not None:
             self._scaling.updated = True
         if self.accelerator.optimizer_step_was_skipped:
             event.learner.opt.zero_grad()
-            raise CancelStepException("gradients overflowed: step skipped by accelerate")
+            raise CancelStepException(_SKIPPED)
 
     def cleanup_step(self, event: CleanupStep) -> None:
         if self._scaling is not None:
@@ -154,6 +162,8 @@ class AccelerateCB(TrainCB):
         if self.accelerator.scaler is not None and "scaler" in state:
             self.accelerator.scaler.load_state_dict(state["scaler"])
 
+
+_SKIPPED = "gradients overflowed: step skipped by accelerate"
 
 _MARKS = ("forward", "_original_forward", "_is_accelerate_prepared")
 """Attributes that `prepare` leaves in a model. With the last one, it is not prepared again."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any, Literal
 
@@ -11,16 +12,18 @@ import torch
 
 from ...engine.data.dataloaders import has_exact_length
 from ...engine.loop.loss import Weight, check_loss, check_weight, weight_of
-from ...engine.loop.parameters import all_optimizer_parameters
+from ...engine.loop.parameters import parameters_of_step
 from ...events import (
     AfterBackward,
     AfterEpoch,
     AfterLoss,
+    BatchEvent,
     BeforeStep,
     Callback,
     CancelStepException,
     CleanupEpoch,
     LearnerLike,
+    StepEvent,
 )
 from .._checks import check_int
 
@@ -43,6 +46,9 @@ class GradientAccumulationCB(Callback):
     `AfterStep` is emitted, but `AfterBatch` is. If an epoch is cut short within a group, the
     gradients of the group are dropped; those that were there before it, as with `MomentumLearner`,
     are put back, as the momentum of an optimizer stays.
+
+    A learner that steps several optimizers, with `update`, accumulates for each on its own; every
+    update counts as a batch.
 
     Args:
         n: batches per step.
@@ -94,41 +100,39 @@ class GradientAccumulationCB(Callback):
         self._forget()
 
     def _forget(self) -> None:
-        self._waiting = 0  # batches since the last step
-        self._weight: Any = 0.0  # the sum of their weights, 1 for a full group; may be a tensor
-        self._next: Any = 0.0  # the weight of the current batch
-        self._unit: Any = None  # what `weight` returned is divided by, so that it is about 1
-        self._group = self.n  # the number of batches whose mean is expected to be taken
-        self._due = self.n  # the number of batches after which a step is taken
-        self._kept: list[torch.Tensor | None] | None = None  # gradients from before the group
+        self._groups: dict[str | None, _Group] = {}  # by the name of the optimizer
         self._flushing = False
+
+    def _group(self, event: BatchEvent | StepEvent) -> _Group:
+        return self._groups.setdefault(event.opt, _Group(self.n, self.n))
 
     def after_loss(self, event: AfterLoss) -> None:
         if not event.training:
             return
-        if self._waiting == 0:
-            self._begin_group(event)
-        self._next = 1 / self._group
+        group = self._group(event)
+        if group.waiting == 0:
+            self._begin_group(group, event)
+        group.next = 1 / group.group
         if self.weight is not None:
             weight = weight_of(self.weight, event.learner)
-            if self._unit is None:
-                self._unit = _at_least_1(weight)
-            self._next = weight / self._unit / self._group
-        if self.weight is not None or self._group > 1:
+            if group.unit is None:
+                group.unit = _at_least_1(weight)
+            group.next = weight / group.unit / group.group
+        if self.weight is not None or group.group > 1:
             # The gradient is scaled, not the loss: neither the performer of Backward nor readers of
             # the loss are affected.
-            check_loss(event.learner.loss).register_hook(self._scaled_by(self._next, self._group))
+            check_loss(event.learner.loss).register_hook(self._scaled_by(group.next, group.group))
 
-    def _begin_group(self, event: AfterLoss) -> None:
+    def _begin_group(self, group: _Group, event: AfterLoss) -> None:
         if event.n_iter is not None:
             left = max(1, min(self.n, event.n_iter - event.iter))
-            self._group = left if self.tail == "mean" else self.n
+            group.group = left if self.tail == "mean" else self.n
             is_exact = event.learner.epoch_length or has_exact_length(event.learner.dl)
-            self._due = left if is_exact else self.n
+            group.due = left if is_exact else self.n
         if self.n > 1:
-            gradients = [p.grad for p in all_optimizer_parameters(event.learner)]
+            gradients = [p.grad for p in parameters_of_step(event.learner)]
             if any(gradient is not None for gradient in gradients):  # as with MomentumLearner
-                self._kept = [None if g is None else g.clone() for g in gradients]
+                group.kept = [None if g is None else g.clone() for g in gradients]
 
     def _scaled_by(self, weight: Any, group: int) -> Callable[[torch.Tensor], torch.Tensor]:
         if self.weight is None:
@@ -136,23 +140,26 @@ class GradientAccumulationCB(Callback):
         return lambda gradient: (gradient * weight).to(gradient.dtype)
 
     def after_backward(self, event: AfterBackward) -> None:
-        self._waiting += 1
-        self._weight = self._weight + self._next
+        group = self._group(event)
+        group.waiting += 1
+        group.weight = group.weight + group.next
 
     def before_step(self, event: BeforeStep) -> None:
-        if self._waiting < self._due and not self._flushing:
-            raise CancelStepException(f"accumulating, {self._waiting} of {self._due}")
-        self._correct(event.learner)
-        self._forget()
+        group = self._group(event)
+        if group.waiting < group.due and not self._flushing:
+            raise CancelStepException(f"accumulating, {group.waiting} of {group.due}")
+        self._correct(group, event.learner)
+        del self._groups[event.opt]
+        self._flushing = False
 
-    def _correct(self, learner: LearnerLike) -> None:
+    def _correct(self, group: _Group, learner: LearnerLike) -> None:
         """Divide the gradients of the group by the sum of their weights, unless that is 1."""
-        total = self._weight
+        total = group.weight
         if isinstance(total, torch.Tensor):
             total = torch.where(total > 0, total, 1)
         elif math.isclose(total, 1) or not total or (self.tail == "full" and total < 1):
             return
-        for p, before in self._parameters(learner):
+        for p, before in group.parameters(learner):
             if p.grad is None:
                 continue
             divisor = total.to(p.grad.device) if isinstance(total, torch.Tensor) else total
@@ -161,24 +168,19 @@ class GradientAccumulationCB(Callback):
             else:
                 p.grad.sub_(before).div_(divisor).add_(before)
 
-    def _parameters(
-        self, learner: LearnerLike
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
-        """Every parameter with its gradient from before the group."""
-        parameters = all_optimizer_parameters(learner)
-        for p, before in zip_longest(parameters, self._kept or ()):
-            if p is not None:
-                yield p, None if before is None else before.to(p.device)
-
     def after_epoch(self, event: AfterEpoch) -> None:
-        if self._waiting:  # the last group of a loader without a length that is certain
+        # The last group of a loader without a length that is certain; each of several optimizers.
+        for name in [name for name, group in self._groups.items() if group.waiting]:
             self._flushing = True
-            event.learner.one_step()
+            with event.learner.stepping(name):
+                event.learner.one_step()
 
     def cleanup_epoch(self, event: CleanupEpoch) -> None:
-        if self._waiting:  # the epoch was cancelled within a group
-            for p, before in self._parameters(event.learner):
-                p.grad = before
+        for name, group in self._groups.items():
+            if group.waiting:  # the epoch was cancelled within a group
+                with event.learner.stepping(name):
+                    for p, before in group.parameters(event.learner):
+                        p.grad = before
         self._forget()
 
     def steps_in(self, n_batches: int) -> int:
@@ -186,23 +188,57 @@ class GradientAccumulationCB(Callback):
         return math.ceil(n_batches / self.n)
 
     def state_dict(self) -> dict[str, Any]:
-        """The progress of the current group."""
-        return {
-            "waiting": self._waiting,
-            "weight": self._weight,
-            "unit": self._unit,
-            "group": self._group,
-            "due": self._due,
-            "kept": None if self._kept is None else list(self._kept),
-        }
+        """The progress of the current group; with `update`, of the group of each optimizer."""
+        named = {name: g.state() for name, g in self._groups.items() if name is not None}
+        state = self._groups.get(None, _Group(self.n, self.n)).state()
+        return {**state, "named": named} if named else state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
-        self._waiting = state["waiting"]
-        self._weight, self._unit = state["weight"], state.get("unit")
-        self._group = state["group"]
-        self._due = state["due"]
-        self._kept = state.get("kept")
+        named = {None: state, **state.get("named", {})}
+        self._groups = {name: _Group.of(held) for name, held in named.items()}
+
+
+@dataclass(slots=True)
+class _Group:
+    """The batches of one optimizer step.
+
+    Attributes:
+        group: the number of batches whose mean is expected to be taken.
+        due: the number of batches after which a step is taken.
+        waiting: batches since the last step.
+        weight: the sum of their weights, 1 for a full group; may be a tensor.
+        next: the weight of the current batch.
+        unit: what `weight` returned is divided by, so that it is about 1.
+        kept: gradients from before the group.
+    """
+
+    group: int
+    due: int
+    waiting: int = 0
+    weight: Any = 0.0
+    next: Any = 0.0
+    unit: Any = None
+    kept: list[torch.Tensor | None] | None = None
+
+    def parameters(
+        self, learner: LearnerLike
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+        """Every parameter of the step with its gradient from before the group."""
+        for p, before in zip_longest(parameters_of_step(learner), self.kept or ()):
+            if p is not None:
+                yield p, None if before is None else before.to(p.device)
+
+    def state(self) -> dict[str, Any]:
+        kept = None if self.kept is None else list(self.kept)
+        return {**{key: getattr(self, key) for key in _SAVED}, "kept": kept}
+
+    @classmethod
+    def of(cls, state: dict[str, Any]) -> _Group:
+        return cls(**{key: state[key] for key in (*_SAVED, "kept") if key in state})
+
+
+_SAVED = ("waiting", "weight", "unit", "group", "due")
 
 
 def _at_least_1(weight: Any) -> Any:

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from ...engine.loop.parameters import all_optimizer_parameters
 from ...events import (
     AfterLoss,
     Backward,
@@ -22,7 +21,7 @@ from ...events import (
     Event,
     Step,
 )
-from ._gradient_scaling import AsOptimizer, GradientScaling
+from ._gradient_scaling import GradientScaling
 from .device import def_device
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -68,7 +67,7 @@ class MixedTrainingCB(Callback):
         self._device = "cpu"
         self._autocast: torch.autocast | None = None
         self._scaling: GradientScaling | None = None  # of the scaler, if there is one
-        self._stepper: Any = None  # of the current step; Any, because it is not an Optimizer
+        self._reopen = False  # whether more is computed after the step
 
     @property
     def scales_gradients(self) -> bool:
@@ -91,10 +90,17 @@ class MixedTrainingCB(Callback):
                 self._scaling = GradientScaling(self.scaler, event.learner)
 
     def before_batch(self, event: BeforeBatch) -> None:
+        self._open()
+
+    def _open(self) -> None:
+        self._reopen = False
         self._autocast = torch.autocast(self._device, dtype=self.dtype)
         self._autocast.__enter__()
 
     def after_loss(self, event: AfterLoss) -> None:
+        if event.learner.updated and not event.training:
+            return  # what comes after an update is in the same precision
+        self._reopen = bool(event.learner.updated)
         self._close()
 
     def cleanup_batch(self, event: CleanupBatch) -> None:
@@ -116,29 +122,21 @@ class MixedTrainingCB(Callback):
 
     def before_step(self, event: BeforeStep) -> None:
         if self._scaling is not None:
-            self._stepper = AsOptimizer(all_optimizer_parameters(event.learner))
-            self._scaling.scaler.unscale_(self._stepper)
-            self._scaling.unscaled = True
+            self._scaling.unscale(event.learner)
 
     def step(self, event: Step) -> None:
-        assert self.scaler is not None
         assert self._scaling is not None
-        # The host waits for the device here: the scaler asks whether any gradient overflowed.
-        before = self.scaler.get_scale()
-        self._stepper.step = event.proceed
-        self.scaler.step(self._stepper)
-        self.scaler.update()
-        self._scaling.updated = True
-        after = self.scaler.get_scale()
-        if after < before or after == 0:  # at a scale of 0, everything is NaN
+        # The host waits for the device here.
+        if skipped := self._scaling.step(event.learner, event.proceed):
             self.skipped_steps += 1
-            for p in all_optimizer_parameters(event.learner):
-                p.grad = None  # not by ZeroGrad, which may keep gradients that overflowed
+            before, after = skipped
             raise CancelStepException(
                 f"gradients overflowed: step skipped, scale {before:g} -> {after:g}"
             )
 
     def cleanup_step(self, event: CleanupStep) -> None:
+        if self._reopen:
+            self._open()
         if self._scaling is not None:
             self._scaling.end_step(event.learner)
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from ...engine import Optimizers
+from ...engine.loop.optimizers import Optimizers, optimizer_named
 from ...events import AfterStep, BeforeEpoch, BeforeFit, Callback, CleanupEpoch, CleanupFit
 from .._monitor import check_monitor, monitored
 from .._purpose import is_training
@@ -109,23 +109,14 @@ class SchedulerCB(Callback):
         self.scheduler = self._make(self._optimizer(learner.opt), learner.n_steps)
 
     def _optimizer(self, opt: Any) -> Any:
-        if not isinstance(opt, Optimizers):
-            if self.opt is None:
-                return opt
-            raise ValueError(
-                f"opt={self.opt!r}: learner.opt is one {type(opt).__name__}, without a name: leave"
-                " opt out"
-            )
-        if self.opt is None:
+        if self.opt is not None:
+            return optimizer_named(opt, self.opt)
+        if isinstance(opt, Optimizers):
             raise ValueError(
                 f"learner.opt has several optimizers, {opt.names}: name the one whose rate is to"
                 f" be scheduled: SchedulerCB(make, opt={opt.first!r})"
             )
-        if self.opt not in opt:
-            raise ValueError(
-                f"opt={self.opt!r}: there is no optimizer {self.opt!r}, but {opt.names}"
-            )
-        return opt[self.opt]
+        return opt
 
     def _make(self, opt: Any, n_steps: int | None) -> Any:
         size = {}

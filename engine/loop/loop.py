@@ -78,17 +78,18 @@ class Loop(LoopState):
 
     @scope(CancelBatchException, CleanupBatch)
     def one_batch(self) -> None:
-        self.loss = self.step_lr = None
+        self.loss = self.step_lr = self.updated = None
         self.emit(BeforeBatch)
         self.perform(Predict)
         self.emit(AfterPredict)
         self.perform(GetLoss)
-        self.emit(AfterLoss)
-        if self.training:
-            self.gradients_pending = True
-            self.perform(Backward)
-            self.emit(AfterBackward)
-            self.one_step()
+        if not self.updated:  # by learner.update(loss, ...)
+            self.emit(AfterLoss)
+            if self.training:
+                self.gradients_pending = True
+                self.perform(Backward)
+                self.emit(AfterBackward)
+                self.one_step()
         self.emit(AfterBatch)
         self.done.batches += 1
 
@@ -97,7 +98,7 @@ class Loop(LoopState):
         self.emit(BeforeStep)
         self.step_lr = current_lr(self.opt)
         self.perform(Step)
-        self.done.steps += 1
+        self.done.steps += self.step_counts
         self.perform(ZeroGrad)
         self.gradients_pending = False
         self.emit(AfterStep)

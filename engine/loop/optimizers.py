@@ -157,9 +157,25 @@ def class_of(opt: Any) -> type:
     return type(getattr(opt, "optimizer", opt))
 
 
+def optimizer_named(opt: Any, name: str) -> Any:
+    """The optimizer of that name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if not isinstance(opt, Optimizers):
+        raise ValueError(
+            f"opt={name!r}: learner.opt is one {type(opt).__name__}, without a name: leave opt out,"
+            f" or give the learner a mapping, opt={{{name!r}: ...}}"
+        )
+    if name not in opt:
+        raise ValueError(f"opt={name!r}: there is no optimizer {name!r}, but {opt.names}")
+    return opt[name]
+
+
 def each_of(opt: Any) -> dict[str | None, Any]:
     """The optimizers by name; one alone has the name None."""
-    return {**opt} if isinstance(opt, Optimizers) else {None: opt}
+    return dict(opt.items()) if isinstance(opt, Optimizers) else {None: opt}
 
 
 def _checked(optimizers: Any) -> dict[str, Any]:

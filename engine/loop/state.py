@@ -52,7 +52,8 @@ class Progress:
         epochs: epochs completed.
         batches: batches completed.
         steps: optimizer steps taken, including the one whose AfterStep is being sent; skipped and
-            accumulated steps do not count.
+            accumulated steps do not count. Where a learner steps several optimizers on their own,
+            with `update`, these are the steps of the first one.
     """
 
     epochs: int = 0
@@ -121,6 +122,7 @@ class LoopState:
         "run_id",
         "scope_end",
         "signals",
+        "step_counts",
         "step_lr",
         "trained_parameters",
         "training",
@@ -176,9 +178,11 @@ class LoopState:
     training: bool
     trained_parameters: Sequence[tuple[str, torch.Tensor]]
     """Until BeforeFit has been sent: the model's parameters that its optimizer has, by name."""
+    step_counts: bool
+    """Whether `done.steps` counts the step: with several optimizers, those of the first alone."""
     step_lr: Any
     """The learning rate of the first group that the step of this batch uses; None before."""
-    updated: bool
+    updated: bool | None
     """Whether `update` has been called in this batch."""
     updating: str | None
     """The name of the optimizer whose update is being done; None for all, and outside of one."""
@@ -225,7 +229,7 @@ class LoopState:
         self.n_iter = self.step_lr = None
         self.lengths = {}
         self.all_read = self.training = self.gradients_pending = self.nested = False
-        self.updated, self.updating = False, None
+        self.updated, self.updating, self.step_counts = False, None, True
         self.record = {}
         self.innermost_scope = None
         self.cleaning_up = False

@@ -9,11 +9,11 @@ from typing import Any
 
 from ..checkpoint.resume import ResumableBatchReader
 from ..listeners.source import EventSource
-from ..loop.loop import Loop
+from ..loop.updates import UpdatingLoop
 from .result import FitResult
 
 
-class Fittable(Loop, EventSource):
+class Fittable(UpdatingLoop, EventSource):
     """A loop with subscriptions, and the settings of its fits.
 
     Attributes:

@@ -19,6 +19,7 @@ from ...events import (
     CancelFitException,
     CleanupEpoch,
 )
+from ..loop.parameters import all_groups
 from .loss_curve import LossCurve
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ class LRFinderCB(Callback):
         learner: Any = event.learner
         if not learner.trains:
             return
-        self._group = _group_with(learner.fit_lr, learner.opt.param_groups)
+        self._group = _group_with(learner.fit_lr, all_groups(learner.opt))
         first = self._lr(learner)
         if not 0 < first <= self.end_lr:
             raise ValueError(
@@ -112,7 +113,7 @@ class LRFinderCB(Callback):
         self._record_step(event.learner)  # with accumulation, a step may follow the last batch
 
     def _lr(self, learner: Any) -> float:
-        return float(learner.opt.param_groups[self._group]["lr"])
+        return float(all_groups(learner.opt)[self._group]["lr"])
 
     def _record_step(self, learner: Any) -> None:
         if self._step_lr is None or not self._step_losses:
@@ -125,7 +126,7 @@ class LRFinderCB(Callback):
             raise CancelFitException("the smoothed loss is more than four times its best value")
         if self.lrs[-1] * self.lr_mult > self.end_lr * (1 + 1e-6):
             raise CancelFitException(f"the learning rate has reached end_lr={self.end_lr:g}")
-        groups = learner.opt.param_groups
+        groups = all_groups(learner.opt)
         rates = [group["lr"] * self.lr_mult for group in groups]  # groups may share a tensor
         for group, lr in zip(groups, rates, strict=True):
             if isinstance(group["lr"], torch.Tensor):  # a compiled optimizer reads this one

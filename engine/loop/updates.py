@@ -1,0 +1,126 @@
+"""Updates: a backward pass and a step, of a loss that the learner computes itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+from ...events import AfterBackward, AfterLoss, Backward, CancelStepException
+from .loop import Loop
+from .optimizers import Optimizers, optimizer_named
+from .parameters import all_groups
+
+
+class UpdatingLoop(Loop):
+    """A loop whose learner may do several updates per batch."""
+
+    __slots__ = ()
+
+    def update(self, loss: torch.Tensor, opt: str | None = None) -> None:
+        """Do one update: backward pass and optimizer step, with all of their events.
+
+        For a learner that takes several steps per batch, such as those of a GAN: call it in
+        `get_loss` or `predict`. A batch in which it was called has no other backward pass and no
+        other step. `learner.loss` is `loss`, until the next update. It emits AfterLoss, performs
+        Backward, emits AfterBackward, and enters the step scope: BeforeStep, Step, ZeroGrad,
+        AfterStep, CleanupStep. In validation, it only emits AfterLoss.
+
+        With `opt`, step and ZeroGrad are those of this optimizer, callbacks look at its parameters,
+        and `event.opt` is its name. Gradients of the other optimizers' parameters are dropped.
+
+        Args:
+            loss: a scalar tensor.
+            opt: the name of an optimizer, if the learner has several; by default all are stepped.
+
+        Raises:
+            RuntimeError: there is no fit, or it is called within a step.
+            ValueError: there is no optimizer of this name.
+
+        Example:
+            >>> import torch
+            >>> from eventrain.engine import DataLoaders, TrainLearner
+            >>> class Pair(TrainLearner):
+            ...     def predict(self):
+            ...         self.preds = [net(self.batch) for net in self.model]
+            ...
+            ...     def get_loss(self):
+            ...         for name, preds in zip("ab", self.preds):
+            ...             self.update(preds.square().mean(), name)
+            >>> nets = torch.nn.ModuleList([torch.nn.Linear(3, 1), torch.nn.Linear(3, 1)])
+            >>> opt = {n: torch.optim.SGD(net.parameters(), 0.1) for n, net in zip("ab", nets)}
+            >>> learner = Pair(nets, DataLoaders([torch.ones(2, 3)] * 4), opt=opt)
+            >>> learner.run(1, valid=False).steps
+            4
+        """
+        if self.innermost_scope is None:
+            raise RuntimeError("update() was called outside of a fit: call it in get_loss()")
+        if self.innermost_scope[0] is CancelStepException:
+            raise RuntimeError(
+                "update() was called within a step, of which it has one of its own: call it in"
+                " get_loss(), or in predict()"
+            )
+        self.updated = True
+        if not self.training:
+            self.loss = loss
+            self.emit(AfterLoss)
+            return
+        with self.stepping(opt):
+            self.loss = loss
+            self.emit(AfterLoss)
+            self.gradients_pending = True
+            with _aside(self._others(opt)):
+                self.perform(Backward)
+            self.emit(AfterBackward)
+            self.one_step()
+
+    @contextmanager
+    def stepping(self, opt: str | None) -> Iterator[None]:
+        """While this context is entered, `one_step` is that of one optimizer.
+
+        Args:
+            opt: its name, if the learner has several; None for all.
+
+        Raises:
+            ValueError: there is no optimizer of this name.
+        """
+        rate, self.step_lr = self.step_lr, None
+        if opt is None:
+            yield
+            return
+        optimizer_named(self.opt, opt)
+        pending = self.gradients_pending
+        waiting = set(self.opt if pending is True else pending or ())
+        self.gradients_pending = opt in waiting
+        self.updating, self.step_counts = opt, opt == self.opt.first
+        try:
+            with self.opt.only(opt):
+                yield
+        finally:
+            if not self.step_counts:
+                self.step_lr = rate  # events of the batch tell that of the first optimizer
+            self.updating, self.step_counts = None, True
+            waiting.discard(opt)
+            self.gradients_pending = sorted({*waiting, *[opt] * bool(self.gradients_pending)})
+
+    def _others(self, opt: str | None) -> Iterable[torch.Tensor]:
+        if opt is None:
+            return ()
+        assert isinstance(self.opt, Optimizers)
+        own = {id(p) for group in self.opt[opt].param_groups for p in group["params"]}
+        every = (p for group in all_groups(self.opt) for p in group["params"])
+        return [p for p in every if id(p) not in own]
+
+
+@contextmanager
+def _aside(parameters: Iterable[torch.Tensor]) -> Iterator[None]:
+    """Let a backward pass leave the gradients of these parameters as they are."""
+    kept = [(p, p.grad) for p in parameters]
+    for p, _ in kept:
+        p.grad = None
+    try:
+        yield
+    finally:
+        for p, gradient in kept:
+            p.grad = gradient
