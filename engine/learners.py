@@ -85,7 +85,10 @@ class TrainLearner(Learner):
 
     @replaceable
     def step(self) -> None:
-        self.opt.step()
+        if self.wants_closure:
+            self.opt.step(self.closure)
+        else:
+            self.opt.step()
 
     @replaceable
     def zero_grad(self) -> None:
@@ -98,12 +101,16 @@ class MomentumLearner(TrainLearner):
     A parameter that has been frozen (`requires_grad_(False)`) loses its gradient, so that the
     optimizer no longer moves it.
 
+    An optimizer that wants a closure is refused: it computes the gradients itself.
+
     Args:
         mom: the factor by which the gradients decay from one step to the next; 0 zeroes them.
         n_inp: as of a TrainLearner.
 
     Source: the post's `MomentumLearner`; parameters without a gradient are skipped.
     """
+
+    not_with_closures = "the gradients that it keeps from one step to the next would be lost"
 
     def __init__(
         self,

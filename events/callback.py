@@ -56,6 +56,9 @@ class Callback:
         takes_over: the actions that this callback performs in place of a method of the user's
             learner class, on purpose; otherwise that is an error at `fit`. A callback that calls
             `event.proceed()` does not need it.
+        not_with_closures: why it cannot work with an optimizer that computes the loss and its
+            gradients several times per step, such as LBFGS, so that such a fit is refused; None if
+            it can.
         shareable: whether fits that run at the same time may use one instance. That is refused
             unless its class says so itself (a subclass does not inherit it), because what it keeps
             of one fit would be mixed with the other. A callback that only observes may always be
@@ -98,6 +101,7 @@ class Callback:
     fit_purpose: ClassVar[Purpose] = "fit"
     takes_over: ClassVar[tuple[type[ActionEvent], ...]] = ()
     shareable: ClassVar[bool] = False
+    not_with_closures: str | None = None
     records_loss: ClassVar[bool] = False
     in_extra_validation: ClassVar[bool] = True
 

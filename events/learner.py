@@ -48,6 +48,7 @@ class LearnerLike(Protocol):
             own cancel, so that the scope around it continues.
         graceful_stop_due: for Cleanup* receivers: whether a graceful `stop` takes effect when they
             have returned.
+        wants_closure: whether the step of the optimizer is given a closure.
         updated: whether `update` has been called in this batch.
         updating: in `update(loss, "D")`, the name of its optimizer; otherwise None.
         training_thread: the identifier of the thread that runs the fit.
@@ -84,6 +85,7 @@ class LearnerLike(Protocol):
     outer_continues: bool
     graceful_stop_due: bool
     training_thread: int | None
+    wants_closure: bool
     updated: bool | None
     updating: str | None
     metrics: Any
@@ -128,6 +130,8 @@ class LearnerLike(Protocol):
     def one_step(self) -> None: ...
 
     def update(self, loss: torch.Tensor, opt: str | None = None) -> None: ...
+
+    def closure(self) -> torch.Tensor: ...
 
     def stepping(self, opt: str | None) -> Any: ...
 

@@ -70,6 +70,11 @@ class AccelerateCB(TrainCB):
         self._scaling: GradientScaling | None = None  # of the scaler, if there is one
 
     @property
+    def not_with_closures(self) -> str | None:  # type: ignore[override]
+        """Why it cannot work with an optimizer that wants a closure; None if it can."""
+        return "its scaler scales the first gradients alone" if self.scales_gradients else None
+
+    @property
     def scales_gradients(self) -> bool:
         """Whether a scaler skips the steps whose gradients are not finite."""
         return self.accelerator.scaler is not None

@@ -81,6 +81,7 @@ class GradientAccumulationCB(Callback):
     metrics miss it. The weight: huggingface/transformers#34191.
     """
 
+    not_with_closures = "it would accumulate over these, too"
     order: float = 50  # after changes of the loss, before what uses or changes gradients
     in_extra_validation = False
 

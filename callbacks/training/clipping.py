@@ -27,6 +27,7 @@ class GradientClippingCB(Callback):
     Source: the post's `GradientClippingCB`, on `torch.nn.utils.clip_grad_norm_`.
     """
 
+    not_with_closures = "it clips the first gradients alone"
     order: float = 70  # after accumulation (50) and unscaling (60)
 
     def __init__(self, max_norm: float = 1.0, norm_type: float = 2.0) -> None:

@@ -53,6 +53,7 @@ class MixedTrainingCB(Callback):
     Source: the post's `MixedTrainingCB`; torch's recipe for automatic mixed precision.
     """
 
+    not_with_closures = "its precision and its scale are for the first time alone"
     order: float = 60  # after accumulation (50), before clipping (70)
 
     def __init__(self, dtype: torch.dtype | str | None = None, init_scale: float = 65536.0) -> None:

@@ -132,6 +132,7 @@ class LoopState:
         "updating",
         "valid_length",
         "validates",
+        "wants_closure",
         "without_receivers",
     )
 
@@ -182,6 +183,8 @@ class LoopState:
     """Whether `done.steps` counts the step: with several optimizers, those of the first alone."""
     step_lr: Any
     """The learning rate of the first group that the step of this batch uses; None before."""
+    wants_closure: bool
+    """Whether the step of the optimizer is given a closure."""
     updated: bool | None
     """Whether `update` has been called in this batch."""
     updating: str | None
@@ -230,6 +233,7 @@ class LoopState:
         self.lengths = {}
         self.all_read = self.training = self.gradients_pending = self.nested = False
         self.updated, self.updating, self.step_counts = False, None, True
+        self.wants_closure = False
         self.record = {}
         self.innermost_scope = None
         self.cleaning_up = False

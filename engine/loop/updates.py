@@ -7,9 +7,17 @@ from contextlib import contextmanager
 
 import torch
 
-from ...events import AfterBackward, AfterLoss, Backward, CancelStepException
+from ...events import (
+    AfterBackward,
+    AfterLoss,
+    AfterPredict,
+    Backward,
+    CancelStepException,
+    GetLoss,
+    Predict,
+)
 from .loop import Loop
-from .optimizers import Optimizers, optimizer_named
+from .optimizers import Optimizers, class_of, optimizer_named
 from .parameters import all_groups
 
 
@@ -61,6 +69,11 @@ class UpdatingLoop(Loop):
                 "update() was called within a step, of which it has one of its own: call it in"
                 " get_loss(), or in predict()"
             )
+        if self.wants_closure:
+            raise RuntimeError(
+                f"update() cannot compute its loss again, but {class_of(self.opt).__name__} wants a"
+                " closure: leave update() out, so that get_loss() is called for every evaluation"
+            )
         self.updated = True
         if not self.training:
             self.loss = loss
@@ -74,6 +87,36 @@ class UpdatingLoop(Loop):
                 self.perform(Backward)
             self.emit(AfterBackward)
             self.one_step()
+
+    def closure(self) -> torch.Tensor:
+        """Compute the loss and its gradients again, for an optimizer that wants a closure.
+
+        It zeroes the gradients, performs Predict, GetLoss and Backward, and emits their events,
+        AfterPredict, AfterLoss and AfterBackward. `learner.loss` and `learner.preds` stay those of
+        the batch before its step.
+
+        Such an optimizer is one whose `step` has a parameter `closure` that must be given, as that
+        of `torch.optim.LBFGS`. `TrainLearner.step` passes it this method; a `step` of your own
+        calls `self.opt.step(self.closure)`. An optimizer that takes a closure, but does not need
+        one, does not get it.
+
+        Returns:
+            The loss, a scalar.
+        """
+        loss, preds = self.loss, self.preds
+        try:
+            with torch.enable_grad():
+                self.opt.zero_grad()
+                self.perform(Predict)
+                self.emit(AfterPredict)
+                self.perform(GetLoss)
+                self.emit(AfterLoss)
+                self.perform(Backward)
+                self.emit(AfterBackward)
+            again: torch.Tensor = self.loss
+            return again.detach()
+        finally:
+            self.loss, self.preds = loss, preds
 
     @contextmanager
     def stepping(self, opt: str | None) -> Iterator[None]:

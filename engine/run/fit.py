@@ -24,6 +24,7 @@ from ..loop.clock import expected_steps
 from ..loop.parameters import drop_unused_gradients
 from ..loop.state import COMPLETED
 from ..loop.trained_parameters import trained_parameters
+from .closure import check_closure
 from .fittable import Fittable
 from .forks import HostLoop, is_left_in_parent
 from .graceful import GracefulStop
@@ -146,6 +147,7 @@ class Fit:
                 "opt_func is None, which keeps learner.opt, but that is not set: set one of them"
             )
         learner.opt = as_one(learner.opt, learner.model)
+        learner.wants_closure = plan.train and check_closure(learner)
         purposes = [plan.purpose, *(cb.fit_purpose for cb in learner.cbs)]
         learner.begin_fit(
             ResumableBatchReader(),
