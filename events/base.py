@@ -168,14 +168,17 @@ class _InBatch(_InEpoch):
     n_samples: int
     steps: int
     lr: float | torch.Tensor | None
+    lrs: tuple[float | torch.Tensor | None, ...]
     loss: torch.Tensor | None
     opt: str | None
 
     @staticmethod
     def _position(learner: Any) -> tuple[Any, ...]:
-        lr = learner.step_lr
-        if lr is None and learner.opt is not None:
-            lr = learner.opt.param_groups[0].get("lr")
+        lrs = learner.step_lrs
+        if lrs is None and learner.opt is not None:
+            lrs = [group.get("lr") for group in learner.opt.param_groups]
+        # Copies of tensors, which schedulers change in place.
+        lrs = tuple(lr.clone() if isinstance(lr, torch.Tensor) else lr for lr in lrs or ())
         loss = learner.loss
         return (
             learner,
@@ -189,7 +192,8 @@ class _InBatch(_InEpoch):
             learner.iter,
             learner.n_samples,
             learner.progress[True].steps,
-            lr.clone() if isinstance(lr, torch.Tensor) else lr,  # schedulers change it in place
+            lrs[0] if lrs else None,
+            lrs,
             loss.detach() if isinstance(loss, torch.Tensor) else None,
             learner.updating,
         )
@@ -206,6 +210,7 @@ class BatchEvent(_InBatch):
         lr: the learning rate of the first parameter group, None without an optimizer. After the
             optimizer has stepped in this batch, it is the rate that the step used, even if a
             scheduler has set the next one.
+        lrs: those of all parameter groups.
         loss: the loss of this batch, detached, on its device; None before `GetLoss`. Reading
             its value (`.item()`, `float`) makes the host wait for the device.
         opt: in `learner.update(loss, "D")`, the name of its optimizer; otherwise None.

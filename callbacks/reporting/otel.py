@@ -46,7 +46,7 @@ class OpenTelemetryCB(Callback):
     |---|---|
     | fit, or validate, predict, lr_find | run_id, purpose; n_epochs, n_steps |
     | train epoch, valid epoch | run_id, epoch, phase, n_iter; n_samples, metric.NAME |
-    | train batch | run_id, epoch, phase, iter; n_samples, lr, loss |
+    | train batch | run_id, epoch, phase, iter; n_samples, lr, loss; lrs, if several |
     | all | status; who and reason unless completed |
 
     A failed scope has the status ERROR, with the error as its description and its class as
@@ -250,6 +250,8 @@ class _FitWatcher:
                 spans.begin(_BATCH, f"{event.phase} batch", event, place)
             case CleanupBatch():
                 found = numbers_of("eventrain.", {"lr": event.lr, "loss": loss})
+                if len(event.lrs) > 1:
+                    found["eventrain.lrs"] = [float(lr) for lr in event.lrs if lr is not None]
                 found["eventrain.n_samples"] = event.n_samples
                 seconds = spans.end(_BATCH, event, event.end, found)
                 if meters is not None:

@@ -164,7 +164,8 @@ class RecordWatcher(ABC):
             "n_iter": event.n_iter,
             "steps": event.steps,
             "loss": loss,
-            "lr": None if event.lr is None else float(event.lr),
+            "lr": _number(event.lr),
+            **({"lrs": [_number(lr) for lr in event.lrs]} if len(event.lrs) > 1 else {}),
             "samples_per_second": _rate(n_samples, seconds),
         }
 
@@ -246,6 +247,10 @@ def _end_fields(end: ScopeEnd) -> dict[str, Any]:
     if end.status == "completed":
         return {"status": end.status}
     return {"status": end.status, "who": end.who, "reason": end.reason}
+
+
+def _number(lr: Any) -> float | None:
+    return None if lr is None else float(lr)
 
 
 def _rate(samples: int, seconds: float) -> float | None:

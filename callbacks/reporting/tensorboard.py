@@ -42,6 +42,7 @@ class TensorBoardCB(Callback):
     | tag | step |
     |---|---|
     | `batch/loss`, `batch/lr`, `batch/samples_per_second` | training batches of the fit, from 0 |
+    | `batch/lr/0`, `batch/lr/1`, ...: those of all parameter groups, if several | the same |
     | `loss/train`, `loss/valid`, `accuracy/valid`, ... | the epoch, from 0 |
     | `clean/loss`, ... of a `ValidateCB(name="clean")` | optimizer steps taken |
 
@@ -190,6 +191,8 @@ class _FitFiles(RecordWatcher):
             step, found = self._step, numbers(record)
             keys = ("loss", "lr", "samples_per_second")
             scalars = {f"batch/{key}": found[key] for key in keys if key in found}
+            for i, lr in enumerate(record.get("lrs", ())):
+                scalars |= {} if lr is None else {f"batch/lr/{i}": lr}
         elif record["event"] == "epoch" and record["all_read"]:
             step, phase = record["epoch"], record["phase"]
             found = numbers(record, "metrics")

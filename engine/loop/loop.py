@@ -46,7 +46,7 @@ from ...events.errors import annotate_error
 from ..data.dataloaders import length_of
 from .actions import nobody_performs, performers
 from .clock import epoch_length, epochs_of
-from .parameters import current_lr
+from .parameters import lrs_of
 from .reading import BatchReader
 from .requests import CANCELS, Request, scope_for
 from .scope import scope, scope_within
@@ -78,7 +78,7 @@ class Loop(LoopState):
 
     @scope(CancelBatchException, CleanupBatch)
     def one_batch(self) -> None:
-        self.loss = self.step_lr = self.updated = None
+        self.loss = self.step_lrs = self.updated = None
         self.emit(BeforeBatch)
         self.perform(Predict)
         self.emit(AfterPredict)
@@ -96,7 +96,7 @@ class Loop(LoopState):
     @scope(CancelStepException, CleanupStep)
     def one_step(self) -> None:
         self.emit(BeforeStep)
-        self.step_lr = current_lr(self.opt)
+        self.step_lrs = lrs_of(self.opt)
         self.perform(Step)
         self.done.steps += self.step_counts
         self.perform(ZeroGrad)

@@ -71,10 +71,13 @@ def _held_by(loop: Any, kind: type[T]) -> list[T]:
     return found
 
 
-def current_lr(opt: Any) -> Any:
-    """The learning rate of the first group; a copy if it is a tensor, which a scheduler changes."""
-    lr = opt.param_groups[0].get("lr")
-    return lr.clone() if isinstance(lr, torch.Tensor) else lr
+def lrs_of(opt: Any) -> tuple[Any, ...]:
+    """The learning rates of all groups; copies of tensors, which a scheduler changes in place."""
+    groups = opt.param_groups
+    if len(groups) == 1 and not isinstance(lr := groups[0].get("lr"), torch.Tensor):
+        return (lr,)
+    rates = [group.get("lr") for group in groups]
+    return tuple(lr.clone() if isinstance(lr, torch.Tensor) else lr for lr in rates)
 
 
 def parameter_names(learner: Any) -> dict[int, str]:

@@ -123,7 +123,7 @@ class LoopState:
         "scope_end",
         "signals",
         "step_counts",
-        "step_lr",
+        "step_lrs",
         "trained_parameters",
         "training",
         "training_thread",
@@ -181,8 +181,8 @@ class LoopState:
     """Until BeforeFit has been sent: the model's parameters that its optimizer has, by name."""
     step_counts: bool
     """Whether `done.steps` counts the step: with several optimizers, those of the first alone."""
-    step_lr: Any
-    """The learning rate of the first group that the step of this batch uses; None before."""
+    step_lrs: tuple[Any, ...] | None
+    """The learning rates of all groups that the step of this batch uses; None before."""
     wants_closure: bool
     """Whether the step of the optimizer is given a closure."""
     updated: bool | None
@@ -229,7 +229,7 @@ class LoopState:
         self.async_wrapper = None
         self.dl = self.opt = None
         self.batch = self.preds = self.loss = None
-        self.n_iter = self.step_lr = None
+        self.n_iter = self.step_lrs = None
         self.lengths = {}
         self.all_read = self.training = self.gradients_pending = self.nested = False
         self.updated, self.updating, self.step_counts = False, None, True

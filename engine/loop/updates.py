@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -18,7 +19,7 @@ from ...events import (
 )
 from .loop import Loop
 from .optimizers import Optimizers, class_of, optimizer_named
-from .parameters import all_groups
+from .parameters import all_groups, lrs_of
 
 
 class UpdatingLoop(Loop):
@@ -128,7 +129,7 @@ class UpdatingLoop(Loop):
         Raises:
             ValueError: there is no optimizer of this name.
         """
-        rate, self.step_lr = self.step_lr, None
+        rates, self.step_lrs = self.step_lrs, None
         if opt is None:
             yield
             return
@@ -141,11 +142,20 @@ class UpdatingLoop(Loop):
             with self.opt.only(opt):
                 yield
         finally:
-            if not self.step_counts:
-                self.step_lr = rate  # events of the batch tell that of the first optimizer
+            self._tell_rates(opt, rates)
             self.updating, self.step_counts = None, True
             waiting.discard(opt)
             self.gradients_pending = sorted({*waiting, *[opt] * bool(self.gradients_pending)})
+
+    def _tell_rates(self, opt: str, before: tuple[Any, ...] | None) -> None:
+        """Let the batch tell the rates of all, and of `opt` those that its step used."""
+        used = lrs_of(self.opt[opt]) if self.step_lrs is None else self.step_lrs
+        rates = list(lrs_of(self.opt) if before is None else before)
+        names = [name for name, inner in self.opt.items() for _ in inner.param_groups]
+        if len(rates) == len(names):  # a receiver may have added a group
+            first = names.index(opt)
+            rates[first : first + names.count(opt)] = used
+        self.step_lrs = tuple(rates)
 
     def _others(self, opt: str | None) -> Iterable[torch.Tensor]:
         if opt is None:

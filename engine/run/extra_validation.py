@@ -90,7 +90,7 @@ def _begin_epoch(
     loop.n_iter = min(lengths, default=None)
     loop.iter = loop.n_samples = 0
     loop.all_read = False
-    loop.batch = loop.preds = loop.loss = loop.step_lr = None
+    loop.batch = loop.preds = loop.loss = loop.step_lrs = loop.updating = None
     loop.record = {"epoch": loop.epoch, "train": "eval"}
 
 
@@ -112,7 +112,7 @@ def _epoch_around_kept(loop: LoopState, models: Iterable[nn.Module]) -> Iterator
 _OF_THE_EPOCH_AROUND = (
     *("signals", "without_receivers", "batch_reader", "purpose", "progress", "done", "nested"),
     *("model", "dls", "dl", "training", "n_iter", "iter", "n_samples", "all_read"),
-    *("batch", "preds", "loss", "step_lr", "record"),
+    *("batch", "preds", "loss", "step_lrs", "updated", "updating", "record"),
 )
 
 

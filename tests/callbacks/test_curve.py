@@ -277,7 +277,14 @@ def test_it_draws_every_half_second_and_once_for_a_host_that_was_busy(
     fit = {"learner": learner, "run_id": "r1", "time": 0.0, "purpose": "fit", "n_epochs": 1}
     begin = BeforeFit(**fit, n_steps=60)
     epoch = {"epoch": 0, "training": True, "n_iter": 60}
-    batch = {"n_samples": 0, "steps": 0, "lr": 0.1, "loss": torch.tensor(1.0), "opt": None}
+    batch = {
+        "n_samples": 0,
+        "steps": 0,
+        "lr": 0.1,
+        "lrs": (0.1,),
+        "loss": torch.tensor(1.0),
+        "opt": None,
+    }
     watcher = cb.watcher(begin)
     assert not watcher.wants(begin)
     handed_over, waiting = [], []

@@ -355,6 +355,7 @@ class Story:
                 n_samples=size * (i + 1),
                 steps=i + 1,
                 lr=0.1,
+                lrs=(0.1,),
                 loss=loss,
                 opt=None,
                 time=time,

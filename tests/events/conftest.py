@@ -36,6 +36,7 @@ def make_event() -> MakeEvent:
         "n_samples": 16,
         "steps": 8,
         "lr": 0.1,
+        "lrs": (0.1,),
         "loss": None,
         "opt": None,
         "end": ScopeEnd("completed"),

@@ -57,7 +57,7 @@ EVENT = ["learner", "run_id", "time", "purpose"]
 POSITION = [*EVENT, "n_epochs"]
 FIT = [*POSITION, "n_steps"]
 EPOCH = [*POSITION, "epoch", "training", "n_iter"]
-BATCH = [*EPOCH, "iter", "n_samples", "steps", "lr", "loss", "opt"]
+BATCH = [*EPOCH, "iter", "n_samples", "steps", "lr", "lrs", "loss", "opt"]
 ACTION = [*EPOCH, "iter", "following"]
 
 FIELDS: dict[type[Event], list[str]] = {
