@@ -15,6 +15,7 @@ from .listeners.streams import EventStream
 from .loop.actions import replaceable
 from .loop.optimizers import Optimizers
 from .loop.state import Position, Progress
+from .parameter_groups import lr_groups, no_decay_groups
 from .run.prediction_stream import PredictionStream
 from .run.result import FitResult
 from .seeding import seed_everything
@@ -39,6 +40,8 @@ __all__ = [
     "TensorLoader",
     "ThreadLoader",
     "TrainLearner",
+    "lr_groups",
+    "no_decay_groups",
     "replaceable",
     "sample_generator",
     "seed_everything",
