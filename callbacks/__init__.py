@@ -28,6 +28,7 @@ from .training.device import DeviceCB, def_device, to_cpu, to_device
 from .training.mixed import MixedTrainingCB
 from .training.scheduler import SchedulerCB
 from .training.train import TrainCB
+from .training.unfreeze import UnfreezeCB
 
 __all__ = [
     "AccelerateCB",
@@ -59,6 +60,7 @@ __all__ = [
     "TerminateOnNaNCB",
     "TimeLimitCB",
     "TrainCB",
+    "UnfreezeCB",
     "ValidateCB",
     "compare_runs",
     "def_device",

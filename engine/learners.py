@@ -58,10 +58,11 @@ class TrainLearner(Learner):
         opt_func: Callable[..., Any] | None = optim.SGD,
         *,
         n_inp: Inputs = None,
+        opt: Any = None,
         bus: Bus | None = None,
         **unknown: Never,
     ) -> None:
-        super().__init__(model, dls, loss_func, lr, cbs, opt_func, bus=bus, **unknown)
+        super().__init__(model, dls, loss_func, lr, cbs, opt_func, opt=opt, bus=bus, **unknown)
         self.n_inp = check_n_inp(n_inp)
 
     @replaceable

@@ -97,6 +97,7 @@ class KeptModule:
         self._not_saved = set(module._non_persistent_buffers_set)
         self._others = {k: v for k, v in vars(module).items() if isinstance(v, torch.Tensor)}
         # A lazy module becomes another class, and loses its hooks, with its first batch.
+        self._trained = [(p, p.requires_grad) for p in module.parameters(recurse=False)]
         self._lazy = _LazyModule(module) if isinstance(module, LazyModuleMixin) else None
         parameters, buffers = self._members["_parameters"], self._members["_buffers"]
         for tensor in (*parameters.values(), *buffers.values(), *self._others.values()):
@@ -117,6 +118,9 @@ class KeptModule:
             before = {key: self._place(here.get(key), was) for key, was in members.items()}
             here.clear()
             here.update(before)
+        for p, trained in self._trained:
+            if p.requires_grad != trained:
+                p.requires_grad_(trained)
         here = vars(module)
         for name in [k for k, v in here.items() if isinstance(v, torch.Tensor)]:
             if name not in self._others:

@@ -123,6 +123,7 @@ class KeptLearner:
                 self._tensors.keep(p)
                 self._tensors.keep_gradient(p)
                 self._add(what, partial(self._tensors.put_back, p))
+                self._add(what, partial(p.requires_grad_, p.requires_grad))
             self._add(what, partial(setattr, value, "param_groups", value.param_groups))
             self._add(what, keep_contents(value.param_groups, self._tensors))
         if isinstance(value, Optimizer):

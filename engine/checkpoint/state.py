@@ -53,6 +53,7 @@ def state_of(learner: SavedLearner) -> State:
     return {
         "model": model["state"],
         "gradients": model["gradients"],
+        "frozen": model["frozen"],
         "optimizer": opt["state"],
         "optimizer_class": optimizer_class(learner.opt),
         "optimizer_parameters": opt["parameters"],
@@ -89,20 +90,25 @@ def records_of(parts: list[Part]) -> dict[tuple[str, str], Record]:
                 and name == first[id(p)]
                 and not name.startswith(part.elsewhere)
             }
-            records[part.path] = {"state": state, "gradients": gradients}
+            frozen = [name for name, p in part_parameters(part) if not p.requires_grad]
+            records[part.path] = {"state": state, "gradients": gradients, "frozen": frozen}
         elif is_optimizer(value):
             outside = {i: p for i, p in enumerate(optimizer_parameters(value)) if id(p) not in held}
             held.update(map(id, outside.values()))
             records[part.path] = {
                 "state": _noted(str(part), value.state_dict),
                 "class": optimizer_class(value),
-                "parameters": {i: {"value": p, "gradient": p.grad} for i, p in outside.items()},
+                "parameters": {i: _outside(p) for i, p in outside.items()},
             }
         elif is_generator(value):
             records[part.path] = {"state": generator_state(value)}
         else:
             records[part.path] = {"state": _noted(str(part), value.state_dict)}
     return records
+
+
+def _outside(p: torch.Tensor) -> Record:
+    return {"value": p, "gradient": p.grad, "requires_grad": p.requires_grad}
 
 
 def set_state(learner: SavedLearner, state: State) -> None:
@@ -136,7 +142,11 @@ def records_in(state: State) -> dict[tuple[str, str], Record]:
         for owner, named in state["attributes"].items()
         for name, record in named.items()
     }
-    records[MODEL] = {"state": state["model"], "gradients": state["gradients"]}
+    records[MODEL] = {
+        "state": state["model"],
+        "gradients": state["gradients"],
+        "frozen": state.get("frozen"),
+    }
     if state["optimizer"] is not None:
         records[OPTIMIZER] = {
             "state": state["optimizer"],
@@ -207,6 +217,8 @@ def set_part(part: Part, record: Record) -> None:
         _load_module(part, record["state"])
         for name, p in part_parameters(part):
             _set_gradient(p, record["gradients"].get(name))
+            if (frozen := record.get("frozen")) is not None:  # an older checkpoint has none
+                _set_trained(p, name not in frozen)
         return
     if is_optimizer(part.value):
         parameters = optimizer_parameters(part.value)
@@ -214,11 +226,17 @@ def set_part(part: Part, record: Record) -> None:
             with torch.no_grad():
                 parameters[i].copy_(saved["value"])
             _set_gradient(parameters[i], saved["gradient"])
+            _set_trained(parameters[i], saved.get("requires_grad", parameters[i].requires_grad))
     _noted(str(part), part.value.load_state_dict, record["state"])
 
 
 def _set_gradient(p: torch.Tensor, gradient: torch.Tensor | None) -> None:
     p.grad = None if gradient is None else gradient.to(p.device, copy=True)
+
+
+def _set_trained(p: torch.Tensor, trained: bool) -> None:
+    if p.requires_grad != trained:
+        p.requires_grad_(trained)
 
 
 def _load_module(part: Part, state: Mapping[str, Any]) -> None:

@@ -121,7 +121,7 @@ def test_layers_may_be_given() -> None:
     rates = named(model, lr_groups(model, 1.0, decay=0.1, layers=layers), "lr")
     assert sorted(set(rates.values()), reverse=True) == pytest.approx([1.0, 0.1, 0.01])
     assert (rates["token"], rates["head.weight"]) == (pytest.approx(0.01), 1.0)
-    with pytest.raises(ValueError, match=r"layers: norm.weight is in none of them: add it"):
+    with pytest.raises(ValueError, match=r"layers: norm.weight is in none: add it"):
         lr_groups(model, 1.0, decay=0.1, layers=[*layers[:2], "head"])
 
 
