@@ -162,6 +162,15 @@ class EpochEvent(_InEpoch):
     """
 
 
+def lrs_of(opt: Any) -> tuple[Any, ...]:
+    """The learning rates of all groups; copies of tensors, which schedulers change in place."""
+    groups = opt.param_groups
+    if len(groups) == 1 and not isinstance(lr := groups[0].get("lr"), torch.Tensor):
+        return (lr,)  # the usual case
+    rates = [group.get("lr") for group in groups]
+    return tuple([lr.clone() if isinstance(lr, torch.Tensor) else lr for lr in rates])
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class _InBatch(_InEpoch):
     iter: int
@@ -175,10 +184,8 @@ class _InBatch(_InEpoch):
     @staticmethod
     def _position(learner: Any) -> tuple[Any, ...]:
         lrs = learner.step_lrs
-        if lrs is None and learner.opt is not None:
-            lrs = [group.get("lr") for group in learner.opt.param_groups]
-        # Copies of tensors, which schedulers change in place.
-        lrs = tuple(lr.clone() if isinstance(lr, torch.Tensor) else lr for lr in lrs or ())
+        if lrs is None:
+            lrs = () if learner.opt is None else lrs_of(learner.opt)
         loss = learner.loss
         return (
             learner,

@@ -42,11 +42,11 @@ from ...events import (
     Subscription,
     ZeroGrad,
 )
+from ...events.base import lrs_of
 from ...events.errors import annotate_error
 from ..data.dataloaders import length_of
 from .actions import nobody_performs, performers
 from .clock import epoch_length, epochs_of
-from .parameters import lrs_of
 from .reading import BatchReader
 from .requests import CANCELS, Request, scope_for
 from .scope import scope, scope_within

@@ -71,15 +71,6 @@ def _held_by(loop: Any, kind: type[T]) -> list[T]:
     return found
 
 
-def lrs_of(opt: Any) -> tuple[Any, ...]:
-    """The learning rates of all groups; copies of tensors, which a scheduler changes in place."""
-    groups = opt.param_groups
-    if len(groups) == 1 and not isinstance(lr := groups[0].get("lr"), torch.Tensor):
-        return (lr,)
-    rates = [group.get("lr") for group in groups]
-    return tuple(lr.clone() if isinstance(lr, torch.Tensor) else lr for lr in rates)
-
-
 def parameter_names(learner: Any) -> dict[int, str]:
     """The names of the parameters of the model and the loss, by the `id` of each."""
     names = {id(p): name for name, p in learner.model.named_parameters()}

@@ -17,9 +17,10 @@ from ...events import (
     GetLoss,
     Predict,
 )
+from ...events.base import lrs_of
 from .loop import Loop
 from .optimizers import Optimizers, class_of, optimizer_named
-from .parameters import all_groups, lrs_of
+from .parameters import all_groups
 
 
 class UpdatingLoop(Loop):
