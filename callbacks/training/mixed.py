@@ -94,18 +94,20 @@ class MixedTrainingCB(Callback):
         self._open()
 
     def _open(self) -> None:
-        self._reopen = False
         self._autocast = torch.autocast(self._device, dtype=self.dtype)
         self._autocast.__enter__()
 
     def after_loss(self, event: AfterLoss) -> None:
-        if event.learner.updated and not event.training:
+        if event.training:
+            self._reopen = bool(event.learner.updated)
+        elif event.learner.updated:
             return  # what comes after an update is in the same precision
-        self._reopen = bool(event.learner.updated)
         self._close()
 
     def cleanup_batch(self, event: CleanupBatch) -> None:
         self._close()  # if the batch was cancelled before its loss
+        if event.training:  # not in an extra validation, within the batch
+            self._reopen = False
 
     def _close(self) -> None:
         if self._autocast is not None:
@@ -137,6 +139,7 @@ class MixedTrainingCB(Callback):
 
     def cleanup_step(self, event: CleanupStep) -> None:
         if self._reopen:
+            self._reopen = False
             self._open()
         if self._scaling is not None:
             self._scaling.end_step(event.learner)

@@ -18,6 +18,7 @@ from eventrain.callbacks import (
     MixedTrainingCB,
     SchedulerCB,
     TerminateOnNaNCB,
+    ValidateCB,
 )
 from eventrain.engine import DataLoaders, MomentumLearner, TrainLearner
 from eventrain.events import (
@@ -374,6 +375,21 @@ def test_an_overflow_of_one_optimizer_skips_its_step_alone() -> None:
     ok, skipped = "completed", "cancelled"
     assert ends == [("D", ok), ("G", ok), ("D", skipped), ("G", ok), ("D", ok), ("G", ok)]
     assert (mixed.skipped_steps, mixed.scaler.get_scale()) == (1, 2.0**9)
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_an_extra_validation_between_two_updates_changes_nothing(mixed: bool) -> None:
+    trained, told = [], []
+    for validated in (False, True):
+        torch.manual_seed(0)
+        learner = gan(*[MixedTrainingCB("bf16")] * mixed)
+        if validated:
+            learner.add_cbs(ValidateCB(DataLoader(TensorDataset(IMAGES), 16), every_steps=1))
+            learner.subscribe(AfterStep, lambda event: told.append((event.opt, event.lr)))
+        learner.run(2, valid=False)
+        trained.append(weights(learner.model))
+    assert torch.equal(*trained)
+    assert told == [("D", 2e-3), ("G", 2e-3)] * 12
 
 
 # ---------------------------------------------------------------------------------------- events
