@@ -33,7 +33,7 @@ MAX_METRICS = 50
 BUCKETS = (0.1, 0.5, 1, 5, 10, 30, 60, 300, 600, 1800, 3600, 10800, 36000)
 """Upper bounds of the buckets for the seconds of an epoch, up to ten hours."""
 
-_OURS = ("phase", "status", "metric", "group", "le")
+_OURS = ("phase", "status", "metric", "param_group", "le")
 _PHASES = ("train", "valid")
 _STATUSES = ("completed", "cancelled", "failed")
 
@@ -57,7 +57,7 @@ class PrometheusCB(RecordCB):
     | `eventrain_metrics_left_out_total` | numbers not shown, as there are 50 other names already |
     | `eventrain_batch_loss{phase}` | loss of the last training batch that has a record |
     | `eventrain_learning_rate{phase}` | its learning rate, of the first parameter group |
-    | `eventrain_learning_rate_by_group{phase,group}` | that of each group, from 0, if several |
+    | `eventrain_learning_rate_by_group{phase,param_group}` | that of each group, from 0, if several |
     | `eventrain_samples_per_second{phase}` | speed between it and the record before |
 
     Not measured: lists and strings among the metrics, steps, gradients, memory, and anything per
@@ -161,7 +161,7 @@ class PrometheusCB(RecordCB):
                     self._of(shown[key], phase=record["phase"]).set(value)
             for i, lr in enumerate(record.get("lrs", ())):
                 if lr is not None:
-                    self._of("lrs", phase=record["phase"], group=str(i)).set(lr)
+                    self._of("lrs", phase=record["phase"], param_group=str(i)).set(lr)
         elif record["event"] == "epoch":
             which = {"phase": record["phase"]}
             self._of("epochs", **which, status=record["status"]).inc()
@@ -227,7 +227,7 @@ class _Collectors:
             "left_out": make(Counter, "metrics_left_out", left_out),
             "batch_loss": make(Gauge, "batch_loss", "Loss of the last batch", "phase", **last),
             "lr": make(Gauge, "learning_rate", "Learning rate at that batch", "phase", **last),
-            "lrs": make(Gauge, "learning_rate_by_group", lrs, "phase", "group", **last),
+            "lrs": make(Gauge, "learning_rate_by_group", lrs, "phase", "param_group", **last),
             "speed": make(Gauge, "samples_per_second", "Speed up to that batch", "phase", **last),
         }
         self._admitted: set[str] = set()

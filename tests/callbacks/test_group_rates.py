@@ -132,7 +132,7 @@ def test_tensorboard_and_prometheus_show_each(tmp_path: Path) -> None:
     cbs = [TensorBoardCB(tmp_path, every=1), PrometheusCB(registry=registry, every=1)]
     learner.run(1, valid=False, cbs=cbs)
     for i, rate in enumerate([0.25, 0.5]):
-        labels = {"phase": "train", "group": str(i)}
+        labels = {"phase": "train", "param_group": str(i)}
         name = "eventrain_learning_rate_by_group"
         assert registry.get_sample_value(name, labels) == rate
     (folder,) = {path.parent for path in tmp_path.rglob("*tfevents*")}
