@@ -57,7 +57,7 @@ class PrometheusCB(RecordCB):
     | `eventrain_metrics_left_out_total` | numbers not shown, as there are 50 other names already |
     | `eventrain_batch_loss{phase}` | loss of the last training batch that has a record |
     | `eventrain_learning_rate{phase}` | its learning rate, of the first parameter group |
-    | `eventrain_learning_rate_by_group{phase,param_group}` | that of each group, from 0, if several |
+    | `eventrain_learning_rate_by_group{phase,param_group}` | of each group, from 0, if several |
     | `eventrain_samples_per_second{phase}` | speed between it and the record before |
 
     Not measured: lists and strings among the metrics, steps, gradients, memory, and anything per

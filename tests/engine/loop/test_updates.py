@@ -26,9 +26,12 @@ from eventrain.events import (
     AfterLoss,
     AfterStep,
     BatchEvent,
+    BeforeBatch,
     BeforeStep,
     Callback,
+    CancelBatchException,
     CancelStepException,
+    CleanupBatch,
     CleanupStep,
     StepEvent,
     record_events,
@@ -139,6 +142,26 @@ def test_a_gan_is_trained_as_by_hand_to_the_bit() -> None:
     torch.manual_seed(0)
     assert torch.equal(weights(learner.model), dcgan_by_hand(3))
     assert (result.steps, result.batches) == (18, 18)
+
+
+def test_a_batch_of_ones_own_may_update() -> None:
+    class OwnBatch(GANLearner):
+        def one_batch(self) -> None:
+            with self.scope(CancelBatchException, CleanupBatch):
+                self.emit(BeforeBatch)
+                self.predict()
+                self.get_loss()
+                self.emit(AfterBatch)
+                self.done.batches += 1
+
+    trained = []
+    for cls in (GANLearner, OwnBatch):
+        torch.manual_seed(0)
+        model = GAN()
+        learner = cls(model, DataLoaders(loader(), loader()), opt=adams(model), cbs=MetricsCB())
+        result = learner.run(2)
+        trained.append((weights(model).tolist(), result.history, result.steps, result.batches))
+    assert trained[0] == trained[1]
 
 
 @pytest.mark.parametrize("at", [1, 4, 6, 7])
