@@ -14,7 +14,10 @@ from torch import nn
 from ...events import Bus, Callback, CancelEpochException, CancelFitException
 from ...events.learner import LearnerLike
 from ...events.types import numbers_of
+from ..checkpoint.generators import generator_state, is_generator, set_generator_state
+from ..checkpoint.parts import SavedLearner
 from ..checkpoint.random_state import random_state, set_random_state
+from ..checkpoint.search import parts_of
 from ..data.dataloaders import DataLoaders, length_of
 from ..listeners.streams import EventStream
 from ..loop.reading import BatchReader, read_batches
@@ -99,6 +102,8 @@ def _epoch_around_kept(loop: LoopState, models: Iterable[nn.Module]) -> Iterator
     kept = {name: getattr(loop, name) for name in _OF_THE_EPOCH_AROUND}
     modes = [(module, module.training) for model in models for module in model.modules()]
     random = random_state(loop.dls)
+    found = [part.value for part in parts_of(cast(SavedLearner, loop)) if is_generator(part.value)]
+    own_random = [(generator, generator_state(generator)) for generator in found]
     try:
         yield
     finally:
@@ -107,6 +112,8 @@ def _epoch_around_kept(loop: LoopState, models: Iterable[nn.Module]) -> Iterator
         for module, training in modes:
             module.training = training
         set_random_state(loop.dls, random)
+        for generator, state in own_random:
+            set_generator_state(generator, state)
 
 
 _OF_THE_EPOCH_AROUND = (

@@ -212,6 +212,30 @@ def test_every_kind_of_training_is_the_same_to_the_bit(kind: str) -> None:
     assert_same(without, with_it)
 
 
+class Noisy(TrainLearner):
+    """Draws from generators of its own, in training and in validation."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.noise = torch.Generator().manual_seed(0)
+        self.numpy_noise = numpy.random.default_rng(0)
+
+    def predict(self) -> None:
+        x = self.batch[0] + 0.1 * torch.randn(self.batch[0].shape, generator=self.noise)
+        self.preds = self.model(x + float(self.numpy_noise.standard_normal()))
+
+
+def test_generators_of_the_learner_go_on_as_without_it() -> None:
+    without = make_learner(cls=Noisy)
+    torch.manual_seed(1)
+    with_it = make_learner(ValidateCB(clean(), every_steps=2), cls=Noisy)
+    with_it.model.load_state_dict(without.model.state_dict())
+    for learner in without, with_it:
+        torch.manual_seed(2)
+        learner.run(2)
+    assert torch.equal(weights(without.model), weights(with_it.model))
+
+
 def test_the_batch_and_the_modes_around_it_are_restored() -> None:
     learner = make_learner(model=restless_model)
     frozen = learner.model[1]
