@@ -84,7 +84,7 @@ def _leave(
     error = None if exc is None else _refuse_stray_cancel(exc, entered)
     loop.scope_end = _end_of(error)
     loop.outer_continues = error is None or isinstance(error, cancel)
-    if error is not None and cleanup is CleanupEpoch and not loop.nested:
+    if error is not None and cleanup is CleanupEpoch and not loop.in_extra_validation:
         loop.record_cut_epoch(loop.scope_end.status)
     loop.graceful_stop_due = bool(loop.pending_requests) and _is_between_batches(loop, entered)
     signal = loop.signals[cleanup]
@@ -119,7 +119,7 @@ def _is_between_batches(loop: LoopState, entered: OpenScope) -> bool:
     """Whether a graceful stop takes effect once this scope has been left."""
     cancel, outer = entered
     at_boundary = cancel in (CancelBatchException, CancelEpochException)
-    if loop.nested or not (loop.outer_continues and at_boundary):
+    if loop.in_extra_validation or not (loop.outer_continues and at_boundary):
         return False
     return loop.pending_requests.graceful_for(outer)
 

@@ -101,6 +101,7 @@ class LoopState:
         "graceful_stop_due",
         "gradients_pending",
         "history",
+        "in_extra_validation",
         "innermost_scope",
         "iter",
         "lengths",
@@ -111,7 +112,6 @@ class LoopState:
         "n_iter",
         "n_samples",
         "n_steps",
-        "nested",
         "opt",
         "outer_continues",
         "pending_requests",
@@ -192,7 +192,7 @@ class LoopState:
     gradients_pending: bool | list[str]
     """Whether there has been a backward pass since the last ZeroGrad; in updates, the names of the
     optimizers for whose gradients that is so."""
-    nested: bool
+    in_extra_validation: bool
     """Whether the current epoch is an extra validation, within an epoch of the fit."""
     record: dict[str, Any]
     """The values recorded in this epoch: a row of the history, to which receivers may add."""
@@ -231,7 +231,7 @@ class LoopState:
         self.batch = self.preds = self.loss = None
         self.n_iter = self.step_lrs = None
         self.lengths = {}
-        self.all_read = self.training = self.gradients_pending = self.nested = False
+        self.all_read = self.training = self.gradients_pending = self.in_extra_validation = False
         self.updated, self.updating, self.step_counts = False, None, True
         self.wants_closure = False
         self.record = {}

@@ -64,7 +64,7 @@ def validate_within(
         stoppable: whether to end after the current batch if the fit is to be stopped gracefully.
     """
     loop = cast(Fittable, learner)
-    reader = _Reader(loop.batch_reader, length, stoppable)
+    reader = ExtraReader(loop.batch_reader, length, stoppable)
     with _epoch_around_kept(loop, [model or loop.model]):
         own_random = random_state(DataLoaders(valid=loader))
         try:
@@ -81,13 +81,13 @@ def validate_within(
 
 
 def _begin_epoch(
-    loop: Fittable, loader: Any, measuring: Iterable[Callback], reader: _Reader
+    loop: Fittable, loader: Any, measuring: Iterable[Callback], reader: ExtraReader
 ) -> None:
     lengths = [n for n in (length_of(loader), reader.length) if n is not None]
     bus = _bus_for(loop, measuring)
     loop.signals, loop.without_receivers = bus.signals, bus.without_receivers
     loop.dls, loop.dl, loop.batch_reader = DataLoaders(valid=loader), loader, reader
-    loop.purpose, loop.training, loop.nested = "validate", False, True
+    loop.purpose, loop.training, loop.in_extra_validation = "validate", False, True
     loop.progress = {True: loop.progress[True], False: Progress()}
     loop.done = loop.progress[False]
     loop.n_iter = min(lengths, default=None)
@@ -117,7 +117,15 @@ def _epoch_around_kept(loop: LoopState, models: Iterable[nn.Module]) -> Iterator
 
 
 _OF_THE_EPOCH_AROUND = (
-    *("signals", "without_receivers", "batch_reader", "purpose", "progress", "done", "nested"),
+    *(
+        "signals",
+        "without_receivers",
+        "batch_reader",
+        "purpose",
+        "progress",
+        "done",
+        "in_extra_validation",
+    ),
     *("model", "dls", "dl", "training", "n_iter", "iter", "n_samples", "all_read"),
     *("batch", "preds", "loss", "step_lrs", "updated", "updating", "record"),
 )
@@ -146,7 +154,7 @@ def _is_to_be_stopped(loop: LoopState) -> bool:
     return any(r.graceful and isinstance(r.error, CancelFitException) for r in requests)
 
 
-class _Reader(BatchReader):
+class ExtraReader(BatchReader):
     """Reads the batches of an extra validation.
 
     Attributes:
@@ -166,13 +174,17 @@ class _Reader(BatchReader):
     def _until_stopped(self, loop: LoopState) -> Iterator[Any]:
         batches = islice(loop.dl, self.length)
         while True:
-            if self._stoppable and _is_to_be_stopped(loop):
-                self.stopped = True
-                raise CancelEpochException("the fit is to be stopped")
+            self.check_stopped(loop)
             try:
                 yield next(batches)  # without a name: it would keep the batch alive
             except StopIteration:
                 return
+
+    def check_stopped(self, loop: LoopState) -> None:
+        """End the validation if it may be, and the fit is to be stopped."""
+        if self._stoppable and _is_to_be_stopped(loop):
+            self.stopped = True
+            raise CancelEpochException("the fit is to be stopped")
 
     def note_guess(self, loop: LoopState, size: int, why: str) -> None:
         self._around.note_guess(loop, size, why)

@@ -13,6 +13,7 @@ import anyio.lowlevel
 from ...events import CancelEpochException
 from ..context import call_soon_threadsafe
 from ..loop.requests import InterruptedFit
+from .extra_validation import ExtraReader
 from .fittable import Fittable
 
 
@@ -68,8 +69,11 @@ class FitSourceHost:
         """Raise what is due while the thread waits for a batch: graceful requests as well."""
         learner = self._learner
         if learner.pending_requests and not learner.cleaning_up:
-            scope = learner.innermost_scope
+            scope, reader = learner.innermost_scope, learner.batch_reader
+            if isinstance(reader, ExtraReader):
+                reader.check_stopped(learner)
             between_batches = scope is not None and scope[0] is CancelEpochException
+            between_batches = between_batches and not learner.in_extra_validation
             if between_batches and learner.pending_requests.graceful_for(scope):
                 for cb in learner.cbs:
                     if isinstance(cb, SavesBetweenBatches):

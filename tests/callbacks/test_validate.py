@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Iterator
+import threading
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 from typing import Any
 
+import anyio
 import numpy
 import pytest
 import torch
@@ -57,6 +60,7 @@ from tests.support.resuming import (
     undisturbed,
 )
 from tests.support.training import weights
+from tests.support.waiting import GUARD
 
 CLEAN = TensorDataset(X[30:80], Y[30:80])
 
@@ -255,7 +259,11 @@ def test_the_batch_and_the_modes_around_it_are_restored() -> None:
             assert learner.model.training
             assert not frozen.training
             assert torch.is_grad_enabled()
-            assert (learner.purpose, learner.nested, learner.training) == ("fit", False, True)
+            assert (learner.purpose, learner.in_extra_validation, learner.training) == (
+                "fit",
+                False,
+                True,
+            )
 
     learner.add_cbs(ValidateCB(clean(), every_steps=1))
     assert learner.run(1).status == "completed"
@@ -335,7 +343,7 @@ def test_a_fit_that_is_interrupted_in_it_is_the_same_when_resumed(
             assert_same(whole, in_pieces(watched, [(at, how), (at, how)], each=each))
 
 
-def test_a_graceful_stop_cuts_it_short_and_saves(tmp_path: Any) -> None:
+def test_a_graceful_stop_cuts_it_short_and_saves(tmp_path: Path) -> None:
     learner = make_learner(ValidateCB(clean(), every_steps=2), CheckpointCB(tmp_path))
     found = validations(learner)
 
@@ -373,7 +381,7 @@ def test_a_cancelled_fit_ends_within_it_and_the_next_one_is_whole() -> None:
     subscription = learner.subscribe(BeforeBatch, _cancel_the_fit)
     result = learner.run(1)
     assert (result.status, result.steps, result.reason) == ("cancelled", 2, "enough")
-    assert (learner.purpose, learner.nested) == ("fit", False)
+    assert (learner.purpose, learner.in_extra_validation) == ("fit", False)
     subscription.close()
     assert learner.run(1).status == "completed"
 
@@ -394,7 +402,7 @@ def test_an_error_in_it_names_it() -> None:
 # ----------------------------------------------------------------- what follows from its numbers
 
 
-def test_early_stopping_and_the_best_checkpoint_go_by_its_numbers(tmp_path: Any) -> None:
+def test_early_stopping_and_the_best_checkpoint_go_by_its_numbers(tmp_path: Path) -> None:
     checkpoints = CheckpointCB(tmp_path, keep_best=("clean.loss", "min"))
     learner = make_learner(
         ValidateCB(clean(), name="clean"),
@@ -416,7 +424,7 @@ def test_an_epoch_without_a_validation_of_that_name_does_not_count() -> None:
         make_learner(ValidateCB(clean(), name="clean"), EarlyStoppingCB("clear.loss")).run(1)
 
 
-def test_it_is_logged_and_drawn_by_steps(tmp_path: Any) -> None:
+def test_it_is_logged_and_drawn_by_steps(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     learner = make_learner(ValidateCB(clean(), every_steps=2, name="clean"))
@@ -513,3 +521,32 @@ def test_the_names_of_the_example() -> None:
         nn.Linear(3, 1), DataLoaders(batches), cbs=[ValidateCB(batches, every_steps=2)]
     )
     assert set(learner.run(1, valid=False).history[0]) == {"epoch", "train", "extra.loss"}
+
+
+class Silent:
+    """An async source that has one batch, and then waits for another one."""
+
+    async def __aiter__(self) -> AsyncIterator[Any]:
+        yield CLEAN[:16]
+        self.waits.set()
+        await anyio.sleep_forever()
+
+    def __init__(self) -> None:
+        self.waits = threading.Event()
+
+
+async def test_a_graceful_stop_ends_one_that_waits_for_its_source(tmp_path: Path) -> None:
+    silent = Silent()
+    extra = ValidateCB(silent, every_steps=2, name="clean")
+    learner = make_learner(extra, CheckpointCB(tmp_path))
+    with anyio.fail_after(GUARD):
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(learner.fit, 1)
+            await anyio.to_thread.run_sync(silent.waits.wait, GUARD)
+            learner.stop(graceful=True)
+    assert learner.result is not None
+    assert (learner.result.status, learner.result.steps) == ("cancelled", 2)
+    resumed = make_learner(ValidateCB(clean(), every_steps=2, name="clean"))
+    found = validations(resumed)
+    await resumed.fit(1, resume=tmp_path)
+    assert [event.steps for event in found] == [2, 4]
