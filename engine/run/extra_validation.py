@@ -117,15 +117,8 @@ def _epoch_around_kept(loop: LoopState, models: Iterable[nn.Module]) -> Iterator
 
 
 _OF_THE_EPOCH_AROUND = (
-    *(
-        "signals",
-        "without_receivers",
-        "batch_reader",
-        "purpose",
-        "progress",
-        "done",
-        "in_extra_validation",
-    ),
+    *("in_extra_validation", "purpose", "signals", "without_receivers"),
+    *("batch_reader", "progress", "done"),
     *("model", "dls", "dl", "training", "n_iter", "iter", "n_samples", "all_read"),
     *("batch", "preds", "loss", "step_lrs", "updated", "updating", "record"),
 )
