@@ -66,7 +66,8 @@ class MixedTrainingCB(Callback):
         self.scaler: torch.amp.GradScaler | None = None
         self.skipped_steps = 0
         self._device = "cpu"
-        self._autocast: torch.autocast | None = None
+        # The one that is entered, in a batch of the fit (False) and of a validation within it.
+        self._autocasts: dict[bool, torch.autocast] = {}
         self._scaling: GradientScaling | None = None  # of the scaler, if there is one
         self._reopen = False  # whether more is computed after the step
 
@@ -91,28 +92,29 @@ class MixedTrainingCB(Callback):
                 self._scaling = GradientScaling(self.scaler, event.learner)
 
     def before_batch(self, event: BeforeBatch) -> None:
-        self._open()
+        self._open(event)
 
-    def _open(self) -> None:
-        self._autocast = torch.autocast(self._device, dtype=self.dtype)
-        self._autocast.__enter__()
+    def _open(self, event: BeforeBatch | CleanupStep) -> None:
+        autocast = torch.autocast(self._device, dtype=self.dtype)
+        self._autocasts[event.learner.nested] = autocast
+        autocast.__enter__()
 
     def after_loss(self, event: AfterLoss) -> None:
         if event.training:
             self._reopen = bool(event.learner.updated)
         elif event.learner.updated:
             return  # what comes after an update is in the same precision
-        self._close()
+        self._close(event)
 
     def cleanup_batch(self, event: CleanupBatch) -> None:
-        self._close()  # if the batch was cancelled before its loss
+        self._close(event)  # if the batch was cancelled before its loss
         if event.training:  # not in an extra validation, within the batch
             self._reopen = False
 
-    def _close(self) -> None:
-        if self._autocast is not None:
-            self._autocast.__exit__(None, None, None)
-            self._autocast = None
+    def _close(self, event: AfterLoss | CleanupBatch) -> None:
+        autocast = self._autocasts.pop(event.learner.nested, None)
+        if autocast is not None:
+            autocast.__exit__(None, None, None)
 
     def backward(self, event: Backward) -> None:
         if self._scaling is None:
@@ -140,7 +142,7 @@ class MixedTrainingCB(Callback):
     def cleanup_step(self, event: CleanupStep) -> None:
         if self._reopen:
             self._reopen = False
-            self._open()
+            self._open(event)
         if self._scaling is not None:
             self._scaling.end_step(event.learner)
 
