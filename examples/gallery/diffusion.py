@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import torch
 from eventrain.callbacks import MetricsCB, SchedulerCB, ValidateCB
 from eventrain.engine import TrainLearner
 from eventrain.events import AfterStep, Callback
-from torch import nn
-from torch.optim import Adam
+from torch import nn, optim
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision.ops import MLP
@@ -17,7 +17,7 @@ from torchvision.utils import save_image
 
 from ..datasets import digits
 
-FIT = {"max_steps": 2000, "epoch_length": 100}
+FIT: dict[str, Any] = {"max_steps": 2000, "epoch_length": 100}
 LEFT = 1 - torch.linspace(1e-3, 0.12, 100)  # how much of an image each time leaves
 KEPT = LEFT.cumprod(0)
 
@@ -30,13 +30,13 @@ class Diffusion(nn.Module):
         self.time = nn.Embedding(len(LEFT), 64)
         self.layers = MLP(128, [256, 256, 256, 64], activation_layer=nn.SiLU)
 
-    def noise_in(self, x: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+    def noise_in(self, x: torch.Tensor, time: torch.Tensor) -> Any:
         return self.layers(torch.cat([x, self.time(time)], dim=1))
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
+    def forward(self, images: torch.Tensor) -> Any:
         x, time = images.flatten(1), torch.randint(len(LEFT), (len(images),))
         noise, kept = torch.randn_like(x), KEPT[time, None]
-        return self.noise_in(kept.sqrt() * x + (1 - kept).sqrt() * noise, time) - noise
+        return noise - self.noise_in(kept.sqrt() * x + (1 - kept).sqrt() * noise, time)
 
     @torch.no_grad()
     def sample(self, n: int) -> torch.Tensor:
@@ -51,7 +51,7 @@ class AverageCB(Callback):
     """Keeps an exponential moving average of the weights."""
 
     def __init__(self, model: nn.Module, decay: float = 0.995) -> None:
-        self.model = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
+        self.model: Any = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
 
     def after_step(self, event: AfterStep) -> None:
         self.model.update_parameters(event.learner.model)
@@ -61,10 +61,10 @@ def make_learner() -> TrainLearner:
     """Return the learner."""
     model, dls = Diffusion(), digits()
     average = AverageCB(model)
-    validate = ValidateCB(dls.valid, name="average", model=average.model)
-    warm_up = SchedulerCB(lambda opt, n_steps: LambdaLR(opt, lambda i: min(1, 9 * i / n_steps)))
+    validate = ValidateCB(dls.valid, name="average", model=average.model)  # type: ignore[arg-type]
+    warm_up = SchedulerCB(lambda opt, n_steps: LambdaLR(opt, lambda i: min(1, 9 * i / n_steps)))  # type: ignore[misc, arg-type]
     cbs = [MetricsCB(), average, validate, warm_up]
-    return TrainLearner(model, dls, lambda e, _: (e**2).mean(), lr=1e-3, cbs=cbs, opt_func=Adam)
+    return TrainLearner(model, dls, lambda e, _: (e**2).mean(), 1e-3, cbs=cbs, opt_func=optim.Adam)
 
 
 def main() -> None:
@@ -72,9 +72,9 @@ def main() -> None:
     torch.manual_seed(1)
     learner = make_learner()
     print(f"loss {learner.run(**FIT).history[-1]['average.loss']:.3f}")
-    samples = learner.cbs[1].model.module.sample(32)
+    [average] = [cb.model for cb in learner.cbs if isinstance(cb, AverageCB)]
     for path in sys.argv[1:]:
-        save_image(nn.Upsample(scale_factor=4)(samples / 2 + 0.5), path)
+        save_image(nn.Upsample(scale_factor=4)(average.module.sample(32) / 2 + 0.5), path)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ After Hinton, Vinyals and Dean: Distilling the Knowledge in a Neural Network.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from eventrain.callbacks import MetricsCB
 from eventrain.engine import DataLoaders, TrainLearner
@@ -15,7 +17,7 @@ from torcheval.metrics import MulticlassAccuracy
 
 from ..datasets import digits
 
-FIT = {"n_epochs": 20}
+FIT: dict[str, Any] = {"n_epochs": 20}
 
 
 def make_model(width: int) -> nn.Module:
@@ -62,8 +64,9 @@ def main() -> None:
     torch.manual_seed(1)
     learner = make_learner()
     student = learner.run(**FIT).history[-1]["accuracy"]
-    teacher = learner_for(learner.cbs[1].teacher, learner.dls).run_validate()["accuracy"]
-    print(f"accuracy {student:.3f}, of the teacher {teacher:.3f}")
+    [teacher] = [cb.teacher for cb in learner.cbs if isinstance(cb, DistillationCB)]
+    right = learner_for(teacher, learner.dls).run_validate()["accuracy"]
+    print(f"accuracy {student:.3f}, of the teacher {right:.3f}")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ After the GCN of Kipf and Welling, on the graph of the nearest neighbours.
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 from eventrain.callbacks import MetricsCB
@@ -15,7 +16,7 @@ from torch import nn, optim
 from torch.nn import functional as F
 from torcheval.metrics import MulticlassAccuracy
 
-FIT = {"n_epochs": 200}
+FIT: dict[str, Any] = {"n_epochs": 200}
 
 
 class GCN(nn.Module):
@@ -34,7 +35,8 @@ class GCN(nn.Module):
 
     def forward(self, nodes: torch.Tensor) -> torch.Tensor:
         hidden = F.dropout(self.adjacency @ self.first(self.x), 0.5, self.training).relu()
-        return (self.adjacency @ self.second(hidden))[nodes]
+        logits: torch.Tensor = self.adjacency @ self.second(hidden)
+        return logits[nodes]
 
 
 def make_data() -> tuple[nn.Module, DataLoaders]:

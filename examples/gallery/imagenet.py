@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from eventrain.callbacks import ChannelLastCB, DeviceCB, MetricsCB, SchedulerCB
@@ -20,12 +21,12 @@ from torchvision.models import resnet18
 
 from ..datasets import digits, fashion_mnist
 
-FIT = {"n_epochs": 3}
+FIT: dict[str, Any] = {"n_epochs": 3}
 
 
 def make_model() -> nn.Module:
     """Return a ResNet-18 from images of shape (N, 1, H, W) to logits of 10 classes."""
-    model = resnet18(num_classes=10)
+    model: nn.Module = resnet18(num_classes=10)
     model.conv1 = nn.Conv2d(1, 64, 7, stride=2, padding=3, bias=False)
     return model
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from eventrain.callbacks import MetricsCB, SchedulerCB
@@ -18,7 +19,7 @@ from torcheval.metrics import MulticlassAccuracy
 
 from ..datasets import digits, fashion_mnist
 
-FIT = {"n_epochs": 5}
+FIT: dict[str, Any] = {"n_epochs": 5}
 
 
 def make_model() -> nn.Module:

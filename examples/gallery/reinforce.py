@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from eventrain.engine import DataLoaders, TrainLearner
 from torch import nn, optim
 from torch.distributions import Categorical
 
-FIT = {"n_epochs": 8, "valid": False}
+FIT: dict[str, Any] = {"n_epochs": 8, "valid": False}
 
 
 class CartPoles:
@@ -35,9 +37,9 @@ class Policy(nn.Sequential):
 
     def forward(self, env: CartPoles) -> tuple[torch.Tensor, ...]:
         env.reset()
-        steps = []
+        steps: list[tuple[torch.Tensor, ...]] = []
         while env.stands.any() and len(steps) < 200:
-            choice = Categorical(logits=super().forward(env.state))
+            choice = Categorical(logits=super().forward(env.state))  # type: ignore[no-untyped-call]
             actions = choice.sample()
             steps.append((choice.log_prob(actions), env.stands))
             env.step(actions)

@@ -6,6 +6,7 @@ After super_resolution in pytorch/examples.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from eventrain.callbacks import MetricsCB
@@ -15,7 +16,7 @@ from torch import nn, optim
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-FIT = {"n_epochs": 20}
+FIT: dict[str, Any] = {"n_epochs": 20}
 
 
 def resized(x: torch.Tensor, factor: float) -> torch.Tensor:
@@ -37,7 +38,8 @@ class ESPCN(nn.Module):
         self.layers = nn.Sequential(*layers[:-1], nn.PixelShuffle(2))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return resized(x, 2) + self.layers(x)
+        missing: torch.Tensor = self.layers(x)
+        return resized(x, 2) + missing
 
 
 def make_loaders() -> DataLoaders:

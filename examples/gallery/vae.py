@@ -5,6 +5,8 @@ After vae in pytorch/examples.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from eventrain.callbacks import MetricsCB
 from eventrain.engine import DataLoaders, TrainLearner
@@ -14,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from ..datasets import digits_in_memory
 
-FIT = {"n_epochs": 20}
+FIT: dict[str, Any] = {"n_epochs": 20}
 
 
 class VAE(nn.Module):

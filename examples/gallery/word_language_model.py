@@ -9,6 +9,7 @@ import math
 import re
 from collections import Counter
 from pydoc_data.topics import topics
+from typing import Any
 
 import torch
 from eventrain.callbacks import GradientClippingCB, MetricsCB, SchedulerCB
@@ -18,12 +19,14 @@ from torch import nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-FIT = {"n_epochs": 12}
+FIT: dict[str, Any] = {"n_epochs": 12}
 N_WORDS, BATCH, STEPS, HIDDEN = 1000, 20, 35, 100
 
 
 class WordModel(nn.Module):
     """Maps words (N, T) to logits (N, words, T); its state goes on from batch to batch."""
+
+    state: torch.Tensor
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,7 +38,8 @@ class WordModel(nn.Module):
     def forward(self, words: torch.Tensor) -> torch.Tensor:
         out, state = self.lstm(self.embedding(words), tuple(self.state))
         self.state = torch.stack(state).detach()
-        return self.decoder(out).transpose(1, 2)
+        logits: torch.Tensor = self.decoder(out)
+        return logits.transpose(1, 2)
 
 
 def make_loaders(n_words: int = 20_000) -> DataLoaders:
