@@ -56,21 +56,18 @@ def policy_loss(log_probs: torch.Tensor, rewards: torch.Tensor) -> torch.Tensor:
 class ReinforceLearner(TrainLearner):
     """A learner whose batches are environments."""
 
+    env: CartPoles  # an attribute, so that checkpoints have its generator
+
     def get_loss(self) -> None:
         self.loss = policy_loss(*self.preds)
-
-    def state_dict(self) -> dict[str, torch.Tensor]:  # which checkpoints have
-        return {"generator": self.dls.train[0].generator.get_state()}
-
-    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        self.dls.train[0].generator.set_state(state["generator"])
 
 
 def make_learner() -> ReinforceLearner:
     """Return the learner; each batch is an episode."""
-    dls = DataLoaders([CartPoles(16)] * 10)
-    model = Policy(nn.Linear(4, 64), nn.ReLU(), nn.Linear(64, 2))
-    return ReinforceLearner(model, dls, lr=0.01, opt_func=optim.Adam)
+    env, model = CartPoles(16), Policy(nn.Linear(4, 64), nn.ReLU(), nn.Linear(64, 2))
+    learner = ReinforceLearner(model, DataLoaders([env] * 10), lr=0.01, opt_func=optim.Adam)
+    learner.env = env
+    return learner
 
 
 def main() -> None:
@@ -78,7 +75,7 @@ def main() -> None:
     torch.manual_seed(1)
     learner = make_learner()
     learner.run(**FIT)
-    print(f"{learner.model(learner.dls.train[0])[1].sum(0).float().mean():.0f} of 200 steps")
+    print(f"{learner.model(learner.env)[1].sum(0).float().mean():.0f} of 200 steps")
 
 
 if __name__ == "__main__":
