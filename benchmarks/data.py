@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from eventrain.callbacks import to_device
@@ -83,8 +83,7 @@ def from_dataset(data: FashionMNIST, device: str) -> Loader:
     """Return the engine's loader for the post's dataset."""
     with capture_logs():  # about the way that it chose
         loader = DataLoaders.from_dataset(data, None, BATCH_SIZE, device=device).train
-    assert loader is not None
-    return loader
+    return cast(Loader, loader)
 
 
 def tensors(data: FashionMNIST, device: str) -> Loader:

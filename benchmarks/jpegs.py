@@ -40,7 +40,8 @@ class Jpegs(Dataset[torch.Tensor]):
 
     def __getitem__(self, index: int) -> torch.Tensor:
         with Image.open(self.paths[index]) as image:
-            return self.transform(image.convert("RGB"))
+            pixels: torch.Tensor = self.transform(image.convert("RGB"))
+            return pixels
 
 
 def write_jpegs(folder: Path, n: int) -> list[str]:

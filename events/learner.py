@@ -49,7 +49,7 @@ class LearnerLike(Protocol):
         graceful_stop_due: for Cleanup* receivers: whether a graceful `stop` takes effect when they
             have returned.
         wants_closure: whether the step of the optimizer is given a closure.
-        nested: whether the current epoch is an extra validation, within an epoch of the fit.
+        in_extra_validation: whether the current epoch is that of a `ValidateCB`, within another.
         updated: whether `update` has been called in this batch.
         updating: in `update(loss, "D")`, the name of its optimizer; otherwise None.
         training_thread: the identifier of the thread that runs the fit.
@@ -87,7 +87,7 @@ class LearnerLike(Protocol):
     graceful_stop_due: bool
     training_thread: int | None
     wants_closure: bool
-    nested: bool
+    in_extra_validation: bool
     updated: bool | None
     updating: str | None
     metrics: Any

@@ -64,7 +64,7 @@ async def add(samples: Samples) -> int:
         raise HTTPException(503, "the training is behind", {"Retry-After": "1"}) from None
     except (anyio.BrokenResourceError, anyio.ClosedResourceError):
         raise HTTPException(503, "the training has ended") from None
-    return app.state.batches.statistics().current_buffer_used
+    return int(app.state.batches.statistics().current_buffer_used)
 
 
 @app.get("/model")

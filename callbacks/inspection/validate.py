@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterable, Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -78,7 +78,7 @@ class ValidateCB(Callback):
 
     def __init__(
         self,
-        loader: Iterable[Any] | AsyncIterable[Any],
+        loader: Any,
         *,
         every_steps: int | None = None,
         every_epochs: int | None = None,

@@ -96,7 +96,7 @@ class MixedTrainingCB(Callback):
 
     def _open(self, event: BeforeBatch | CleanupStep) -> None:
         autocast = torch.autocast(self._device, dtype=self.dtype)
-        self._autocasts[event.learner.nested] = autocast
+        self._autocasts[event.learner.in_extra_validation] = autocast
         autocast.__enter__()
 
     def after_loss(self, event: AfterLoss) -> None:
@@ -112,7 +112,7 @@ class MixedTrainingCB(Callback):
             self._reopen = False
 
     def _close(self, event: AfterLoss | CleanupBatch) -> None:
-        autocast = self._autocasts.pop(event.learner.nested, None)
+        autocast = self._autocasts.pop(event.learner.in_extra_validation, None)
         if autocast is not None:
             autocast.__exit__(None, None, None)
 

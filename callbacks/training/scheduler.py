@@ -66,7 +66,7 @@ class SchedulerCB(Callback):
 
     def __init__(
         self,
-        make: Callable[[Any], Any],
+        make: Callable[..., Any],
         every: Literal["step", "epoch"] = "step",
         monitor: str | None = None,
         *,

@@ -61,8 +61,8 @@ def make_learner() -> TrainLearner:
     """Return the learner."""
     model, dls = Diffusion(), digits()
     average = AverageCB(model)
-    validate = ValidateCB(dls.valid, name="average", model=average.model)  # type: ignore[arg-type]
-    warm_up = SchedulerCB(lambda opt, n_steps: LambdaLR(opt, lambda i: min(1, 9 * i / n_steps)))  # type: ignore[misc, arg-type]
+    validate = ValidateCB(dls.valid, name="average", model=average.model)
+    warm_up = SchedulerCB(lambda opt, n_steps: LambdaLR(opt, lambda i: min(1, 9 * i / n_steps)))
     cbs = [MetricsCB(), average, validate, warm_up]
     return TrainLearner(model, dls, lambda e, _: (e**2).mean(), 1e-3, cbs=cbs, opt_func=optim.Adam)
 
