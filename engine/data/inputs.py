@@ -200,10 +200,10 @@ def _called(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any], n_inp
 
 
 def _no_targets(learner: HasBatch, why: str) -> TypeError:
-    way = "" if learner.loss_func is None else "Where the model returns the loss, give"
-    way += " loss_func=None; or m" if way else "M"
+    has_loss_func = learner.loss_func is not None
+    way = ". Where the model returns the loss, give loss_func=None" if has_loss_func else ""
     return TypeError(
-        f"this batch has no targets: {why}. {way}ake batches of (inputs, targets), or perform"
+        f"this batch has no targets: {why}{way}. Make batches of (inputs, targets), or perform"
         " Predict and GetLoss yourself, in a Learner subclass or a callback"
     )
 
