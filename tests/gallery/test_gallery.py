@@ -28,6 +28,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "gcn": {"n_epochs": 10},
     "reinforce": {"n_epochs": 2, "valid": False},
     "word_language_model": {"n_epochs": 12},  # after which the rate has fallen
+    "dcgan": {"n_epochs": 2, "valid": False},
 }
 """The arguments of a shorter fit, for those that have other arguments than `n_epochs`."""
 
