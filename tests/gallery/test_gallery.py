@@ -29,6 +29,8 @@ SMALL: dict[str, dict[str, Any]] = {
     "reinforce": {"n_epochs": 2, "valid": False},
     "word_language_model": {"n_epochs": 12},  # after which the rate has fallen
     "dcgan": {"n_epochs": 2, "valid": False},
+    "time_sequence_prediction": {"n_epochs": 4},  # LBFGS remembers the last steps
+    "actor_critic": {"n_epochs": 2, "valid": False},
 }
 """The arguments of a shorter fit, for those that have other arguments than `n_epochs`."""
 
