@@ -53,20 +53,14 @@ def losses_of(
 class ActorCriticLearner(TrainLearner):
     """A learner whose batches are environments."""
 
-    generator: torch.Generator
-
     def get_loss(self) -> None:
         self.loss = sum(losses_of(*self.preds))
 
 
 def make_learner() -> ActorCriticLearner:
-    """Return the learner; each batch is an episode."""
-    env = CartPoles(16)
-    learner = ActorCriticLearner(
-        ActorCritic(), DataLoaders([env] * 10), lr=0.01, opt_func=optim.Adam
-    )
-    learner.generator = env.generator  # as an attribute of the learner, it is saved
-    return learner
+    """Return the learner; each batch is an episode, whose random generator is saved."""
+    dls = DataLoaders([CartPoles(16)] * 10)
+    return ActorCriticLearner(ActorCritic(), dls, lr=0.01, opt_func=optim.Adam)
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ from torchvision.utils import save_image
 
 from ..datasets import digits
 
-FIT: dict[str, Any] = {"n_epochs": 30, "valid": False}
+FIT: dict[str, Any] = {"n_epochs": 20, "valid": False}
 N_Z = 16
 
 
