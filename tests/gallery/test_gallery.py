@@ -31,6 +31,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "dcgan": {"n_epochs": 2, "valid": False},
     "time_sequence_prediction": {"n_epochs": 4},  # LBFGS remembers the last steps
     "actor_critic": {"n_epochs": 2, "valid": False},
+    "nanogpt": {"max_steps": 250, "valid": False},
 }
 """The arguments of a shorter fit, for those that have other arguments than `n_epochs`."""
 
