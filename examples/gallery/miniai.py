@@ -56,7 +56,7 @@ def one_cycle(opt: optim.Optimizer, n_steps: int) -> OneCycleLR:
 
 def make_learner(dls: DataLoaders | None = None) -> TrainLearner:
     """Return the learner, for digits by default."""
-    schedule = SchedulerCB(one_cycle)  # type: ignore[arg-type]
+    schedule = SchedulerCB(one_cycle)
     cbs = [DeviceCB(), MetricsCB(accuracy=MulticlassAccuracy()), schedule]
     return TrainLearner(
         make_model(), dls or digits(), F.cross_entropy, lr=1e-2, cbs=cbs, opt_func=optim.AdamW

@@ -66,8 +66,8 @@ def schedule(opt: optim.Optimizer, n_steps: int) -> LRScheduler:
 def make_learner() -> TrainLearner:
     """Return the learner."""
     model, dls = GPT(), make_loaders()
-    validate = ValidateCB(dls.valid, every_steps=100, name="valid")  # type: ignore[arg-type]
-    cbs = [MetricsCB(), GradientClippingCB(1.0), SchedulerCB(schedule), validate]  # type: ignore[arg-type]
+    validate = ValidateCB(dls.valid, every_steps=100, name="valid")
+    cbs = [MetricsCB(), GradientClippingCB(1.0), SchedulerCB(schedule), validate]
     opt = optim.AdamW(no_decay_groups(model, weight_decay=0.1), lr=3e-3, betas=(0.9, 0.95))
     return TrainLearner(model, dls, nn.functional.cross_entropy, cbs=cbs, opt=opt)
 

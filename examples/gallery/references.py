@@ -60,8 +60,8 @@ def make_learner(dls: DataLoaders | None = None) -> TrainLearner:
     model, dls = make_model(), mixed_up(dls or digits())
     average = AverageCB(model)
     accuracy = MulticlassAccuracy(), lambda learner: (learner.preds, labels(learner.batch[1]))
-    cosine = SchedulerCB(lambda opt, n_steps: CosineAnnealingLR(opt, n_steps))  # type: ignore[misc, arg-type]
-    validate = ValidateCB(dls.valid, name="average", model=average.model)  # type: ignore[arg-type]
+    cosine = SchedulerCB(lambda opt, n_steps: CosineAnnealingLR(opt, n_steps))
+    validate = ValidateCB(dls.valid, name="average", model=average.model)
     cbs = [MetricsCB(accuracy=accuracy), average, cosine, validate]
     opt = optim.SGD(no_decay_groups(model, 1e-4), lr=0.1, momentum=0.9, nesterov=True)
     return TrainLearner(model, dls, nn.CrossEntropyLoss(label_smoothing=0.1), cbs=cbs, opt=opt)

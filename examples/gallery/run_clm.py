@@ -61,7 +61,7 @@ def schedule(opt: optim.Optimizer, n_steps: int) -> Any:
 def make_learner() -> TrainLearner:
     """Return the learner."""
     model = make_model()
-    warm_up = SchedulerCB(schedule)  # type: ignore[arg-type]
+    warm_up = SchedulerCB(schedule)
     accumulate = GradientAccumulationCB(2, weight=n_targets)
     cbs = [MetricsCB(weight=n_targets), accumulate, GradientClippingCB(1.0), warm_up]
     opt = optim.AdamW(no_decay_groups(model, weight_decay=0.1), lr=5e-3)
