@@ -83,7 +83,7 @@ class Measured:
             note = f"raised by the metric {self.name!r}"
             if arguments is not None:
                 note += f", updated with {', '.join(map(described, arguments))}; "
-                note += _say_which(self.name)
+                note += _say_which(self.name, learner)
             exc.add_note(note)
             raise
 
@@ -189,7 +189,7 @@ def _preds_and_target(name: str, function: Any, learner: Any) -> tuple[Any, ...]
         what = f"learner.preds is {described(preds)}"
     raise TypeError(
         f"the metric {name!r} is updated with a tensor of predictions and one target, but"
-        f" {what}: {_say_which(name)}"
+        f" {what}: {_say_which(name, learner)}"
     )
 
 
@@ -198,8 +198,7 @@ def _chosen(name: str, function: Any, learner: Any) -> tuple[Any, ...]:
     if not isinstance(arguments, tuple):
         raise TypeError(
             f"the function of the metric {name!r} returned {described(arguments)}: return"
-            " the arguments of its update() in a tuple, such as (learner.preds[0],"
-            " learner.batch[1])"
+            f" the arguments of its update() in a tuple, such as {_such_as(learner)}"
         )
     return tuple(map_tensors(argument, torch.Tensor.detach) for argument in arguments)
 
@@ -212,16 +211,28 @@ def _number_and_size(name: str, function: Any, learner: LoopState) -> tuple[Any,
         raise TypeError(
             f"the function of the metric {name!r} returned {described(number)}: return the"
             " number of the current batch, a mean over its samples, as a number or a scalar"
-            f" tensor; or pair a metric with what it is updated with: {_say_which(name)}"
+            f" tensor; or {_say_which(name, learner)}"
         )
     return number, int(learner.batch_size(learner.batch))
 
 
-def _say_which(name: str) -> str:
+def _say_which(name: str, learner: Any) -> str:
     return (
-        f"say what it is to be updated with: MetricsCB({name}=(metric, lambda learner:"
-        " (learner.preds[0], learner.batch[1])))"
+        f"say what a metric is to be updated with: MetricsCB({name}=(metric, lambda learner:"
+        f" {_such_as(learner)}))"
     )
+
+
+def _such_as(learner: Any) -> str:
+    """How the arguments of a metric may be written for the current batch."""
+    preds, batch = "learner.preds", learner.batch
+    if isinstance(learner.preds, Mapping):
+        preds += f"[{list(learner.preds)[-1]!r}]"
+    elif not isinstance(learner.preds, torch.Tensor):
+        preds += "[0]"
+    if isinstance(batch, Mapping):
+        return f"({preds}, learner.batch[{list(batch)[-1]!r}])"
+    return f"({preds}, learner.batch[-1])"
 
 
 def _check_function(name: str, function: Any) -> None:

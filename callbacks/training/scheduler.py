@@ -130,9 +130,9 @@ class SchedulerCB(Callback):
         try:
             scheduler = self.make(opt, **size)
         except Exception as exc:
-            exc.add_note(
-                f"raised by make={self.make!r}, called as make({', '.join(['opt', *size])})"
-            )
+            called = ", ".join(["opt", *size])
+            hint = "" if size else "; a parameter n_steps would get the number of optimizer steps"
+            exc.add_note(f"raised by make={self.make!r}, called as make({called}){hint}")
             raise
         for method in ("step", "state_dict", "load_state_dict"):
             if not callable(getattr(scheduler, method, None)):

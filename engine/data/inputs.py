@@ -63,7 +63,15 @@ def call_model(learner: HasBatch) -> Any:
     """
     model, batch, n_inp = learner.model, learner.batch, learner.n_inp
     if n_inp is None and isinstance(batch, _SEQUENCES):
-        return model(batch[0])
+        try:
+            return model(batch[0])
+        except TypeError as exc:
+            if 1 < (needs := len(keywords_of(model).required)) < len(batch):
+                exc.add_note(
+                    f"the model needs {needs} inputs, and was called with the first of the"
+                    f" {len(batch)} parts of the batch: n_inp={needs} gives it the first {needs}"
+                )
+            raise
     args: Sequence[Any] = (batch,)
     kwargs: dict[str, Any] = {}
     if isinstance(batch, _SEQUENCES):

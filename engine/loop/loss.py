@@ -56,7 +56,7 @@ def check_takes_learner(name: str, function: Callable[..., Any]) -> None:
         call = getattr(function, "__name__", "function").replace("<lambda>", "function")
         raise TypeError(
             f"{name}={function!r} is called with the learner alone, but takes other arguments:"
-            f" write lambda learner: {call}(learner.preds, learner.batch[1])"
+            f" write lambda learner: {call}(learner.preds, learner.batch[-1])"
         ) from None
 
 
@@ -73,7 +73,7 @@ def weight_of(weight: Weight, learner: Any) -> Any:
         shape = f" of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else ""
         raise TypeError(
             f"weight={weight!r} returned a {type(value).__qualname__}{shape}: return a number, or a"
-            " tensor with one, such as (learner.batch[1] != -100).sum()"
+            " tensor with one, such as (learner.batch[-1] != -100).sum()"
         )
     if value < 0:
         raise ValueError(f"weight={weight!r} returned {value!r}: a weight is not negative")

@@ -46,7 +46,8 @@ class UpdatingLoop(Loop):
 
         Raises:
             RuntimeError: there is no fit, or it is called within a step.
-            ValueError: there is no optimizer of this name.
+            ValueError: there is no optimizer of this name, or the loss does not depend on its
+                parameters.
 
         Example:
             >>> import torch
@@ -87,6 +88,8 @@ class UpdatingLoop(Loop):
             self.gradients_pending = True
             with _aside(self._others(opt)):
                 self.perform(Backward)
+                if opt is not None:
+                    self._check_has_gradient(opt)
             self.emit(AfterBackward)
             self.one_step()
 
@@ -119,6 +122,25 @@ class UpdatingLoop(Loop):
             return again.detach()
         finally:
             self.loss, self.preds = loss, preds
+
+    def _check_has_gradient(self, opt: str) -> None:
+        """Raise unless the backward pass of an update has reached its optimizer's parameters.
+
+        Raises:
+            ValueError: it has reached none of them.
+        """
+        groups = {name: inner.param_groups for name, inner in self.opt.items()}
+        reached = [
+            name
+            for name in groups
+            if any(p.grad is not None for group in groups[name] for p in group["params"])
+        ]
+        if opt not in reached:
+            others = ", ".join(map(repr, reached)) or "none of the others either"
+            raise ValueError(
+                f"update(loss, {opt!r}): the loss does not depend on the parameters of {opt!r},"
+                f" which would step without a gradient; it has reached {others}"
+            )
 
     @contextmanager
     def stepping(self, opt: str | None) -> Iterator[None]:

@@ -128,7 +128,8 @@ class DenominatorCheck:
             reason=self._reason,
             hint="the loss of an epoch is the mean over its samples; MetricsCB(weight=lambda"
             " learner: ...) weighs each batch with what its loss was divided by, such as the number"
-            " of its targets: (learner.batch[1] != -100).sum()",
+            " of its targets: (learner.batch[-1] != -100).sum(); with accumulation, also give"
+            " GradientAccumulationCB(n, weight=...)",
         )
 
 

@@ -227,7 +227,7 @@ def test_a_function_of_predictions_and_targets_says_how_it_becomes_one_of_the_le
     """As the metrics of fastai are."""
     with pytest.raises(TypeError) as raised:
         MetricsCB(accuracy=make(functional.multiclass_accuracy))
-    assert "write lambda learner: multiclass_accuracy(learner.preds, learner.batch[1])" in str(
+    assert "write lambda learner: multiclass_accuracy(learner.preds, learner.batch[-1])" in str(
         raised.value
     )
     with pytest.raises(TypeError, match=r"lambda learner: function\(learner.preds"):

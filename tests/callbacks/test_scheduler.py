@@ -583,4 +583,7 @@ def test_what_make_raises_says_what_was_called(dls: DataLoaders, make_model: Mak
 
     with pytest.raises(ValueError, match="total_steps") as caught:
         run_with(SchedulerCB(make), dls, make_model)
-    assert any("called as make(opt)" in note for note in caught.value.__notes__)
+    assert any(
+        "called as make(opt); a parameter n_steps would get" in note
+        for note in caught.value.__notes__
+    )

@@ -515,6 +515,24 @@ def test_an_update_of_an_optimizer_that_is_not_there_says_which_are(
         learner.run(1)
 
 
+def test_an_update_with_a_loss_of_another_optimizer_says_so() -> None:
+    """It would step without a gradient, and nothing would train."""
+
+    class Mistaken(TrainLearner):
+        def predict(self) -> None:
+            self.preds = None
+
+        def get_loss(self) -> None:
+            self.update(self.model["D"](self.batch).mean(), "G")
+
+    nets = nn.ModuleDict({"D": nn.Linear(3, 1), "G": nn.Linear(3, 1)})
+    opt = {name: torch.optim.Adam(net.parameters(), 0.1) for name, net in nets.items()}
+    learner = Mistaken(nets, DataLoaders([torch.ones(2, 3)] * 3), opt=opt)
+    message = r"update\(loss, 'G'\): the loss does not depend on .* of 'G'.* has reached 'D'"
+    with pytest.raises(ValueError, match=message):
+        learner.run(1, valid=False)
+
+
 def test_an_update_within_a_step_or_outside_of_a_fit_is_refused() -> None:
     learner = gan()
     with pytest.raises(RuntimeError, match="outside of a fit"):

@@ -474,3 +474,25 @@ def test_inputs_alone_with_a_loss_of_the_model_say_nothing_of_loss_func() -> Non
     with pytest.raises(TypeError, match="no targets") as raised:
         learner.run_get_preds(with_targets=True)
     assert "loss_func" not in str(raised.value)
+
+
+class OfTwo(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.line = nn.Linear(3, 1)
+
+    def forward(self, one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        return self.line(one - other)  # type: ignore[no-any-return]
+
+
+def test_a_model_of_two_inputs_is_told_of_n_inp() -> None:
+    x, y = torch.ones(4, 3), torch.ones(4, 1)
+    learner = TrainLearner(OfTwo(), DataLoaders([(x, -x, y)]))
+    with pytest.raises(TypeError, match="missing 1 required positional argument") as raised:
+        learner.run(1, valid=False)
+    assert (
+        "the model needs 2 inputs, and was called with the first of the 3 parts of the batch:"
+        " n_inp=2 gives it the first 2" in raised.value.__notes__
+    )
+    learner.n_inp = 2
+    assert learner.run(1, valid=False).status == "completed"
