@@ -108,7 +108,7 @@ class Learner(ScriptForms):
     n_inp: Any = None
     """What of a batch the model takes: see `TrainLearner`."""
 
-    @has_script_form("run")
+    @has_script_form("run", OF_A_FIT)
     async def fit(
         self,
         n_epochs: int | None = None,
@@ -123,7 +123,6 @@ class Learner(ScriptForms):
         run_id: str | None = None,
         resume: str | os.PathLike[str] | None = None,
         graceful: bool | float = False,
-        **unknown: Never,
     ) -> FitResult:
         """Train and validate, for `n_epochs` or `max_steps`, in a separate thread.
 
@@ -165,7 +164,6 @@ class Learner(ScriptForms):
             CheckpointMismatchError: the checkpoint does not fit; nothing has been changed.
             Exception: an error of a receiver, the model or the data, with a note that says where.
         """
-        check_no_unknown("fit", unknown, OF_A_FIT)
         return await self._fit(
             FitPlan(
                 n_epochs=n_epochs,
@@ -299,14 +297,13 @@ class Learner(ScriptForms):
 
         return PredictionStream(PredictionRun(fit, PredictionForm(with_targets, keep), buffer))
 
-    @has_script_form("run_lr_find")
+    @has_script_form("run_lr_find", OF_LR_FIND)
     async def lr_find(
         self,
         lr_mult: float = 1.3,
         start_lr: float = 1e-5,
         max_epochs: int = 10,
         end_lr: float = 10.0,
-        **unknown: Never,
     ) -> LRFinderCB:
         """Try increasing learning rates; restore model, optimizer and random states afterwards.
 
@@ -325,7 +322,6 @@ class Learner(ScriptForms):
 
         Source: the post's `lr_find`, after fastai's.
         """
-        check_no_unknown("lr_find", unknown, OF_LR_FIND)
         finder = LRFinderCB(lr_mult, end_lr)
         await self._fit(
             FitPlan(

@@ -35,6 +35,9 @@ class GradientScaling:
     def __init__(self, scaler: torch.amp.GradScaler, learner: LearnerLike) -> None:
         self.scaler = scaler
         self._stepper: Any = None  # of the current step; Any, because it is not an Optimizer
+        parameters = all_optimizer_parameters(learner)
+        # A resumed fit may begin with the step of batches that were accumulated before.
+        scaler.scale(torch.zeros((), device=parameters[0].device if parameters else "cpu"))
         self._scale(learner)
         self._scaled = True
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter, OrderedDict, UserDict, UserList, defaultdict, deque
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache, partial
 from itertools import chain, islice
 from pathlib import PosixPath, PurePosixPath, WindowsPath
@@ -84,7 +84,7 @@ def contents_of(value: Any, most: int) -> Iterator[tuple[str, Any]]:
                 # The repr of another key may be long, or make the host wait for the device.
                 yield f"[{key!r}]" if isinstance(key, str | int) else f"[{i}]", item
     elif isinstance(value, list | tuple | deque):
-        for i, item in enumerate(list(islice(value, most))):
+        for i, item in enumerate(list(islice(_items(value), most))):
             if type(item) not in PLAIN:
                 yield f"[{i}]", item
     elif isinstance(value, _NAMESPACES):
@@ -212,8 +212,12 @@ def is_longer(value: Any, most: int) -> bool:
     return False
 
 
-def _items(value: Any) -> Collection[Any]:
-    items: Collection[Any] = value.values() if isinstance(value, dict) else value
+def _items(value: Any) -> Iterator[Any]:
+    """The items of a container, as Python's own class iterates it: a subclass may do more."""
+    if isinstance(value, dict):
+        return iter(dict.values(value))
+    kind = next(kind for kind in _KINDS if isinstance(value, kind))
+    items: Iterator[Any] = kind.__iter__(value)
     return items
 
 

@@ -245,7 +245,7 @@ class _SendPredictions(Callback):
 
     def after_predict(self, event: AfterPredict) -> None:
         learner = cast(LoopState, event.learner)
-        self._run.put(self._form.of(learner.preds, learner.batch))
+        self._run.put(self._form.of(learner))
         self._n += 1
         raise CancelBatchException("only predictions were requested")
 

@@ -46,11 +46,11 @@ class PredictionForm:
         self._several = _check_keep(keep)
         self._with_targets = with_targets
 
-    def of(self, preds: Any, batch: Any) -> Any:
+    def of(self, learner: Any) -> Any:
         """The predictions, or (predictions, targets). The host waits for the device here."""
-        kept = map_tensors(_kept(preds, self._keep), _to_cpu)
+        kept = map_tensors(_kept(learner.preds, self._keep), _to_cpu)
         kept = tuple(kept.values()) if self._several else kept
-        return (kept, map_tensors(targets_of(batch), _to_cpu)) if self._with_targets else kept
+        return (kept, map_tensors(targets_of(learner), _to_cpu)) if self._with_targets else kept
 
 
 class CollectPredictions(Callback):

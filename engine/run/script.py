@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import os
-from collections.abc import Callable, Coroutine, Iterable, Iterator
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
 from functools import partial, update_wrapper
 from types import MethodType
 from typing import Any, Never, TypeVar, cast
@@ -24,11 +25,19 @@ R = TypeVar("R")
 AsyncMethod = TypeVar("AsyncMethod", bound=Callable[..., Coroutine[Any, Any, Any]])
 
 
-def has_script_form(name: str) -> Callable[[AsyncMethod], AsyncMethod]:
-    """Name the form for scripts in Python's warning that a coroutine was never awaited."""
+def has_script_form(
+    name: str, instead: Mapping[str, str] | None = None
+) -> Callable[[AsyncMethod], AsyncMethod]:
+    """Name the form for scripts in Python's warning that a coroutine was never awaited.
+
+    Args:
+        name: the form for scripts.
+        instead: what to write for keywords that the method does not have; see `check_no_unknown`.
+    """
 
     def decorate(method: AsyncMethod) -> AsyncMethod:
-        return cast(AsyncMethod, _HintedMethod(method, f"in a script: learner.{name}(...)"))
+        hint = f"in a script: learner.{name}(...)"
+        return cast(AsyncMethod, _HintedMethod(method, hint, instead or {}))
 
     return decorate
 
@@ -42,10 +51,17 @@ class _HintedMethod:
 
     __qualname__: str
 
-    def __init__(self, method: Callable[..., Coroutine[Any, Any, Any]], hint: str) -> None:
+    def __init__(
+        self,
+        method: Callable[..., Coroutine[Any, Any, Any]],
+        hint: str,
+        instead: Mapping[str, str],
+    ) -> None:
         update_wrapper(self, method)
         self._method = method
         self._hint = hint
+        self._parameters = inspect.signature(method).parameters
+        self._instead = instead
         for name in ("__code__", "__defaults__", "__kwdefaults__"):
             setattr(self, name, getattr(method, name))
 
@@ -53,7 +69,12 @@ class _HintedMethod:
         return self if instance is None else MethodType(self, instance)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Coroutine[Any, Any, Any]:
-        coroutine: Any = self._method(*args, **kwargs)
+        try:
+            coroutine: Any = self._method(*args, **kwargs)
+        except TypeError:
+            unknown = {key: kwargs[key] for key in kwargs if key not in self._parameters}
+            check_no_unknown(self._method.__qualname__, unknown, self._instead)
+            raise
         coroutine.__qualname__ += f" ({self._hint})"
         return coroutine  # type: ignore[no-any-return]
 
@@ -100,7 +121,7 @@ class ScriptForms(Fittable):
             RuntimeError: an event loop is running in this thread.
             KeyboardInterrupt: on Ctrl-C, after the training has stopped and cleaned up.
         """
-        check_no_unknown("run", unknown, OF_A_FIT)
+        check_no_unknown("Learner.run", unknown, OF_A_FIT)
         fit = partial(
             self.fit,
             *(n_epochs, train, valid, cbs, lr),
@@ -177,7 +198,7 @@ class ScriptForms(Fittable):
         **unknown: Never,
     ) -> LRFinderCB:
         """`lr_find` for scripts; see `run`."""
-        check_no_unknown("run_lr_find", unknown, OF_LR_FIND)
+        check_no_unknown("Learner.run_lr_find", unknown, OF_LR_FIND)
         lr_find = partial(self.lr_find, lr_mult, start_lr, max_epochs, end_lr)
         return _run("run_lr_find", "lr_find", lr_find, backend, backend_options)
 

@@ -97,7 +97,7 @@ WAYS: dict[str, tuple[MakeCbs, dict[str, int]]] = {
     "nothing": (list, {}),
     "metrics": (
         lambda: [MetricsCB(accuracy=MulticlassAccuracy())],
-        {"MeanLoss.item": 2 * N_EPOCHS, "_number": 2 * N_EPOCHS},
+        {"MeanLoss.item": 2 * N_EPOCHS, "_plain": 2 * N_EPOCHS},
     ),
     "accumulation": (lambda: [GradientAccumulationCB(4)], {}),
     "clipping": (lambda: [GradientClippingCB(0.1)], {}),
@@ -105,11 +105,11 @@ WAYS: dict[str, tuple[MakeCbs, dict[str, int]]] = {
     "bf16": (lambda: [MixedTrainingCB("bf16")], {}),
     "fp16": (
         lambda: [MixedTrainingCB("fp16")],
-        {"MixedTrainingCB.step": 3 * N_EPOCHS * N_TRAIN},
+        {"GradientScaling.step": 3 * N_EPOCHS * N_TRAIN},
     ),
     "fp16, accumulation and clipping": (
         lambda: [MixedTrainingCB("fp16"), GradientAccumulationCB(3), GradientClippingCB(0.1)],
-        {"MixedTrainingCB.step": 3 * N_EPOCHS * N_TRAIN // 3},
+        {"GradientScaling.step": 3 * N_EPOCHS * N_TRAIN // 3},
     ),
     "channels last": (lambda: [ChannelLastCB()], {}),
     "guards": (
@@ -318,13 +318,13 @@ def adamw(params: Any, lr: float) -> torch.optim.Optimizer:
             TrainLearner,
             torch.optim.SGD,
             lambda: [MetricsCB(accuracy=MulticlassAccuracy()), EarlyStoppingCB("loss")],
-            {"MeanLoss.item", "_number"},
+            {"MeanLoss.item", "_plain"},
         ),
         (
             TrainLearner,
             torch.optim.SGD,
             lambda: [MixedTrainingCB("fp16")],
-            {"MixedTrainingCB.step", "MixedTrainingCB.state_dict"},
+            {"GradientScaling.step", "MixedTrainingCB.state_dict"},
         ),
     ],
     ids=["momentum", "adamw, accumulation", "metrics", "fp16"],

@@ -732,12 +732,12 @@ def test_an_argument_by_another_name_is_told_its_own(
         ("lr_find", "num_iter", ": write lr_mult=... and end_lr=..., which say how many"),
     ],
 )
-async def test_an_argument_of_a_method_by_another_name_is_told_its_own(
+def test_an_argument_of_a_method_by_another_name_is_told_its_own(
     method: str, keyword: str, says: str, learner: TrainLearner
 ) -> None:
     with pytest.raises(TypeError) as raised:
-        await getattr(learner, method)(**{keyword: 3})
-    start = f"{method}() got an unexpected keyword argument '{keyword}'{says}"
+        getattr(learner, method)(**{keyword: 3})  # at the call, not when it is awaited
+    start = f"Learner.{method}() got an unexpected keyword argument '{keyword}'{says}"
     assert str(raised.value).startswith(start)
 
 

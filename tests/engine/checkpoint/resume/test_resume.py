@@ -17,7 +17,7 @@ from eventrain.engine import (
     ThreadLoader,
     TrainLearner,
 )
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
 from torch import optim
@@ -97,6 +97,9 @@ def test_whatever_the_data_a_resumed_fit_equals_the_uninterrupted_one(name: str)
         },
     ),
     phases=st.sampled_from([{}, {"valid": False}]),
+)
+@example(  # its first work is the step of a batch that was accumulated before
+    kind="fp16-momentum-accumulated", data="async", pieces=[(5, "graceful")], each={}, phases={}
 )
 def test_however_often_and_however_it_ends_it_equals_the_uninterrupted_fit(
     kind: str, data: str, pieces: Pieces, each: dict[str, Any], phases: dict[str, bool]
