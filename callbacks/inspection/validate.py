@@ -12,6 +12,7 @@ from torch import nn
 
 from ...engine.data.async_loader import readable
 from ...engine.data.dataloaders import check_can_be_read, length_of, why_empty
+from ...engine.loop.parameters import modules_of
 from ...engine.run.extra_validation import validate_within
 from ...events import (
     AfterBatch,
@@ -52,8 +53,8 @@ class ValidateCB(Callback):
         name: the first part of the names of its numbers.
         model: the model to validate, such as an average of weights or a teacher, or a function of
             the learner that returns it; by default the learner's.
-        metrics: a `MetricsCB`, or a mapping of names to metrics for one. By default a copy of the
-            learner's `MetricsCB`, or the loss alone if it has none.
+        metrics: a `MetricsCB`, or a mapping of names to metrics for one, of which every fit uses a
+            copy. By default that of the learner's `MetricsCB`, or the loss alone if it has none.
         length: the most batches to read of the loader; by default all.
 
     Raises:
@@ -126,7 +127,7 @@ class ValidateCB(Callback):
         if length_of(self.loader) == 0:
             raise ValueError(f"ValidateCB {self.name!r}: {why_empty(self.loader, 'valid')}")
         check_can_be_read(self.loader, False, 2, bound=False)
-        self._measuring = _copies(learner) if self.metrics is None else [self.metrics]
+        self._measuring = _copies(learner, self.metrics)
 
     def before_batch(self, event: BeforeBatch) -> None:
         self._validate_if_due(event)  # in a resumed fit: see `_Done.owed`
@@ -187,9 +188,16 @@ class ValidateCB(Callback):
         return model
 
 
-def _copies(learner: LearnerLike) -> list[MetricsCB]:
-    """Copies of the learner's `MetricsCB`s, so that its own keep the numbers of their epoch."""
-    copies = [deepcopy(cb) for cb in learner.cbs if isinstance(cb, MetricsCB)]
+def _copies(learner: LearnerLike, metrics: MetricsCB | None) -> list[MetricsCB]:
+    """Copies of `metrics`, or of the learner's: those keep the numbers of the epoch around.
+
+    A metric that looks at the learner or its modules looks at the same ones in its copy.
+    """
+    found = (
+        [cb for cb in learner.cbs if isinstance(cb, MetricsCB)] if metrics is None else [metrics]
+    )
+    looked_at = [learner, *(part for module in modules_of(learner) for part in module.modules())]
+    copies = [deepcopy(cb, {id(part): part for part in looked_at}) for cb in found]
     for copy in copies:
         copy.history = []
     return copies or [MetricsCB()]

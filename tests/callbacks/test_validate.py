@@ -6,6 +6,7 @@ import copy
 import random
 import threading
 from collections.abc import AsyncIterator, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +161,46 @@ def test_metrics_of_its_own_take_the_place_of_the_learners() -> None:
     row = learner.run(1).history[-1]
     assert row["clean.right"] == pytest.approx(by_hand(learner.model)["accuracy"])
     assert learner.metrics is learner.cbs[0]
+
+
+def test_metrics_that_are_shared_are_measured_apart() -> None:
+    """A MetricsCB, or a metric in two of them: as the learner's and as that of the validation."""
+
+    def history(own: MetricsCB, metrics: Any) -> tuple[dict[str, Any], ...]:
+        torch.manual_seed(0)
+        learner = make_learner(ValidateCB(clean(), every_steps=2, name="clean", metrics=metrics))
+        learner.remove_cbs(learner.cbs[0])
+        learner.add_cbs(own)
+        return learner.run(1).history
+
+    def accuracy() -> MetricsCB:
+        return MetricsCB(accuracy=MulticlassAccuracy())
+
+    apart = history(accuracy(), accuracy())
+    both = accuracy()
+    assert history(both, both) == apart
+    assert history(both, both.metrics) == apart
+
+
+def test_a_metric_of_the_learner_or_the_model_looks_at_these_themselves() -> None:
+    """Copies of them would have the weights of before the fit."""
+
+    class Norm:
+        def __init__(self, owner: Any) -> None:
+            self.owner = owner
+
+        def __call__(self, *args: Any) -> float:
+            return float(weights(getattr(self.owner, "model", self.owner)).norm())
+
+        update = reset = lambda self, *args: None
+        compute = __call__
+
+    learner = make_learner(ValidateCB(clean(), name="clean"))
+    of_model, of_learner = Norm(learner.model), Norm(learner)
+    learner.add_cbs(MetricsCB(a=of_model, b=lambda _: of_learner(), c=partial(of_learner)))
+    row = learner.run(1).history[-1]
+    norm = of_model()
+    assert [row["clean.a"], row["clean.b"], row["clean.c"]] == pytest.approx([norm] * 3)
 
 
 def test_length_bounds_what_it_reads() -> None:
