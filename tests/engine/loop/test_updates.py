@@ -21,6 +21,7 @@ from eventrain.callbacks import (
     ValidateCB,
 )
 from eventrain.engine import DataLoaders, MomentumLearner, TrainLearner
+from eventrain.engine.run.extra_validation import validate_within
 from eventrain.events import (
     AfterBatch,
     AfterLoss,
@@ -32,6 +33,7 @@ from eventrain.events import (
     CancelBatchException,
     CancelStepException,
     CleanupBatch,
+    CleanupFit,
     CleanupStep,
     StepEvent,
     record_events,
@@ -413,6 +415,64 @@ def test_an_extra_validation_between_two_updates_changes_nothing(mixed: bool) ->
         trained.append(weights(learner.model))
     assert torch.equal(*trained)
     assert told == [("D", 2e-3), ("G", 2e-3)] * 12
+
+
+def test_an_extra_validation_after_an_update_leaves_no_precision_behind(
+    make_batches: Callable[..., Any],
+) -> None:
+    class Once(TrainLearner):
+        def get_loss(self) -> None:
+            self.update(F.mse_loss(self.model(self.batch[0]), self.batch[1]))
+
+    torch.manual_seed(0)
+    model, hand, batches = nn.Linear(3, 1), nn.Linear(3, 1), make_batches(4)
+    hand.load_state_dict(model.state_dict())
+    cbs = [MixedTrainingCB("bf16"), ValidateCB(batches, every_steps=1)]
+    learner = Once(model, DataLoaders(batches), lr=0.05, cbs=cbs)
+    open_at_the_end: list[bool] = []
+    learner.subscribe(
+        CleanupFit, lambda event: open_at_the_end.append(torch.is_autocast_enabled("cpu"))
+    )
+    learner.run(2, valid=False)
+    opt = optim.SGD(hand.parameters(), 0.05)
+    for x, y in batches * 2:
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = F.mse_loss(hand(x), y)
+        loss.backward()
+        opt.step()
+        opt.zero_grad()
+    assert torch.equal(weights(model), weights(hand))
+    assert open_at_the_end == [False]
+
+
+def test_precision_is_the_same_after_a_validation_between_two_updates() -> None:
+    """Also where a batch of it is cancelled before its precision is set."""
+    seen: list[tuple[Any, bool]] = []
+    learner = gan(MixedTrainingCB("bf16"))
+    images = [(IMAGES[:16],)] * 3
+
+    @learner.on(CleanupStep, order=100)
+    def validate(event: CleanupStep) -> None:
+        if event.opt == "D":
+            validate_within(learner, images, [])
+
+    @learner.on(BeforeBatch)
+    def cancel(event: BeforeBatch) -> None:
+        if event.purpose == "validate" and event.iter == 1:
+            raise CancelBatchException
+
+    class Look(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            seen.append((learner.purpose, torch.is_autocast_enabled("cpu")))
+            return x
+
+    learner.model.D.append(Look())
+    at_the_end: list[bool] = []
+    learner.subscribe(CleanupFit, lambda e: at_the_end.append(torch.is_autocast_enabled("cpu")))
+    learner.run(1, valid=False, epoch_length=2)
+    judged = ["fit"] * 2 + ["validate"] * 6 + ["fit"]
+    assert seen == [(purpose, True) for purpose in judged * 2]
+    assert at_the_end == [False]
 
 
 # ---------------------------------------------------------------------------------------- events
