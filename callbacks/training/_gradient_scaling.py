@@ -66,17 +66,22 @@ class GradientScaling:
         Returns the scale before and after a step that was skipped, None after any other.
         """
         # The host waits for the device here: the scaler asks whether any gradient overflowed.
-        before = self.scaler.get_scale()
-        self._stepper.step = proceed
+        before, stepped = self.scaler.get_scale(), False
+
+        def step() -> None:
+            nonlocal stepped
+            stepped = True
+            proceed()
+
+        self._stepper.step = step
         self.scaler.step(self._stepper)
-        self.scaler.update()
+        self.scaler.update()  # by the gradients of other optimizers, too
         self.updated = True
-        after = self.scaler.get_scale()
-        if before <= after != 0:  # at a scale of 0, everything is NaN
+        if stepped:
             return None
         for p in parameters_of_step(learner):
             p.grad = None  # not by ZeroGrad, which may keep gradients that overflowed
-        return before, after
+        return before, self.scaler.get_scale()
 
     def unscale_others(self, learner: LearnerLike) -> None:
         """Unscale the gradients of the learner's optimizers other than that of the step."""

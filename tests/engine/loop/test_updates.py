@@ -402,6 +402,22 @@ def test_an_overflow_of_one_optimizer_skips_its_step_alone() -> None:
     assert (mixed.skipped_steps, mixed.scaler.get_scale()) == (1, 2.0**9)
 
 
+def test_an_overflow_of_one_that_accumulates_leaves_the_step_of_another_counted() -> None:
+    mixed = MixedTrainingCB("fp16", init_scale=2.0**10)
+    learner = gan(mixed, GradientAccumulationCB(2))
+    ends: list[tuple[str | None, int, str]] = []
+    learner.subscribe(CleanupStep, lambda e: ends.append((e.opt, e.iter, e.end.status)))
+    learner.model.G[0].weight.register_hook(
+        lambda gradient: gradient * float("inf") if learner.iter == 0 else gradient
+    )
+    before = weights(learner.model.D)
+    result = learner.run(1, valid=False, epoch_length=2)
+    assert not torch.equal(weights(learner.model.D), before)
+    none = "cancelled"
+    assert ends == [("D", 0, none), ("G", 0, none), ("D", 1, "completed"), ("G", 1, none)]
+    assert (mixed.skipped_steps, result.steps) == (1, 0)  # those of G, the first one
+
+
 @pytest.mark.parametrize("mixed", [False, True])
 def test_an_extra_validation_between_two_updates_changes_nothing(mixed: bool) -> None:
     trained, told = [], []
