@@ -99,6 +99,21 @@ async def test_targets_and_parts_are_chosen_as_for_get_preds(make_batches: MakeB
             assert torch.equal(torch.cat(column), joined)
 
 
+async def test_targets_of_several_inputs_and_of_keywords_are_those_of_get_preds() -> None:
+    x, y = torch.randn(4, 3), torch.randn(4, 1)
+    forms: list[tuple[Any, Any]] = [((x, x, y), 2), ({"input": x, "y": y}, None), ((x, y, y), 1)]
+    for batch, n_inp in forms:
+        model = nn.Bilinear(3, 3, 1) if n_inp == 2 else nn.Linear(3, 1)
+        learner = TrainLearner(model, DataLoaders(valid=[batch, batch]), n_inp=n_inp)
+        preds, targets = await learner.get_preds(with_targets=True)
+        found = [pair async for pair in learner.iter_preds(with_targets=True)]
+        assert torch.equal(torch.cat([p for p, _ in found]), preds)
+        several = isinstance(targets, tuple)
+        columns = zip(*(t if several else (t,) for _, t in found), strict=True)
+        joined = targets if several else (targets,)
+        assert all(map(torch.equal, map(torch.cat, columns), joined))
+
+
 async def test_what_cannot_be_joined_can_be_streamed(make_batches: MakeBatches) -> None:
     learner = TrainLearner(Several(), DataLoaders(valid=make_batches(2)))
     for x, _ in learner.dls.valid:
