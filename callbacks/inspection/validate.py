@@ -32,8 +32,8 @@ class ValidateCB(Callback):
     """Validates on a loader of its own, within or after epochs, with the model or another one.
 
     It runs a validation epoch with the learner's own actions and callbacks. The training does not
-    notice: modes, random states, the current batch and the metrics of the epoch around it are
-    restored, and the weights are the same to the bit as without it.
+    notice: modes, random states, the current batch, the metrics of the epoch around it, and tensors
+    in attributes of the learner are restored. The weights are the same to the bit as without it.
 
     Its numbers are put into the `learner.record` of the epoch, under names such as "clean.loss",
     and so are in its `CleanupEpoch`, in the history, in logs and plots, and can be monitored by

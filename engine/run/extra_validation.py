@@ -17,7 +17,7 @@ from ...events.types import numbers_of
 from ..checkpoint.generators import generator_state, is_generator, set_generator_state
 from ..checkpoint.parts import SavedLearner
 from ..checkpoint.random_state import random_state, set_random_state
-from ..checkpoint.search import parts_of
+from ..checkpoint.search import Search
 from ..data.dataloaders import DataLoaders, length_of
 from ..listeners.streams import EventStream
 from ..loop.reading import BatchReader, read_batches
@@ -102,12 +102,16 @@ def _epoch_around_kept(loop: LoopState, models: Iterable[nn.Module]) -> Iterator
     kept = {name: getattr(loop, name) for name in _OF_THE_EPOCH_AROUND}
     modes = [(module, module.training) for model in models for module in model.modules()]
     random = random_state(loop.dls)
-    found = [part.value for part in parts_of(cast(SavedLearner, loop)) if is_generator(part.value)]
+    search = Search(cast(SavedLearner, loop))
+    # Such as a hidden state, which `predict` passes from batch to batch.
+    holding = [name for holder, name in search.holders.values() if holder is loop]
+    own = {name: vars(loop)[name] for name in holding if name in vars(loop)}
+    found = [part.value for part in search.parts if is_generator(part.value)]
     own_random = [(generator, generator_state(generator)) for generator in found]
     try:
         yield
     finally:
-        for name, value in kept.items():
+        for name, value in {**own, **kept}.items():
             setattr(loop, name, value)
         for module, training in modes:
             module.training = training

@@ -31,6 +31,7 @@ from eventrain.events import (
     AfterStep,
     AfterValidation,
     BeforeBatch,
+    BeforeEpoch,
     Callback,
     CancelBatchException,
     CancelEpochException,
@@ -279,6 +280,36 @@ def test_generators_of_the_learner_go_on_as_without_it() -> None:
         torch.manual_seed(2)
         learner.run(2)
     assert torch.equal(weights(without.model), weights(with_it.model))
+
+
+def test_a_hidden_state_goes_on_as_without_it() -> None:
+    """It is passed from batch to batch, and begun anew by every epoch, that of `ValidateCB` too."""
+
+    class Recurrent(nn.LSTM):
+        def forward(self, x: torch.Tensor, hidden: Any) -> Any:
+            y, hidden = super().forward(x, hidden)
+            return y, tuple(part.detach() for part in hidden)
+
+    class Truncated(TrainLearner):
+        def predict(self) -> None:
+            self.preds, self.hidden = self.model(self.batch[0], self.hidden)
+
+    def trained(validated: bool) -> torch.Tensor:
+        torch.manual_seed(0)
+        model = Recurrent(2, 2)
+        batches = [(torch.randn(3, 4, 2), torch.randn(3, 4, 2)) for _ in range(6)]
+        learner = Truncated(model, DataLoaders(batches))
+        if validated:
+            learner.add_cbs(ValidateCB(batches[:2], every_steps=2))
+
+        @learner.on(BeforeEpoch)
+        def begin(event: BeforeEpoch) -> None:
+            learner.hidden = None
+
+        learner.run(2, valid=False)
+        return weights(model)
+
+    assert torch.equal(trained(True), trained(False))
 
 
 def test_the_batch_and_the_modes_around_it_are_restored() -> None:
