@@ -105,11 +105,11 @@ WAYS: dict[str, tuple[MakeCbs, dict[str, int]]] = {
     "bf16": (lambda: [MixedTrainingCB("bf16")], {}),
     "fp16": (
         lambda: [MixedTrainingCB("fp16")],
-        {"GradientScaling.step": 3 * N_EPOCHS * N_TRAIN},
+        {"GradientScaling.step": 2 * N_EPOCHS * N_TRAIN},
     ),
     "fp16, accumulation and clipping": (
         lambda: [MixedTrainingCB("fp16"), GradientAccumulationCB(3), GradientClippingCB(0.1)],
-        {"GradientScaling.step": 3 * N_EPOCHS * N_TRAIN // 3},
+        {"GradientScaling.step": 2 * N_EPOCHS * N_TRAIN // 3},
     ),
     "channels last": (lambda: [ChannelLastCB()], {}),
     "guards": (
