@@ -197,7 +197,14 @@ def _copies(learner: LearnerLike, metrics: MetricsCB | None) -> list[MetricsCB]:
         [cb for cb in learner.cbs if isinstance(cb, MetricsCB)] if metrics is None else [metrics]
     )
     looked_at = [learner, *(part for module in modules_of(learner) for part in module.modules())]
-    copies = [deepcopy(cb, {id(part): part for part in looked_at}) for cb in found]
+    try:
+        copies = [deepcopy(cb, {id(part): part for part in looked_at}) for cb in found]
+    except Exception as exc:
+        exc.add_note(
+            "raised while a ValidateCB copied the metrics: give it others, ValidateCB(metrics=...),"
+            " or give the metric a __deepcopy__"
+        )
+        raise
     for copy in copies:
         copy.history = []
     return copies or [MetricsCB()]

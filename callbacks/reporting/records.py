@@ -126,7 +126,7 @@ class RecordWatcher(ABC):
                 self._epoch_began = self._last_time = event.time
                 self._last_n_samples = 0
             case AfterBatch():
-                loss = _take(self._losses, (event.epoch, event.iter))
+                loss = take_of(self._losses, (event.epoch, event.iter))
                 number = None if loss is None else loss.get()
                 if loss is not None and number is None:
                     return self._when_arrived(event, loss)
@@ -138,7 +138,7 @@ class RecordWatcher(ABC):
             case CleanupEpoch():
                 seconds = event.time - (self._epoch_began or event.time)
                 self._epoch_began = None
-                conversion, metrics = _take(self._measured, (event.epoch, event.training))
+                conversion, metrics = take_of(self._measured, (event.epoch, event.training))
                 fields = _epoch_fields(event, metrics, seconds)
                 return self._record(event, "epoch", fields, conversion)
             case CleanupFit():
@@ -206,7 +206,7 @@ class CallbackRecords(RecordWatcher):
         return self._callback.write(record)
 
 
-def _take(waiting: deque[tuple[Any, T]], key: object) -> T:
+def take_of(waiting: deque[tuple[Any, T]], key: object) -> T:
     """The value of this key; those before it are of events that were dropped."""
     while True:
         first, value = waiting.popleft()

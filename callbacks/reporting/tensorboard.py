@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import weakref
+from collections import deque
 from collections.abc import Callable
 from datetime import datetime
 from functools import partial
@@ -17,13 +18,13 @@ import anyio
 import anyio.to_thread
 
 from ...engine.imports import import_large
-from ...events import AfterBatch, Callback, CleanupEpoch, Event, Watcher
+from ...events import AfterBatch, AfterValidation, Callback, CleanupEpoch, Event, Watcher
 from .._checks import check_installed
 from ._not_reported import NotReported
 from ._sampling import check_sampling
 from ._tensorboard_files import event_files, purge_steps, remove_epochs
 from .jsonable import numbers
-from .records import RecordCB, RecordWatcher
+from .records import RecordCB, RecordWatcher, take_of
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -44,7 +45,7 @@ class TensorBoardCB(Callback):
     | `batch/loss`, `batch/lr`, `batch/samples_per_second` | training batches of the fit, from 0 |
     | `batch/lr/0`, `batch/lr/1`, ...: those of all parameter groups, if several | the same |
     | `loss/train`, `loss/valid`, `accuracy/valid`, ... | the epoch, from 0 |
-    | `clean/loss`, ... of a `ValidateCB(name="clean")` | optimizer steps taken |
+    | `clean/loss`, ... of a `ValidateCB(name="clean")` | the training batch after which it was |
 
     For an epoch that was completed, each number that callbacks such as `MetricsCB` recorded is
     written; lists, strings, graphs, histograms and images are not. NaN and infinities are kept, and
@@ -128,6 +129,7 @@ class _FitFiles(RecordWatcher):
         self._first_steps: dict[int, int] = {}  # the step of the first batch, by epoch
         self._next_step = 0
         self._step = 0
+        self._validation_steps: deque[tuple[Event, int]] = deque()
         self._replaced: set[str] = set()  # the phases whose epochs have been
         self._writer: SummaryWriter | None = None
         self._close: Callable[[], object] | None = None
@@ -141,6 +143,9 @@ class _FitFiles(RecordWatcher):
                     self._first_step = first + event.iter
                 self._first_steps[event.epoch] = first
             self._next_step = first + event.iter + 1
+        if isinstance(event, AfterValidation):
+            done = event.learner.progress[True].batches
+            self._validation_steps.append((event, max(self._next_step, done) - 1))
         return super().wants(event)
 
     def _first_step_of(self, event: AfterBatch) -> int:
@@ -155,6 +160,8 @@ class _FitFiles(RecordWatcher):
             await self._replace(event, self._earlier)
         if isinstance(event, AfterBatch):
             self._step = self._first_steps[event.epoch] + event.iter
+        elif isinstance(event, AfterValidation):
+            self._step = take_of(self._validation_steps, event)
         waiting = super().observe(event)
         if waiting is not None:  # for the loss, which is not there yet
             await waiting
@@ -198,7 +205,7 @@ class _FitFiles(RecordWatcher):
             found = numbers(record, "metrics")
             scalars = {f"{name}/{phase}": value for name, value in found.items()}
         elif record["event"] == "validation":
-            step, found = record["steps"], numbers(record, "metrics")
+            step, found = self._step, numbers(record, "metrics")
             scalars = {f"{record['name']}/{name}": value for name, value in found.items()}
         else:
             return

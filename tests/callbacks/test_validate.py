@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import random
+import shutil
 import threading
 from collections.abc import AsyncIterator, Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -496,7 +498,7 @@ def test_an_epoch_without_a_validation_of_that_name_does_not_count() -> None:
         make_learner(ValidateCB(clean(), name="clean"), EarlyStoppingCB("clear.loss")).run(1)
 
 
-def test_it_is_logged_and_drawn_by_steps(tmp_path: Path) -> None:
+def test_it_is_logged_by_steps_and_drawn_by_batches(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     learner = make_learner(ValidateCB(clean(), every_steps=2, name="clean"))
@@ -509,7 +511,50 @@ def test_it_is_logged_and_drawn_by_steps(tmp_path: Path) -> None:
     ]
     accumulator = EventAccumulator(str(tmp_path / result.run_id)).Reload()
     points = [(point.step, point.value) for point in accumulator.Scalars("clean/loss")]
-    assert points == [(line["steps"], pytest.approx(line["metrics"]["loss"])) for line in lines]
+    losses = [pytest.approx(line["metrics"]["loss"]) for line in lines]
+    assert points == list(zip([1, 3], losses, strict=True))
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_the_points_of_a_run_that_is_resumed_are_those_of_one_that_was_not(
+    n: int, tmp_path: Path
+) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    def points(folder: Path) -> list[int]:
+        accumulator = EventAccumulator(str(folder / "run")).Reload()
+        return [point.step for point in accumulator.Scalars("clean/loss")]
+
+    def run(folder: Path, stop_at: int | None = None) -> None:
+        extra = ValidateCB(clean(), every_steps=1, name="clean")
+        cbs = [extra, GradientAccumulationCB(n), CheckpointCB(tmp_path / "saved", every_batches=3)]
+        learner = make_learner(*cbs)
+
+        @learner.on(BeforeBatch, where=lambda event: event.purpose == "fit" and event.training)
+        def fall(event: BeforeBatch) -> None:
+            if event.epoch * TRAIN + event.iter == stop_at:
+                raise ZeroDivisionError
+
+        resume = "last" if folder.name == "parts" else None
+        with suppress(ZeroDivisionError):
+            learner.run(2, cbs=TensorBoardCB(folder), run_id="run", resume=resume)
+
+    run(tmp_path / "whole")
+    shutil.rmtree(tmp_path / "saved")
+    run(tmp_path / "parts", stop_at=8)
+    run(tmp_path / "parts")
+    assert points(tmp_path / "parts") == points(tmp_path / "whole")
+
+
+def test_a_metric_that_cannot_be_copied_names_the_way_out() -> None:
+    lock = threading.Lock()
+    metrics = MetricsCB(locked=lambda learner, lock=lock: 1.0)
+    metrics.lock = lock  # type: ignore[attr-defined]
+    learner = TrainLearner(nn.Linear(64, 10), make_dls(), F.cross_entropy, cbs=metrics)
+    learner.add_cbs(ValidateCB(clean()))
+    with pytest.raises(TypeError, match="lock") as raised:
+        learner.run(1)
+    assert any("ValidateCB(metrics=...)" in note for note in raised.value.__notes__)
 
 
 def test_it_works_with_what_prepares_batches_and_models() -> None:
