@@ -90,6 +90,7 @@ class SchedulerCB(Callback):
         self.monitor = monitor
         self.opt = opt
         self.scheduler: Any = None
+        self._n_steps: int | None = None  # for which the scheduler was made
         self._runs = False
         self._stepped = False  # whether the optimizer was, since the last epoch that counted
         self._left = False  # whether a cancelled epoch is to be counted if the fit goes on
@@ -120,13 +121,14 @@ class SchedulerCB(Callback):
 
     def _make(self, opt: Any, n_steps: int | None) -> Any:
         size = {}
+        self._n_steps = None
         if _takes_n_steps(self.make):
             if n_steps is None:
                 raise ValueError(
                     f"make={self.make!r} wants n_steps, which is not known, because dls.train has"
                     " no length: give fit(max_steps=...), or fit(n_epochs, epoch_length=...)"
                 )
-            size["n_steps"] = n_steps
+            size["n_steps"] = self._n_steps = n_steps
         try:
             scheduler = self.make(opt, **size)
         except Exception as exc:
@@ -184,7 +186,19 @@ class SchedulerCB(Callback):
             return  # an update of another optimizer
         self._stepped = True
         if self._runs and self.every == "step":
+            if self._n_steps is not None and self._taken(event) > self._n_steps:
+                raise RuntimeError(
+                    f"the schedule was made for n_steps={self._n_steps}, and this is a further"
+                    " step: the optimizer takes more than one per batch, by update(). Give the"
+                    " scheduler the number of its steps yourself, or fit(max_steps=...)"
+                )
             self.scheduler.step()
+
+    def _taken(self, event: AfterStep) -> int:
+        """The steps of the optimizer so far, this one included."""
+        if isinstance(self.scheduler, LRScheduler):
+            return int(self.scheduler.last_epoch) + 1
+        return event.steps
 
     def before_epoch(self, event: BeforeEpoch) -> None:
         if self._runs and self._left:

@@ -18,6 +18,7 @@ from ...events import (
     Predict,
 )
 from ...events.base import lrs_of
+from .clock import has_taken_its_steps
 from .loop import Loop
 from .optimizers import Optimizers, class_of, optimizer_named
 from .parameters import all_groups
@@ -35,7 +36,8 @@ class UpdatingLoop(Loop):
         `get_loss` or `predict`. A batch in which it was called has no other backward pass and no
         other step. `learner.loss` is `loss`, until the next update. It emits AfterLoss, performs
         Backward, emits AfterBackward, and enters the step scope: BeforeStep, Step, ZeroGrad,
-        AfterStep, CleanupStep. In validation, it only emits AfterLoss.
+        AfterStep, CleanupStep. In validation, it only emits AfterLoss; so it does once `max_steps`
+        are taken.
 
         With `opt`, step and ZeroGrad are those of this optimizer, callbacks look at its parameters,
         and `event.opt` is its name. Gradients of the other optimizers' parameters are dropped.
@@ -78,7 +80,8 @@ class UpdatingLoop(Loop):
                 " closure: leave update() out, so that get_loss() is called for every evaluation"
             )
         self.updated = True
-        if not self.training:
+        counts = not isinstance(self.opt, Optimizers) or opt in (None, self.opt.first)
+        if not self.training or (counts and has_taken_its_steps(self)):
             self.loss = loss
             self.emit(AfterLoss)
             return

@@ -43,6 +43,7 @@ from hypothesis import strategies as st
 from sklearn.datasets import load_digits
 from torch import nn, optim
 from torch.nn import functional as F
+from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.data import DataLoader, TensorDataset
 
 from tests.support.training import weights
@@ -489,6 +490,28 @@ def test_precision_is_the_same_after_a_validation_between_two_updates() -> None:
     judged = ["fit"] * 2 + ["validate"] * 6 + ["fit"]
     assert seen == [(purpose, True) for purpose in judged * 2]
     assert at_the_end == [False]
+
+
+class Twice(TrainLearner):
+    def get_loss(self) -> None:
+        for _ in range(2):
+            self.update(F.mse_loss(self.model(self.batch[0]), self.batch[1]))
+
+
+def test_max_steps_ends_between_two_updates_of_a_batch(make_batches: Callable[..., Any]) -> None:
+    learner = Twice(nn.Linear(3, 1), DataLoaders(make_batches(4)), lr=0.05)
+    result = learner.run(max_steps=3, valid=False)
+    assert (result.status, result.steps, result.batches) == ("completed", 3, 2)
+
+
+def test_a_schedule_that_is_too_short_for_the_updates_says_so(
+    make_batches: Callable[..., Any],
+) -> None:
+    schedule = SchedulerCB(lambda opt, n_steps: CosineAnnealingLR(opt, n_steps))
+    learner = Twice(nn.Linear(3, 1), DataLoaders(make_batches(4)), lr=0.05, cbs=schedule)
+    with pytest.raises(RuntimeError, match="n_steps=4, and this is a further step"):
+        learner.run(1, valid=False)
+    assert learner.run(max_steps=6, valid=False).steps == 6
 
 
 # ---------------------------------------------------------------------------------------- events
