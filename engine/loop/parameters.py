@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, TypeVar
 
 import torch
@@ -80,15 +81,21 @@ def parameter_names(learner: Any) -> dict[int, str]:
     return names
 
 
-def drop_unused_gradients(loop: LoopState) -> None:
+def drop_unused_gradients(
+    loop: LoopState, modules: Iterable[nn.Module], optimizers: Iterable[Any]
+) -> None:
     """At the end of a fit, drop the gradients that no step has used and no `ZeroGrad` has kept.
 
     These are all of them after a backward pass without a step; otherwise those of parameters that
-    no optimizer of the learner has.
+    no optimizer has.
+
+    Args:
+        loop: the loop, after its fit.
+        modules, optimizers: those of the learner and its callbacks.
     """
-    stepped = all_optimizer_parameters(loop)
+    stepped = [p for opt in optimizers for group in all_groups(opt) for p in group["params"]]
     kept = set() if loop.gradients_pending else {id(p) for p in stepped}
-    for p in (*stepped, *(p for module in modules_of(loop) for p in module.parameters())):
+    for p in (*stepped, *(p for module in modules for p in module.parameters())):
         if id(p) not in kept:
             p.grad = None
     loop.gradients_pending = False

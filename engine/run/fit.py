@@ -9,14 +9,17 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
+from typing import cast
 
 import anyio
 
 from ...events import ScopeEnd
 from ...events.types import numbers_of
 from .. import log
+from ..checkpoint.parts import SavedLearner, is_module, is_optimizer
 from ..checkpoint.reader import Checkpoint
 from ..checkpoint.resume import ResumableBatchReader, ResumedBatchReader, last_checkpoint
+from ..checkpoint.search import parts_of
 from ..data.dataloaders import check_can_be_read, loader_of
 from ..imports import import_large
 from ..loop.actions import check_performers
@@ -185,7 +188,9 @@ class Fit:
         finally:
             learner.batch_reader.end()
             if learner.trains:
-                drop_unused_gradients(learner)
+                found = [part.value for part in parts_of(cast(SavedLearner, learner))]
+                modules, optimizers = filter(is_module, found), filter(is_optimizer, found)
+                drop_unused_gradients(learner, modules, optimizers)
         if resumed is not None and not resumed.loaded and learner.scope_end.status == "completed":
             error = resumed.never_loaded()
             learner.scope_end = ScopeEnd("failed", None, str(error))

@@ -13,7 +13,9 @@ from eventrain.callbacks import GradientAccumulationCB
 from eventrain.engine import DataLoaders, MomentumLearner, TrainLearner
 from eventrain.events import (
     AfterBackward,
+    AfterPredict,
     BeforeStep,
+    Callback,
     CancelBatchException,
     CancelEpochException,
     CancelFitException,
@@ -170,3 +172,32 @@ def test_an_error_stays_the_first_where_the_optimizer_is_gone(
 
     with pytest.raises(ZeroDivisionError, match="first"):
         learner.run(1)
+
+
+class Beside(Callback):
+    """Trains a network of its own, with an optimizer of its own."""
+
+    def __init__(self) -> None:
+        self.net = nn.Linear(1, 1)
+        self.opt = torch.optim.SGD(self.net.parameters(), 0.0)
+
+    def after_predict(self, event: AfterPredict) -> None:
+        self.net(event.learner.preds.detach()).mean().backward()
+        if event.iter == 1:
+            raise CancelFitException
+        self.opt.step()
+        self.opt.zero_grad()
+
+
+def test_gradients_of_a_callbacks_own_network_are_dropped_too(
+    make_model: MakeModel, dls: DataLoaders
+) -> None:
+    beside = Beside()
+    learner = TrainLearner(make_model(), dls, cbs=beside)
+
+    @learner.on(BeforeStep)
+    def wait(event: BeforeStep) -> None:
+        raise CancelStepException
+
+    assert learner.run(1).status == "cancelled"
+    assert all(p.grad is None for p in beside.net.parameters())
