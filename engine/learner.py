@@ -103,6 +103,11 @@ class Learner(ScriptForms):
         self.loss_func = check_loss_func(loss_func)
         self.lr = lr
         self.opt, self.opt_func = check_opt(opt, opt_func, self.model)
+        if opt is not None and lr != 0.1:
+            raise ValueError(
+                f"lr={lr!r} has no effect with opt=..., which has rates of its own: set them there,"
+                " or give fit(lr=...)"
+            )
         self.add_cbs(cbs)
 
     n_inp: Any = None

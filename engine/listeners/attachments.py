@@ -106,6 +106,10 @@ class Attachments:
     def _connect(self, callback: Callback) -> Attachment:
         if not isinstance(callback, Callback):
             hint = ": pass an instance" if isinstance(callback, type) else ""
+            if not hint and callable(getattr(callback, "step", None)):
+                hint = ": give SchedulerCB(lambda opt: ...) for a scheduler"
+            elif not hint and callable(callback):
+                hint = ": subscribe a function with learner.on(AfterBatch)"
             raise TypeError(f"{callback!r} is not a Callback{hint}")
         if any(callback is other for other in self.callbacks):
             raise ValueError(

@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
 from types import TracebackType
-from typing import Any, Self, cast
+from typing import Any, NoReturn, Self, cast
 
 import anyio
 import anyio.lowlevel
@@ -55,6 +55,9 @@ class PredictionStream:
 
     def __aiter__(self) -> Self:
         return self
+
+    def __iter__(self) -> NoReturn:
+        raise TypeError("iter_preds() is read by `async for`; in a script, use run_iter_preds(...)")
 
     async def __anext__(self) -> Any:
         if self._reading:

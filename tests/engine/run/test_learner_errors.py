@@ -24,6 +24,7 @@ from eventrain.events import (
 )
 from torch import nn
 from torch.nn import functional as F
+from torch.optim.lr_scheduler import StepLR
 from torch.utils.data import DataLoader, TensorDataset
 
 from tests.support.waiting import GUARD
@@ -410,6 +411,35 @@ def test_a_failed_fit_keeps_the_optimizer_of_the_last_one(learner: TrainLearner)
 
 
 # ------------------------------------------------------------------------------------ arguments
+
+
+def test_a_rate_beside_an_optimizer_is_refused(learner: TrainLearner) -> None:
+    opt = torch.optim.SGD(learner.model.parameters(), 0.2)
+    with pytest.raises(ValueError, match=r"lr=0\.5 has no effect with opt=..."):
+        TrainLearner(learner.model, learner.dls, lr=0.5, opt=opt)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "hint"),
+    [
+        (lambda p, y: p, "subscribe a function with learner.on(AfterBatch)"),
+        (
+            StepLR(torch.optim.SGD([torch.ones(1)], 0.1), 1),
+            "give SchedulerCB(lambda opt: ...) for a scheduler",
+        ),
+    ],
+)
+def test_what_is_not_a_callback_is_told_its_place(
+    wrong: Any, hint: str, learner: TrainLearner
+) -> None:
+    with pytest.raises(TypeError) as raised:
+        learner.add_cbs([wrong])
+    assert hint in str(raised.value)
+
+
+def test_streamed_predictions_in_a_plain_loop_name_both_ways(learner: TrainLearner) -> None:
+    with pytest.raises(TypeError, match=r"`async for`; in a script, use run_iter_preds"):
+        list(learner.iter_preds())
 
 
 @pytest.mark.parametrize("n_epochs", [-1, 1.0, 0.5, True, False, "3"], ids=repr)
