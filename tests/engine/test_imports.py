@@ -88,7 +88,7 @@ def test_what_the_host_has_frozen_stays_frozen() -> None:
     try:
         frozen = gc.get_freeze_count()
         import_large(MODULE)
-        assert gc.get_freeze_count() == frozen > 0
+        assert 0 < gc.get_freeze_count() <= frozen  # some may have died meanwhile
         assert gc.isenabled()
     finally:
         gc.unfreeze()

@@ -9,13 +9,14 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from eventrain.callbacks import CheckpointCB
-from eventrain.engine import TrainLearner
+from eventrain.engine import FitResult, TrainLearner
 from eventrain.events import BeforeBatch
 from torch import nn
 
@@ -66,6 +67,15 @@ def state_of(learner: TrainLearner) -> list[torch.Tensor]:
     return state(*dict.fromkeys(modules))
 
 
+@cache
+def whole(name: str) -> tuple[list[torch.Tensor], list[torch.Tensor], FitResult]:
+    """The state before and after a short fit, and its result."""
+    learner = learner_of(name)
+    before = state_of(learner)
+    result = learner.run(**small(name))
+    return before, state_of(learner), result
+
+
 def assert_equal(one: list[torch.Tensor], other: list[torch.Tensor]) -> None:
     assert len(one) == len(other) > 0
     assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
@@ -76,17 +86,15 @@ def test_it_is_the_training_by_hand_to_the_bit(name: str) -> None:
     torch.manual_seed(0)
     trained = by_hand(name).train(**small(name))
     right = state(*trained) if isinstance(trained, tuple) else state(trained)
-    learner = learner_of(name)
-    before = state_of(learner)
-    assert learner.run(**small(name)).status == "completed"
-    assert_equal(state_of(learner), right)
+    before, after, result = whole(name)
+    assert result.status == "completed"
+    assert_equal(after, right)
     assert any(not torch.equal(a, b) for a, b in zip(before, right, strict=True))
 
 
 @each_training
 def test_it_is_resumed_in_the_middle_to_the_bit(name: str, tmp_path: Path) -> None:
-    whole = learner_of(name)
-    result = whole.run(**small(name))
+    _, after, result = whole(name)
     middle = (result.batches + result.valid_batches) // 3
     first = learner_of(name)
     batches = iter(range(middle))
@@ -101,16 +109,27 @@ def test_it_is_resumed_in_the_middle_to_the_bit(name: str, tmp_path: Path) -> No
     second = learner_of(name, seed=1)
     resumed = second.run(**small(name), cbs=CheckpointCB(tmp_path), resume="last")
     assert resumed.status == "completed"
-    assert_equal(state_of(second), state_of(whole))
+    assert_equal(state_of(second), after)
     assert resumed.history == result.history
 
 
 @each_training
-def test_it_runs_as_a_program_and_prints_a_number(name: str) -> None:
-    command = [sys.executable, "-m", f"examples.gallery.{name}"]
+def test_it_prints_a_number(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = example(name)
+    shorter = {key: value for key, value in small(name).items() if key in module.FIT}
+    monkeypatch.setattr(module, "FIT", module.FIT | shorter)
+    monkeypatch.setattr(sys, "argv", [name])
+    module.main()
+    assert re.search(r"\d", capsys.readouterr().out)
+
+
+def test_one_runs_as_a_program() -> None:
+    command = [sys.executable, "-m", "examples.gallery.mnist"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert re.search(r"\d", done.stdout)
+    assert re.fullmatch(r"accuracy 0\.\d+\n", done.stdout)
 
 
 # ---------------------------------------------------------------------------------- the page

@@ -184,7 +184,8 @@ async def test_a_fit_in_a_cancelled_scope_trains_no_batch(learner: TrainLearner)
         scope.cancel()
         await learner.fit()
     assert scope.cancelled_caught
-    assert events.names == ["BeforeFit", "CleanupEpoch", "CleanupFit"]
+    # Or it arrives before the first event.
+    assert events.names in (["BeforeFit", "CleanupEpoch", "CleanupFit"], ["CleanupFit"])
     assert thread_has_ended(learner)
 
 
