@@ -177,7 +177,10 @@ def name_of(entry: Any) -> str:
 
 
 def _preds_and_target(name: str, function: Any, learner: Any) -> tuple[Any, ...]:
-    preds = learner.preds
+    preds, batch = learner.preds, learner.batch
+    is_usual = type(batch) is tuple and len(batch) == 2 and type(preds) is torch.Tensor
+    if is_usual and learner.n_inp is None:  # which is to be quick
+        return preds.detach(), batch[1]
     try:
         targets = targets_in(learner)
     except TypeError:

@@ -81,13 +81,13 @@ class DenominatorCheck:
         self._n_batches = 0
         self._shape: Any = None
 
+    def looks_at_next(self) -> bool:
+        """Count a batch; return whether to look at it."""
+        self._n_batches = n = self._n_batches + 1
+        return self._active and self._reason is None and (n <= _ALL or not n % _EVERY)
+
     def look(self, learner: LearnerLike) -> None:
         """Look at the targets of the current batch. It does not cause a device sync."""
-        if not self._active:
-            return
-        self._n_batches = n = self._n_batches + 1
-        if self._reason is not None or (n > _ALL and n % _EVERY):
-            return
         targets = _first_target(learner)
         if targets is None:
             self._active = False

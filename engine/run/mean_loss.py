@@ -65,29 +65,30 @@ class MeanLoss:
         if loss is None or loss.ndim:
             loss = check_scalar(event.learner.loss).detach().reshape(())
         learner = event.learner
-        if self._weight is None:
-            n: Any = int(learner.batch_size(learner.batch))
-        else:
-            n = weight_of(self._weight, learner)
-        if not isinstance(n, torch.Tensor) and not n:  # the mean of no samples is NaN
-            return
+        weight = self._weight
+        n = learner.batch_size(learner.batch) if weight is None else weight_of(weight, learner)
+        if type(n) is torch.Tensor:
+            self._add_with_tensor(loss, n, learner)
+        elif n:  # the mean of no samples is NaN
+            if not self._placed:
+                self._place(loss.device, learner)
+            if (check := self._check) is not None and check.looks_at_next():
+                check.look(learner)
+            self._sum.add_(loss, alpha=1 if self._is_sum else n)  # type: ignore[union-attr]
+            self._total += n
+
+    def _add_with_tensor(self, loss: torch.Tensor, n: torch.Tensor, learner: LearnerLike) -> None:
         if not self._placed:
-            self._place(loss.device)
-            auto = self._reduction == "auto"
-            self._is_sum = returns_sum(learner.loss_func) if auto else self._reduction == "sum"
+            self._place(loss.device, learner)
         assert self._sum is not None
-        if self._check is not None:
-            self._check.look(learner)
-        if isinstance(n, torch.Tensor):
-            n = n.to(self._sum)
-            loss = torch.where(n > 0, loss if self._is_sum else loss * n, 0)
-            self._sum.add_(loss)
-        else:
-            self._sum.add_(loss, alpha=1 if self._is_sum else n)
+        n = n.to(self._sum)
+        self._sum.add_(torch.where(n > 0, loss if self._is_sum else loss * n, 0))
         self._total = self._total + n
 
-    def _place(self, device: torch.device) -> None:
+    def _place(self, device: torch.device, learner: LearnerLike) -> None:
         """Accumulate on the device of the losses, from zero or from a loaded state."""
+        auto = self._reduction == "auto"
+        self._is_sum = returns_sum(learner.loss_func) if auto else self._reduction == "sum"
         if self._sum is None:
             dtype = torch.float64 if has_float64(device) else torch.float32
             self._sum = torch.zeros((), dtype=dtype, device=device)
