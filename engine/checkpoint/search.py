@@ -181,7 +181,11 @@ class Search:
     def _search(self, *nodes: _Node) -> None:
         self._queue.extend(nodes)
         while self._queue:
-            self._visit(self._queue.popleft())
+            node = self._queue.popleft()
+            try:
+                self._visit(node)
+            except Exception as exc:  # it may be any object of the user's, such as a broken one
+                self._cannot_save(node, f"it raises {type(exc).__name__} when it is looked at")
 
     def _visit(self, node: _Node) -> None:
         value, kind = node.value, type(node.value)

@@ -66,9 +66,10 @@ def _held_by(loop: Any, kind: type[T]) -> list[T]:
     """The objects of a kind among the attributes of a learner, also in lists and dicts."""
     found = []
     for value in vars(loop).values():
-        inside = value.values() if isinstance(value, dict) else value
-        held = inside if isinstance(value, list | tuple | dict) else (value,)
-        found += [item for item in held if isinstance(item, kind)]
+        # By type(): isinstance() asks the object, which may be any object of the user's.
+        inside = value.values() if issubclass(type(value), dict) else value
+        held = inside if issubclass(type(value), list | tuple | dict) else (value,)
+        found += [item for item in held if issubclass(type(item), kind)]
     return found
 
 

@@ -275,3 +275,18 @@ def test_a_constant_made_with_the_first_batch_is_no_state_in_a_resumed_fit_eithe
     with capture_logs() as logs:
         learner_of(Cached()).run(4, valid=False, cbs=CheckpointCB(tmp_path), resume="last")
     assert logs == []
+
+
+def test_an_object_that_raises_when_it_is_looked_at_is_told_of(tmp_path: Path) -> None:
+    class Broken:
+        @property
+        def __class__(self) -> Any:
+            raise RuntimeError("no class")
+
+    learner = TrainLearner(nn.Linear(3, 1), DataLoaders([(torch.ones(2, 3), torch.ones(2, 1))]))
+    learner.odd = Broken()  # type: ignore[attr-defined]
+    with capture_logs() as logs:
+        assert learner.run(1, valid=False).status == "completed"
+        assert learner.run(1, valid=False, cbs=CheckpointCB(tmp_path)).status == "completed"
+    told = [line for line in logs if line["event"] == "state_not_saved"]
+    assert told[0]["reason"] == {"TrainLearner.odd": "it raises RuntimeError when it is looked at"}
