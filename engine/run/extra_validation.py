@@ -16,7 +16,7 @@ from ...events.learner import LearnerLike
 from ...events.types import numbers_of
 from ..checkpoint.generators import generator_state, is_generator, set_generator_state
 from ..checkpoint.parts import SavedLearner
-from ..checkpoint.random_state import random_state, set_random_state
+from ..checkpoint.random_state import all_generators, random_state, set_random_state
 from ..checkpoint.search import Search
 from ..data.dataloaders import DataLoaders, length_of
 from ..listeners.streams import EventStream
@@ -65,19 +65,15 @@ def validate_within(
     """
     loop = cast(Fittable, learner)
     reader = ExtraReader(loop.batch_reader, length, stoppable)
-    with _epoch_around_kept(loop, [model or loop.model]):
-        own_random = random_state(DataLoaders(valid=loader))
-        try:
-            _begin_epoch(loop, loader, measuring, reader)
-            loop.model = model or loop.model
-            loop.model.eval()
-            with torch.no_grad():
-                loop.one_epoch()
-            completed = loop.done.epochs == 1
-            numbers = numbers_of(loop.record) if completed else None
-            return ExtraValidation(numbers, loop.n_samples, reader.stopped)
-        finally:
-            set_random_state(DataLoaders(valid=loader), own_random)
+    with _epoch_around_kept(loop, [model or loop.model], loader):
+        _begin_epoch(loop, loader, measuring, reader)
+        loop.model = model or loop.model
+        loop.model.eval()
+        with torch.no_grad():
+            loop.one_epoch()
+        completed = loop.done.epochs == 1
+        numbers = numbers_of(loop.record) if completed else None
+        return ExtraValidation(numbers, loop.n_samples, reader.stopped)
 
 
 def _begin_epoch(
@@ -98,7 +94,7 @@ def _begin_epoch(
 
 
 @contextmanager
-def _epoch_around_kept(loop: LoopState, models: Iterable[nn.Module]) -> Iterator[None]:
+def _epoch_around_kept(loop: LoopState, models: Iterable[nn.Module], loader: Any) -> Iterator[None]:
     kept = {name: getattr(loop, name) for name in _OF_THE_EPOCH_AROUND}
     modes = [(module, module.training) for model in models for module in model.modules()]
     random = random_state(loop.dls)
@@ -107,6 +103,7 @@ def _epoch_around_kept(loop: LoopState, models: Iterable[nn.Module]) -> Iterator
     holding = [name for holder, name in search.holders.values() if holder is loop]
     own = {name: vars(loop)[name] for name in holding if name in vars(loop)}
     found = [part.value for part in search.parts if is_generator(part.value)]
+    found += all_generators(DataLoaders(valid=loader))
     own_random = [(generator, generator_state(generator)) for generator in found]
     try:
         yield
