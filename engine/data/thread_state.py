@@ -7,6 +7,7 @@ import contextvars
 import sys
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import cache
 
@@ -33,7 +34,7 @@ def torch_state() -> Callable[[], None]:
     return enter
 
 
-class ReadingThread(threading.Thread):
+class ReadingThread(threading.Thread, ABC):
     """A thread that reads for an iterator, in the context and torch state of who iterates.
 
     It is ended at the end of the program too, if the iterator is still open: a daemon thread that
@@ -60,13 +61,13 @@ class ReadingThread(threading.Thread):
         torch.set_grad_enabled(grad)
         context.run(self.read)
 
+    @abstractmethod
     def read(self) -> None:
-        """The work of the thread, which a subclass defines."""
-        raise NotImplementedError
+        """The work of the thread."""
 
+    @abstractmethod
     def stop(self) -> None:
-        """Have the thread end soon, from another thread; a subclass defines it."""
-        raise NotImplementedError
+        """Have the thread end soon, from another thread."""
 
     def wait(self) -> None:
         """Wait until the thread has ended.
