@@ -5,9 +5,6 @@ from __future__ import annotations
 import contextvars
 import gc
 import signal
-import subprocess
-import sys
-import textwrap
 import threading
 import weakref
 from collections import Counter, namedtuple
@@ -33,6 +30,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pack_sequence
 from torch.utils.data import DataLoader, TensorDataset
 
+from tests.support.programs import assert_prints_end_alone
 from tests.support.waiting import GUARD
 
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -478,13 +476,7 @@ def test_an_iterator_left_open_does_not_keep_the_interpreter() -> None:
         next(circle.opened)
         print("end")
     """
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script)],
-        capture_output=True,
-        text=True,
-        timeout=3 * GUARD,
-    )
-    assert (done.returncode, done.stdout, done.stderr) == (0, "end\n", "")
+    assert_prints_end_alone(script)
 
 
 def test_a_program_may_end_while_a_batch_is_read() -> None:
@@ -502,13 +494,7 @@ def test_a_program_may_end_while_a_batch_is_read() -> None:
         next(opened)
         print("end")
     """
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script)],
-        capture_output=True,
-        text=True,
-        timeout=3 * GUARD,
-    )
-    assert (done.returncode, done.stdout, done.stderr) == (0, "end\n", "")
+    assert_prints_end_alone(script)
 
 
 @pytest.mark.parametrize("event_type", [BeforeBatch, AfterLoss, AfterBatch])

@@ -6,9 +6,6 @@ import contextvars
 import gc
 import os
 import random
-import subprocess
-import sys
-import textwrap
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -45,6 +42,7 @@ from torch.utils.data import (
 )
 from torchvision.transforms import v2
 
+from tests.support.programs import assert_prints_end_alone
 from tests.support.waiting import GUARD, in_a_thread, wait_until
 
 
@@ -523,13 +521,7 @@ def test_an_iterator_left_open_does_not_keep_the_interpreter() -> None:
         next(circle.opened)
         print("end")
     """
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script)],
-        capture_output=True,
-        text=True,
-        timeout=3 * GUARD,
-    )
-    assert (done.returncode, done.stdout, done.stderr) == (0, "end\n", "")
+    assert_prints_end_alone(script)
 
 
 def test_one_that_hangs_does_not_keep_the_interpreter_either() -> None:
@@ -553,13 +545,7 @@ def test_one_that_hangs_does_not_keep_the_interpreter_either() -> None:
         next(opened)
         print("end")
     """
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script)],
-        capture_output=True,
-        text=True,
-        timeout=3 * GUARD,
-    )
-    assert (done.returncode, done.stdout, done.stderr) == (0, "end\n", "")
+    assert_prints_end_alone(script)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -583,13 +569,7 @@ def test_a_child_that_is_forked_meanwhile_can_read_itself() -> None:
             print("end")
         sys.stdout.flush()
     """
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script)],
-        capture_output=True,
-        text=True,
-        timeout=3 * GUARD,
-    )
-    assert (done.returncode, done.stdout, done.stderr) == (0, "end\n", "")
+    assert_prints_end_alone(script)
 
 
 @pytest.mark.parametrize("event_type", [BeforeBatch, AfterLoss, AfterBatch])
